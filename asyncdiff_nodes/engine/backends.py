@@ -1,0 +1,42 @@
+"""Numerical settings of torch that a worker must share with its parent for identical results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def snapshot() -> dict[str, Any]:
+    """The parent's settings, picklable."""
+    return {
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "deterministic_warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "cudnn": {name: getattr(torch.backends.cudnn, name) for name in ("allow_tf32", "benchmark", "deterministic", "enabled")},
+        "cuda_matmul": {
+            name: getattr(torch.backends.cuda.matmul, name)
+            for name in ("allow_tf32", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+        },
+        "sdp": [
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+            torch.backends.cuda.math_sdp_enabled(),
+        ],
+        "mkldnn": torch.backends.mkldnn.enabled,
+    }
+
+
+def restore(settings: dict[str, Any]) -> None:
+    """Apply a :func:`snapshot` in this process."""
+    torch.set_float32_matmul_precision(settings["matmul_precision"])
+    torch.use_deterministic_algorithms(settings["deterministic"], warn_only=settings["deterministic_warn_only"])
+    for name, value in settings["cudnn"].items():
+        setattr(torch.backends.cudnn, name, value)
+    for name, value in settings["cuda_matmul"].items():
+        setattr(torch.backends.cuda.matmul, name, value)
+    flash, efficient, math = settings["sdp"]
+    torch.backends.cuda.enable_flash_sdp(flash)
+    torch.backends.cuda.enable_mem_efficient_sdp(efficient)
+    torch.backends.cuda.enable_math_sdp(math)
+    torch.backends.mkldnn.set_flags(settings["mkldnn"])

@@ -1,0 +1,38 @@
+"""Device strings of the user, checked against this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .errors import DeviceError
+
+
+def parse_devices(names: Sequence[str | torch.device]) -> list[torch.device]:
+    """Devices by name, an index filled in where it is missing; the same device may be named more than once.
+
+    Raises:
+        DeviceError: not a device string, or no such device here.
+    """
+    if isinstance(names, str):
+        raise DeviceError(f"devices must be a sequence such as ['cuda:0', 'cuda:1'], not {names!r}")
+    return [_parse(name) for name in names]
+
+
+def _parse(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise DeviceError(f"devices: {name!r} is not a device: use cpu, cuda:0, cuda:1, ...") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    try:
+        count = torch.get_device_module(device).device_count()
+    except (RuntimeError, AttributeError, AssertionError):
+        count = 0
+    index = device.index or 0
+    if index >= count:
+        found = f"the last one is {device.type}:{count - 1}" if count else f"this machine has no usable {device.type} device"
+        raise DeviceError(f"devices: {str(name)!r} does not exist: {found}")
+    return torch.device(device.type, index)

@@ -1,0 +1,46 @@
+"""What the engine must know of a model family: which submodules are blocks, and where the timestep is passed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of module trees that are split in the same way.
+
+    Attributes:
+        name: shown in messages and reports.
+        block_names: names of the submodules that may be placed, in any order (the trace finds the order).
+        timestep: position and keyword of the timestep in the model's ``forward``.
+        example_inputs: ``(module, latent_size, batch) -> (args, kwargs)``, tensors on the meta device; ``None`` for the
+            size means the model's own. Used to plan before the first call.
+    """
+
+    name: str
+    block_names: Callable[[nn.Module], list[str]]
+    timestep: tuple[int, str]
+    example_inputs: Callable[[nn.Module, int | None, int], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def find_family(module: nn.Module) -> Family:
+    """The family of ``module``, by the names of its class and its base classes.
+
+    Raises:
+        UnsupportedModelError: no family lists this class.
+    """
+    from asyncdiff_nodes.models import FAMILIES  # here, because the block lists import this module
+
+    for cls in type(module).__mro__:
+        if cls.__name__ in FAMILIES:
+            return FAMILIES[cls.__name__]
+    raise UnsupportedModelError(
+        f"no block list for a {type(module).__module__}.{type(module).__qualname__}; "
+        f"supported: {', '.join(sorted(FAMILIES))}. Pass family=Family(...) to split another model."
+    )

@@ -1,0 +1,229 @@
+"""The block graph: a model's blocks in execution order, who reads whose output, and what each block costs.
+
+Everything is traced on the meta device: no weight is read, moved or allocated.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .errors import PlanError, UnsupportedModelError
+from .family import Family
+
+
+@dataclass(frozen=True)
+class TensorMeta:
+    """Shape, stride (in elements) and dtype of one tensor; what a receiver needs to allocate it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorMeta:
+        """Layout of ``tensor``; a tensor with gaps or overlaps (an expanded view) gets the contiguous one."""
+        dense = torch.empty_like(tensor, device="meta")
+        return cls(tuple(tensor.shape), dense.stride(), tensor.dtype)
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Block:
+    """One placeable unit.
+
+    Attributes:
+        name: its name in the module tree.
+        outputs: layout of each output tensor for the traced inputs.
+        spec: pytree structure that these tensors are the leaves of.
+        macs: multiply-accumulates of one call for the traced inputs.
+        weight_bytes: bytes of its parameters and buffers.
+    """
+
+    name: str
+    outputs: tuple[TensorMeta, ...]
+    spec: TreeSpec
+    macs: int
+    weight_bytes: int
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(meta.nbytes for meta in self.outputs)
+
+
+@dataclass(frozen=True)
+class BlockGraph:
+    """Blocks in execution order and their data dependencies.
+
+    Attributes:
+        blocks: in execution order.
+        edges: pairs (producer, consumer) of block indices, skip connections included. What the model's own output reads
+            counts as read by the last block, whose rank returns the result.
+        glue_macs, glue_bytes: cost of what is not placed (embeddings, concatenations) and computed by every rank.
+    """
+
+    blocks: tuple[Block, ...]
+    edges: frozenset[tuple[int, int]]
+    glue_macs: int
+    glue_bytes: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(block.name for block in self.blocks)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one call of the whole model."""
+        return self.glue_macs + sum(block.macs for block in self.blocks)
+
+    def find(self, prefix: str) -> int:
+        """Index of the first block that is ``prefix`` or lies under it.
+
+        Raises:
+            PlanError: there is none.
+        """
+        for index, name in enumerate(self.names):
+            if name == prefix or name.startswith(prefix + "."):
+                return index
+        raise PlanError(f"unknown cut {prefix!r}: no block has this name or prefix. Blocks in order: {', '.join(self.names)}")
+
+
+def tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and values of all parameters and buffers, shared ones under each of their names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def meta_copy(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` whose parameters and buffers are on the meta device; no weight is copied on the way."""
+    memo: dict[int, Any] = {}
+    for _, tensor in tensors_of(module):
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"the module tree of this {type(module).__name__} cannot be copied without its weights ({error}); remove hooks "
+            "and quantised layers that hold tensors of their own"
+        ) from error
+
+
+class _Provenance(TorchDispatchMode):
+    """Remembers for every tensor which blocks' outputs it was made from, outside of blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside: int | None = None  # index of the running block
+        self._sources: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def sources(self, tree: Any) -> frozenset[int]:
+        found = (self._sources.get(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+        return frozenset().union(*(s for s in found if s))
+
+    def mark(self, tree: Any, sources: frozenset[int]) -> None:
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, torch.Tensor):
+                self._sources[leaf] = sources
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        # in-place operations return one of their arguments, so its old sources are among the new ones
+        if self.inside is None and (sources := self.sources((args, kwargs))):
+            self.mark(out, sources)
+        return out
+
+
+def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockGraph:
+    """Run ``skeleton`` (a :func:`meta_copy`) once on meta inputs and record its block graph.
+
+    Args:
+        skeleton: the model on the meta device.
+        family: names the blocks.
+        args, kwargs: inputs of one call; tensors on any device, only their shapes and dtypes are used.
+
+    Raises:
+        UnsupportedModelError: a block is nested in another, or ran more than once.
+        Exception: whatever the model's forward raises for these inputs.
+    """
+    listed = family.block_names(skeleton)
+    for name in listed:
+        if any(other != name and name.startswith(other + ".") for other in listed):
+            raise UnsupportedModelError(f"family {family.name}: block {name} lies within another block")
+    args, kwargs = tree_map(_to_meta, (args, kwargs))
+
+    order: list[str] = []
+    outputs: dict[str, tuple[tuple[TensorMeta, ...], TreeSpec]] = {}
+    macs: dict[str, int] = {}
+    edges: set[tuple[int, int]] = set()
+    provenance, flops = _Provenance(), FlopCounterMode(display=False)
+
+    def enter(name: str) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            if name in macs:
+                raise UnsupportedModelError(f"family {family.name}: block {name} runs more than once per call")
+            provenance.inside = len(order)
+            order.append(name)
+            edges.update((source, provenance.inside) for source in provenance.sources((args, kwargs)))
+            macs[name] = -flops.get_total_flops()
+
+        return hook
+
+    def leave(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            macs[name] += flops.get_total_flops()
+            provenance.mark(output, frozenset({provenance.inside}))
+            leaves, spec = tree_flatten(output)
+            outputs[name] = tuple(TensorMeta.of(leaf) for leaf in leaves), spec
+            provenance.inside = None
+
+        return hook
+
+    hooks = []
+    for name in listed:
+        block = skeleton.get_submodule(name)
+        hooks.append(block.register_forward_pre_hook(enter(name), with_kwargs=True))
+        hooks.append(block.register_forward_hook(leave(name)))
+    try:
+        with torch.no_grad(), flops, provenance:
+            result = skeleton(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    edges.update((source, len(order) - 1) for source in provenance.sources(result) if source != len(order) - 1)
+    modules = {name: skeleton.get_submodule(name) for name in order}
+    blocks = tuple(
+        Block(name, *outputs[name], macs=macs[name] // 2, weight_bytes=_nbytes(modules[name])) for name in order
+    )
+    return BlockGraph(
+        blocks=blocks,
+        edges=frozenset(edges),
+        glue_macs=flops.get_total_flops() // 2 - sum(block.macs for block in blocks),
+        glue_bytes=_nbytes(skeleton) - sum(block.weight_bytes for block in blocks),
+    )
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for _, tensor in tensors_of(module))
+
+
+def _to_meta(leaf: Any) -> Any:
+    return torch.empty_like(leaf, device="meta") if isinstance(leaf, torch.Tensor) else leaf

@@ -1,0 +1,403 @@
+"""The worker group: a model split over processes, called like the model itself."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from . import backends, wire
+from .devices import parse_devices
+from .errors import DeviceError, InputChangedError, ScheduleError, UnsupportedModelError
+from .family import Family, find_family
+from .graph import BlockGraph, meta_copy, tensors_of, trace
+from .plan import Placement, Plan, place
+from .processes import Ranks
+from .schedule import Call, Kind, call_at
+from .split import Share
+from .telemetry import RunStats
+from .worker import Boot, CallMessage
+
+
+@dataclass
+class _Stream:
+    """The parent's view of one stream in one run."""
+
+    signature: Any
+    graph: BlockGraph
+    calls: int = 0
+    sent: list[Any] = field(default_factory=list)  # the leaves that the ranks have
+    last_result: Any = None
+    last_timestep: Any = None
+
+
+class WorkerGroup:
+    """``module`` split over worker processes as ``plan`` says; call it with the arguments of ``module.forward``.
+
+    Args:
+        module: the model, in evaluation mode, on any device. It is not changed, and its weights may be freed afterwards.
+        plan: how to split; ``Plan()`` is two segments at automatic cuts.
+        devices: one device string per rank, ``plan.segments + plan.stride - 1`` of them; a device may be named repeatedly.
+        threads_per_rank: intra-op threads of a rank; ``None`` shares the parent's threads among the ranks.
+        speeds: relative speed of each device, for automatic cuts.
+        family: how to split this kind of model; found by its class if ``None``.
+        example_inputs: ``(args, kwargs)`` of a typical call, for automatic cuts; the family's own if ``None``.
+        start_timeout, call_timeout: seconds until all ranks must be ready, and until a call must be answered.
+        poll: called again and again while waiting; what it raises interrupts the call, after which ``begin`` starts afresh.
+
+    Raises:
+        PlanError, DeviceError, UnsupportedModelError: see their messages.
+        WorkerError, DeadlineError: the group did not start.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        plan: Plan | None = None,
+        devices: Sequence[str | torch.device] = ("cpu", "cpu"),
+        *,
+        threads_per_rank: int | None = None,
+        speeds: Sequence[float] | None = None,
+        family: Family | None = None,
+        example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+        start_timeout: float = 300.0,
+        call_timeout: float = 300.0,
+        poll: Callable[[], None] | None = None,
+    ) -> None:
+        plan = plan or Plan()
+        parsed = parse_devices(devices)
+        if len(parsed) != plan.world_size:
+            raise DeviceError(
+                f"{len(parsed)} devices for segments={plan.segments}, stride={plan.stride}: "
+                f"name segments + stride - 1 = {plan.world_size} devices"
+            )
+        if threads_per_rank is not None and (not isinstance(threads_per_rank, int) or threads_per_rank < 1):
+            raise DeviceError(f"threads_per_rank={threads_per_rank!r}: give a whole number of 1 or more, or None")
+        self.plan = plan
+        self.devices = tuple(str(device) for device in parsed)
+        self._family = family or find_family(module)
+        self._skeleton = meta_copy(module)
+        args, kwargs = example_inputs or self._family.example_inputs(self._skeleton, None, 2)
+        self._graphs: dict[Any, BlockGraph] = {}
+        graph = trace(self._skeleton, self._family, args, kwargs)
+        self.placement: Placement = place(graph, plan, speeds)
+        self._run = 0
+        self._schedule: list[float] | None = None
+        self._streams: dict[Hashable, _Stream] = {}
+        self._results: dict[tuple[Hashable, int], Any] = {}
+        self._call_timeout = call_timeout
+        skeleton = _pickled(self._skeleton)
+
+        threads = threads_per_rank or max(1, torch.get_num_threads() // plan.world_size)
+        ranks = Ranks(plan.world_size, poll)
+        self._ranks = ranks
+        self._finalizer = weakref.finalize(self, ranks.close)
+        try:
+            self._boot(module, skeleton, threads, time.monotonic() + start_timeout)
+        except BaseException:
+            self.close()
+            raise
+
+    # -- use ---------------------------------------------------------------------------------------------------------
+
+    def begin(self, timesteps: Sequence[float] | torch.Tensor | None = None) -> None:
+        """Start a new denoising run: every stream starts over with its warm-up.
+
+        Args:
+            timesteps: [T], the timestep of every call of a stream, in order; needed for stride > 1.
+        """
+        if isinstance(timesteps, torch.Tensor):
+            timesteps = timesteps.detach().flatten().tolist()
+        if timesteps is not None and not len(timesteps):
+            raise ScheduleError("begin: timesteps is empty; give the timestep of every call, or None")
+        self._schedule = None if timesteps is None else [float(t) for t in timesteps]
+        self._run += 1
+        self._streams.clear()
+        self._results.clear()
+        deadline = time.monotonic() + self._call_timeout
+        for rank in range(self.plan.world_size):
+            self._ranks.send(rank, ("reset",), deadline=deadline)
+
+    def __call__(self, *args: Any, stream: Hashable = None, **kwargs: Any) -> Any:
+        """One call of the model, routed.
+
+        Args:
+            stream: which conditioning batch this is; each stream has its own caches and call count. Everything else is passed
+                to ``module.forward``.
+
+        Returns:
+            What the model's forward returns, tensors on the device of the first tensor argument.
+
+        Raises:
+            ScheduleError, InputChangedError, WorkerError, DeadlineError, GroupClosedError: see their messages.
+        """
+        args, kwargs, timestep, positional = self._without_timestep(args, kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        state = self._stream(stream, leaves, spec, timestep, positional)
+        total = None if self._schedule is None else len(self._schedule)
+        call = call_at(self.plan, state.calls, total)
+        self._check_timestep(call, timestep)
+
+        deadline = time.monotonic() + self._call_timeout
+        if call.computes:
+            self._post(stream, state, call, leaves, spec, timestep, positional, deadline)
+        state.calls += 1
+        state.last_timestep = timestep
+        if call.kind is Kind.REPEATED:
+            leaves, spec = state.last_result
+        else:
+            leaves, spec = state.last_result = self._result(stream, call.index, deadline)
+        device = tensors[0].device if tensors else torch.device("cpu")
+        # copies: a caller may change its result in place, and last_result may be needed again
+        return tree_unflatten([leaf.to(device, copy=True) for leaf in leaves], spec)
+
+    def stats(self) -> RunStats:
+        """Telemetry of the last run, from all ranks."""
+        deadline = time.monotonic() + self._call_timeout
+        token = object.__hash__(object())
+        for rank in range(self.plan.world_size):
+            self._ranks.send(rank, ("report", token), deadline=deadline)
+        reports: dict[int, Any] = {}
+        while len(reports) < self.plan.world_size:
+            rank, header, tensors = self._ranks.next_message(deadline, "the telemetry of the ranks")
+            if header[0] == "report":
+                if header[1] == token:
+                    reports[rank] = header[2]
+            else:
+                self._accept(header, tensors)
+        graph = next((s.graph for s in self._streams.values()), self.placement.graph)
+        planned = Placement(graph, self.plan, self.placement.starts).bytes_per_call
+        return RunStats(planned, tuple(reports[rank] for rank in sorted(reports)))
+
+    def close(self) -> None:
+        """End all ranks. Safe to call again."""
+        self._finalizer()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the group was closed or has failed."""
+        return self._ranks.closed
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the ranks."""
+        return self._ranks.pids
+
+    def __enter__(self) -> WorkerGroup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- start -------------------------------------------------------------------------------------------------------
+
+    def _boot(self, module: nn.Module, skeleton: bytes, threads: int, deadline: float) -> None:
+        plan, names = self.plan, self.placement.graph.names
+        shares = [self._share(rank) for rank in range(plan.world_size)]
+        pairs = tuple(sorted({(sender, share.rank) for share in shares for sender in share.sources.values()}))
+        owner = {name: self.placement.segments[i] for i, name in enumerate(names)}
+
+        def segment_of(weight: str) -> int | None:
+            """Owner of a weight by name; None for glue, which every rank holds."""
+            parts = weight.split(".")
+            return next((owner[p] for i in range(1, len(parts)) if (p := ".".join(parts[:i])) in owner), None)
+
+        weights = [(name, tensor, segment_of(name)) for name, tensor in tensors_of(module)]
+        for share in shares:
+            mine = sum(segment in (None, share.segment) for _, _, segment in weights)
+            boot = Boot(
+                share=share,
+                devices=self.devices,
+                pairs=pairs,
+                store_path=os.path.join(self._ranks.folder, "rendezvous"),
+                skeleton=skeleton,
+                forecast=plan.forecast,
+                threads=threads,
+                numerics=backends.snapshot(),
+                timestep=self._family.timestep,
+                timeout=self._call_timeout,
+                weights=mine,
+                replicated_bytes=sum(tensor.nbytes for _, tensor, segment in weights if segment is None),
+            )
+            self._ranks.send(share.rank, boot, deadline=deadline)
+        for name, tensor, segment in weights:
+            if tensor.is_meta:
+                raise UnsupportedModelError(f"weight {name} is on the meta device: load the model before splitting it")
+            tensor = wire.dense_on_cpu(tensor)
+            for share in shares:
+                if segment in (None, share.segment):
+                    self._ranks.send(share.rank, name, (tensor,), deadline=deadline)
+        ready: set[int] = set()
+        while len(ready) < plan.world_size:
+            rank, header, _ = self._ranks.next_message(deadline, f"ranks {sorted(set(range(plan.world_size)) - ready)} to start")
+            if header[0] == "ready":
+                ready.add(rank)
+
+    def _share(self, rank: int) -> Share:
+        plan, placement, names = self.plan, self.placement, self.placement.graph.names
+        segment = plan.segment_of_rank(rank)
+        sinks: dict[str, tuple[int, ...]] = {}
+        if rank < plan.segments:  # replicas of the last segment keep nothing, so nobody reads their values
+            for other in range(plan.world_size):
+                for producer in placement.incoming(plan.segment_of_rank(other)):
+                    if placement.segments[producer] == segment:
+                        sinks[names[producer]] = (*sinks.get(names[producer], ()), other)
+        return Share(
+            rank=rank,
+            segment=segment,
+            blocks=names,
+            owned=frozenset(names[i] for i in placement.owned(segment)),
+            sources={names[p]: placement.segments[p] for p in placement.incoming(segment)},
+            sinks=sinks,
+        )
+
+    # -- one call ----------------------------------------------------------------------------------------------------
+
+    def _without_timestep(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], Any, bool]:
+        position, keyword = self._family.timestep
+        if len(args) > position:
+            return args[:position] + args[position + 1 :], kwargs, args[position], True
+        if keyword not in kwargs:
+            raise TypeError(f"missing argument {keyword!r}: pass the timestep as the model's forward takes it")
+        return args, {k: v for k, v in kwargs.items() if k != keyword}, kwargs[keyword], False
+
+    def _stream(self, key: Hashable, leaves: list[Any], spec: TreeSpec, timestep: Any, positional: bool) -> _Stream:
+        signature = (spec, positional, tuple(_kind(leaf) for leaf in leaves))
+        if key in self._streams:
+            state = self._streams[key]
+            if state.signature != signature:
+                raise InputChangedError(
+                    f"the inputs of stream {key!r} changed within a run{_difference(state.signature, signature)}: "
+                    "keep shapes and dtypes, use another stream, or call begin() for a new run"
+                )
+            return state
+        args, kwargs = self._with_timestep(leaves, spec, timestep, positional)
+        if signature not in self._graphs:
+            graph = trace(self._skeleton, self._family, args, kwargs)
+            if (graph.names, graph.edges) != (self.placement.graph.names, self.placement.graph.edges):
+                raise UnsupportedModelError("these inputs take another path through the model than it was split for")
+            self._graphs[signature] = graph
+        return self._streams.setdefault(key, _Stream(signature, self._graphs[signature]))
+
+    def _with_timestep(self, leaves: list[Any], spec: TreeSpec, timestep: Any, positional: bool) -> tuple[tuple, dict]:
+        position, keyword = self._family.timestep
+        args, kwargs = tree_unflatten(leaves, spec)
+        if positional:
+            return (*args[:position], timestep, *args[position:]), kwargs
+        return args, {**kwargs, keyword: timestep}
+
+    def _check_timestep(self, call: Call, timestep: Any) -> None:
+        if self.plan.stride == 1:
+            return  # its timesteps are those of the calls themselves
+        given = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+        expected = self._schedule[call.index]
+        if abs(given - expected) > 1e-3 * max(1.0, abs(expected)):
+            raise ScheduleError(
+                f"call {call.index + 1} has timestep {given:g}, but begin() announced {expected:g}; with stride > 1 the calls must "
+                "follow the schedule (samplers that call the model twice per step need stride=1)"
+            )
+
+    def _timestep_for(self, state: _Stream, call: Call, index: int, timestep: Any) -> Any:
+        if index == call.index:
+            return timestep
+        if self.plan.stride == 1:
+            return state.last_timestep  # time_shift
+        value = self._schedule[index]
+        if isinstance(timestep, torch.Tensor):
+            return torch.full_like(timestep, value)
+        return type(timestep)(value)
+
+    def _post(
+        self,
+        key: Hashable,
+        state: _Stream,
+        call: Call,
+        leaves: list[Any],
+        spec: TreeSpec,
+        timestep: Any,
+        positional: bool,
+        deadline: float,
+    ) -> None:
+        """Send one computing call to all ranks."""
+        tensors: list[torch.Tensor] = []
+        packed, sent = [], []
+        for position, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor):
+                leaf = wire.dense_on_cpu(leaf)
+                # by value: a caller may build the same conditioning anew each step, or change a tensor in place
+                if state.sent and torch.equal(leaf, state.sent[position]):
+                    packed.append(("same", None))
+                    sent.append(state.sent[position])
+                    continue
+                leaf = leaf.clone()  # the sending threads and the next comparison read it later
+                packed.append(("tensor", len(tensors)))
+                tensors.append(leaf)
+            else:
+                packed.append(("value", leaf))
+            sent.append(leaf)
+        synchronous = call.kind is Kind.SYNCHRONOUS
+        layouts = None if state.sent else tuple((block.outputs, block.spec) for block in state.graph.blocks)
+        results = dict(call.results)
+        for rank, index in enumerate(call.timestep_indices):
+            t = self._timestep_for(state, call, index, timestep)
+            message = CallMessage(
+                run=self._run,
+                stream=key,
+                index=call.index,
+                synchronous=synchronous,
+                computes=not (synchronous and rank >= self.plan.segments),
+                spec=spec,
+                leaves=tuple(packed),
+                timestep=("tensor", len(tensors)) if isinstance(t, torch.Tensor) else ("value", t),
+                timestep_positional=positional,
+                layouts=layouts,
+                result=results.get(rank),
+            )
+            extra = [wire.dense_on_cpu(t).clone()] if isinstance(t, torch.Tensor) else []
+            self._ranks.send(rank, ("call", message), [*tensors, *extra], deadline=deadline)
+        state.sent = sent
+
+    def _result(self, key: Hashable, index: int, deadline: float) -> tuple[list[torch.Tensor], TreeSpec]:
+        while (key, index) not in self._results:
+            _, header, tensors = self._ranks.next_message(deadline, f"the result of call {index + 1}")
+            self._accept(header, tensors)
+        return self._results.pop((key, index))
+
+    def _accept(self, header: Any, tensors: list[torch.Tensor]) -> None:
+        """Keep a result of this run; what an interrupted run left behind is dropped."""
+        verb, *rest = header
+        if verb == "result" and rest[0] == self._run:
+            _, key, index, spec = rest
+            self._results[key, index] = tensors, spec
+
+
+def _pickled(skeleton: nn.Module) -> bytes:
+    try:
+        return pickle.dumps(skeleton, protocol=pickle.HIGHEST_PROTOCOL)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"this {type(skeleton).__name__} cannot be sent to a worker process ({error}); "
+            "its classes must be importable from a module, and it must hold no lambdas or hooks"
+        ) from error
+
+
+def _kind(leaf: Any) -> Any:
+    """What may not change within a run: a tensor's shape and dtype, a flag's value, a number's type."""
+    if isinstance(leaf, torch.Tensor):
+        return tuple(leaf.shape), leaf.dtype
+    return leaf if isinstance(leaf, bool | str | type(None)) else type(leaf)
+
+
+def _difference(old: Any, new: Any) -> str:
+    if old[0] != new[0] or old[1] != new[1]:
+        return " (other arguments)"
+    return next((f" ({a} became {b})" for a, b in zip(old[2], new[2], strict=True) if a != b), "")

@@ -1,0 +1,152 @@
+"""What the user asks for (:class:`Plan`) and where it puts every block (:class:`Placement`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from .errors import PlanError
+from .graph import BlockGraph
+from .partition import Arcs, best_starts
+
+MAX_STRIDE = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is split and how stale its parts may be (paper section 3).
+
+    Attributes:
+        segments: N, the number of parts that the network is cut into, 2 up to the number of blocks.
+        stride: S, denoising steps served by one parallel call, 1 to 4. The plan needs ``N + S - 1`` devices.
+        warmup: W >= 1, leading synchronous calls. The last one fills the caches. With S > 1 choose W = 1 + a multiple of S:
+            otherwise the calls before the first full batch repeat the result of call W - 1.
+        time_shift: every rank uses the previous timestep in asynchronous calls.
+        forecast: 0 hands back the last value received (the published method), 1 extrapolates it by one call from the last
+            two, at no communication.
+        cuts: block-name prefixes where the segments begin, in execution order on the circle of blocks. Blocks before the
+            first cut belong to the last segment. ``None`` searches for the best cuts.
+    """
+
+    segments: int = 2
+    stride: int = 1
+    warmup: int = 1
+    time_shift: bool = False
+    forecast: int = 1
+    cuts: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("segments", 2, None),
+            ("stride", 1, MAX_STRIDE),
+            ("warmup", 1, None),
+            ("forecast", 0, 1),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise PlanError(f"{name} must be a whole number, not {value!r}")
+            if value < low or (high is not None and value > high):
+                raise PlanError(f"{name}={value} is out of range: choose {low} " + ("or more" if high is None else f"to {high}"))
+        if not isinstance(self.time_shift, bool):
+            raise PlanError(f"time_shift must be True or False, not {self.time_shift!r}")
+        if self.cuts is not None:
+            if isinstance(self.cuts, str) or not all(isinstance(cut, str) and cut for cut in self.cuts):
+                raise PlanError(f"cuts must be a sequence of block names, not {self.cuts!r}")
+            object.__setattr__(self, "cuts", tuple(self.cuts))
+            if len(self.cuts) != self.segments:
+                raise PlanError(
+                    f"{len(self.cuts)} cuts for {self.segments} segments: name one cut per segment, the block that it begins with"
+                )
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks, and of devices: N + S - 1."""
+        return self.segments + self.stride - 1
+
+    def segment_of_rank(self, rank: int) -> int:
+        """Ranks N and above replicate the last segment."""
+        return min(rank, self.segments - 1)
+
+
+class Placement(Mapping[str, int]):
+    """Block name -> segment, in execution order, and what follows from it for one block graph."""
+
+    def __init__(self, graph: BlockGraph, plan: Plan, starts: Sequence[int]) -> None:
+        self.graph = graph
+        self.plan = plan
+        self.starts = tuple(starts)
+        # blocks before the first cut wrap round to the last segment
+        self.segments = tuple(
+            max((d for d, start in enumerate(self.starts) if start <= i), default=plan.segments - 1)
+            for i in range(len(graph.blocks))
+        )
+
+    def __getitem__(self, name: str) -> int:
+        return self.segments[self.graph.names.index(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.graph.names)
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        return tuple(self.graph.names[start] for start in self.starts)
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether the last segment also owns the first blocks, so that the result depends on this call's input."""
+        return self.starts[0] > 0
+
+    def owned(self, segment: int) -> tuple[int, ...]:
+        """Block indices of ``segment`` in execution order."""
+        return tuple(i for i, owner in enumerate(self.segments) if owner == segment)
+
+    def incoming(self, segment: int) -> tuple[int, ...]:
+        """Producers elsewhere whose outputs ``segment`` reads, in execution order."""
+        return tuple(
+            sorted({p for p, c in self.graph.edges if self.segments[c] == segment and self.segments[p] != segment})
+        )
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Fraction of the blocks' MACs in each segment."""
+        macs = [sum(self.graph.blocks[i].macs for i in self.owned(d)) for d in range(self.plan.segments)]
+        return tuple(m / max(1, sum(macs)) for m in macs)
+
+    def received_bytes(self, segment: int) -> int:
+        """Bytes that one rank of ``segment`` receives per computing call."""
+        return sum(self.graph.blocks[i].output_bytes for i in self.incoming(segment))
+
+    @property
+    def bytes_per_call(self) -> int:
+        """Bytes that all ranks together send per computing call (which serves ``stride`` steps)."""
+        return sum(self.received_bytes(self.plan.segment_of_rank(rank)) for rank in range(self.plan.world_size))
+
+
+def place(graph: BlockGraph, plan: Plan, speeds: Sequence[float] | None = None) -> Placement:
+    """Turn ``plan`` into a placement of the blocks of ``graph``.
+
+    Args:
+        speeds: relative speed of each device, in rank order; equal if ``None``. Ignored where the plan names its cuts.
+
+    Raises:
+        PlanError: unknown cut, cuts out of order, more segments than blocks, or wrong speeds.
+    """
+    if plan.segments > len(graph.blocks):
+        raise PlanError(f"segments={plan.segments}, but this model has only {len(graph.blocks)} blocks: choose fewer segments")
+    if plan.cuts is not None:
+        starts = [graph.find(cut) for cut in plan.cuts]
+        if any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
+            raise PlanError(
+                f"cuts out of order: {', '.join(plan.cuts)} begin at blocks {starts}; name them in execution order, each once"
+            )
+        return Placement(graph, plan, starts)
+    if speeds is None:
+        speeds = [1.0] * plan.world_size
+    if len(speeds) != plan.world_size or not all(0 < s < float("inf") for s in speeds):
+        raise PlanError(f"speeds={list(speeds)}: give {plan.world_size} positive numbers, one per device (segments + stride - 1)")
+    # the replicas of the last segment work side by side: the slowest counts
+    per_segment = [*speeds[: plan.segments - 1], min(speeds[plan.segments - 1 :])]
+    return Placement(graph, plan, best_starts(Arcs(graph), per_segment, copies_of_last=plan.stride))

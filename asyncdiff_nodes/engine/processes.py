@@ -1,0 +1,232 @@
+"""The processes of a group, as their parent sees them: start, talk, watch, end.
+
+The pattern is that of vLLM's multi-process executor: a READY message once the weights are in, a death pipe that ends a child
+with its parent, a watch on every process sentinel, one deadline per answer, terminate -> wait -> kill, idempotent shutdown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from . import wire
+from .errors import DeadlineError, GroupClosedError, WorkerError
+from .worker import main as worker_main
+
+_POLL = 0.05  # seconds between looks at the deadline, the interrupt and the ranks
+_START_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Keep spawn from importing the program's main module again in the child.
+
+    A worker needs nothing of it, and running it again would start a second server (a host's main.py), or start workers
+    without end (a script without a ``__main__`` guard).
+    """
+    main = sys.modules["__main__"]
+    hidden = {name: main.__dict__[name] for name in ("__file__", "__spec__") if name in main.__dict__}
+    with _START_LOCK:
+        main.__dict__.pop("__file__", None)
+        main.__spec__ = None
+        try:
+            yield
+        finally:
+            main.__dict__.update(hidden)
+
+
+class Ranks:
+    """A set of worker processes with one message pipe each.
+
+    Messages are written and read by threads of their own, so that a rank that stops reading or writing in mid-message can
+    never block the caller beyond its deadline.
+    """
+
+    def __init__(self, count: int, poll: Callable[[], None] | None = None) -> None:
+        """Start ``count`` processes. ``poll`` is called while waiting and may raise, to interrupt."""
+        self.folder = tempfile.mkdtemp(prefix="asyncdiff-")  # mode 0700; holds the rendezvous file
+        self._poll = poll
+        self._inbox: queue.SimpleQueue[tuple[int, Any, list[torch.Tensor]]] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._failure: Exception | None = None
+        self._lock = threading.Lock()
+        self._processes: list[Any] = []
+        self._conns: list[Connection] = []
+        self._deaths: list[Connection] = []
+        self._outboxes: list[queue.Queue] = []
+        context = mp.get_context("spawn")
+        try:
+            for rank in range(count):
+                conn, child_conn = context.Pipe(duplex=True)
+                child_death, death = context.Pipe(duplex=False)
+                self._conns.append(conn)
+                self._deaths.append(death)
+                process = context.Process(
+                    target=worker_main, args=(rank, child_conn, child_death), name=f"asyncdiff-rank-{rank}", daemon=True
+                )
+                with _hidden_main():
+                    process.start()
+                self._processes.append(process)
+                child_conn.close()  # so that end-of-file is seen when the child is gone
+                child_death.close()
+            self._wake_read, self._wake = context.Pipe(duplex=False)
+            threads = [threading.Thread(target=self._read, daemon=True, name="asyncdiff-read")]
+            for conn in self._conns:
+                outbox: queue.Queue = queue.Queue(maxsize=8)  # bounded: weights wait here on their way
+                self._outboxes.append(outbox)
+                threads.append(threading.Thread(target=_write, args=(conn, outbox), daemon=True, name="asyncdiff-write"))
+            for thread in threads:
+                thread.start()
+            self._threads = threads
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
+    @property
+    def closed(self) -> bool:
+        return self._closing.is_set()
+
+    def send(self, rank: int, header: Any, tensors: Sequence[torch.Tensor] = (), *, deadline: float) -> None:
+        """Queue a message for ``rank``; waits while its queue is full.
+
+        Args:
+            deadline: on the monotonic clock.
+        """
+        while True:
+            self._check(deadline, f"rank {rank} to take a message")
+            try:
+                self._outboxes[rank].put((header, tensors), timeout=_POLL)
+                return
+            except queue.Full:
+                continue
+
+    def next_message(self, deadline: float, what: str) -> tuple[int, Any, list[torch.Tensor]]:
+        """The next (rank, header, tensors) from any rank.
+
+        Args:
+            deadline: on the monotonic clock.
+            what: what is waited for, for the error message.
+
+        Raises:
+            WorkerError: a rank failed or died. The group is closed.
+            DeadlineError: none came in time. The group is closed.
+        """
+        while True:
+            try:
+                rank, header, tensors = self._inbox.get(timeout=_POLL)
+            except queue.Empty:
+                self._check(deadline, what)
+                continue
+            if header[0] not in ("failure", "died"):
+                return rank, header, tensors
+            self._fail(self._explain(rank, header))
+
+    def _check(self, deadline: float, what: str) -> None:
+        if self._failure is not None:
+            raise GroupClosedError(f"this worker group has failed before ({self._failure}): start a new one") from self._failure
+        if self.closed:
+            raise GroupClosedError("this worker group is closed: start a new one")
+        if self._poll is not None:
+            self._poll()
+        if time.monotonic() > deadline:
+            self._fail(DeadlineError(f"waited too long for {what}; all ranks were stopped. Raise the timeout if they were only slow"))
+
+    def _explain(self, rank: int, header: Any) -> WorkerError:
+        if header[0] == "failure":
+            # when one rank dies, its peers fail on their broken links: look for the one that began it
+            time.sleep(0.2)
+            dead = [r for r, p in enumerate(self._processes) if p.exitcode not in (None, 0, 1)]
+            if not dead:
+                return WorkerError(f"rank {rank} failed", rank, header[1])
+            rank = dead[0]
+        self._processes[rank].join(timeout=1)
+        code = self._processes[rank].exitcode
+        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"exited with code {code}"
+        return WorkerError(f"rank {rank} (process {self._processes[rank].pid}) {how}; all ranks were stopped", rank)
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = error
+        self.close(grace=0)
+        raise error
+
+    def _read(self) -> None:
+        """Thread: messages of all ranks into one queue, until a rank is gone or the group closes."""
+        waiting: dict[Any, int] = {conn: rank for rank, conn in enumerate(self._conns)}
+        sentinels = {process.sentinel: rank for rank, process in enumerate(self._processes)}
+        while not self.closed:
+            ready = wait([*waiting, *sentinels, self._wake_read])
+            conns = [item for item in ready if item in waiting]
+            for conn in conns:
+                rank = waiting[conn]
+                try:
+                    self._inbox.put((rank, *wire.receive(conn)))
+                except (EOFError, OSError):
+                    del waiting[conn]
+                    self._inbox.put((rank, ("died",), []))
+            if not conns:  # last words first, then the news of a death
+                for item in ready:
+                    if item in sentinels:
+                        self._inbox.put((sentinels.pop(item), ("died",), []))
+
+    def close(self, grace: float = 3.0) -> None:
+        """End all processes: ask, then terminate, then kill. Safe to call again, from any thread."""
+        with self._lock:
+            if self.closed:
+                return
+            self._closing.set()
+        if grace > 0:
+            for outbox in self._outboxes:
+                with contextlib.suppress(queue.Full):
+                    outbox.put_nowait((("close",), ()))
+            _join(self._processes, grace)
+        for death in self._deaths:
+            death.close()
+        for process in self._processes:
+            process.terminate()
+        _join(self._processes, 1.0)
+        for process in self._processes:
+            if process.is_alive():
+                process.kill()
+        _join(self._processes, 5.0)
+        if hasattr(self, "_threads"):
+            self._wake.close()
+            for outbox in self._outboxes:
+                with contextlib.suppress(queue.Full):
+                    outbox.put_nowait(None)
+            for thread in self._threads:
+                if thread is not threading.current_thread():
+                    thread.join(timeout=5.0)
+            self._wake_read.close()
+        for conn in self._conns:
+            conn.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _write(conn: Connection, outbox: queue.Queue) -> None:
+    """Thread: queued messages into one rank's pipe."""
+    while (message := outbox.get()) is not None:
+        try:
+            wire.send(conn, *message)
+        except OSError:
+            return  # the rank is gone: the reading thread says so
+
+
+def _join(processes: Sequence[Any], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(timeout=max(0.0, end - time.monotonic()))

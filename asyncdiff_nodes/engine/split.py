@@ -1,0 +1,184 @@
+"""One rank's share of a model: its own blocks, stubs for the others, and the bookkeeping of what crosses."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from .graph import TensorMeta, tensors_of
+from .stub import Inbox, Stub
+from .telemetry import CallRecord, Stopwatch
+from .transport import Transport
+
+Layout = tuple[tuple[TensorMeta, ...], TreeSpec]  # of one block's output
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank owns and exchanges. Blocks are named; sequences are in execution order.
+
+    Attributes:
+        sources: block of another segment that this rank reads -> the rank that sends it.
+        sinks: own block -> the ranks that read it.
+    """
+
+    rank: int
+    segment: int
+    blocks: tuple[str, ...]
+    owned: frozenset[str]
+    sources: dict[str, int]
+    sinks: dict[str, tuple[int, ...]]
+
+
+class _Stream:
+    """State of one stream in one run."""
+
+    def __init__(self, share: Share, order: int) -> None:
+        self.layouts: dict[str, Layout] = {}
+        self.inboxes = {name: Inbox(order) for name in share.sources}
+
+
+class SplitModel:
+    """Runs the model's own forward with stubs for foreign blocks; see :class:`Share`."""
+
+    def __init__(self, module: nn.Module, share: Share, order: int, device: torch.device) -> None:
+        """Put stubs into ``module`` (on the meta device); weights follow with :meth:`load`."""
+        self._module = module.eval()
+        self._share = share
+        self._order = order
+        self._device = device
+        self._streams: dict[Hashable, _Stream] = {}
+        self._placeholders: dict[TensorMeta, torch.Tensor] = {}
+        self._now: tuple[_Stream, bool] | None = None  # the running call's stream, and whether it is synchronous
+        self._watch = Stopwatch(device)
+        self._waits: list[tuple[Any, Any]] = []
+        # (facts, start, end, waits, drifts), the times as marks that are read when somebody asks
+        self._log: deque[tuple[dict[str, Any], Any, Any, list[tuple[Any, Any]], dict[str, Any]]] = deque(maxlen=20_000)
+        for name in share.blocks:
+            if name in share.owned:
+                if name in share.sinks:
+                    module.get_submodule(name).register_forward_hook(partial(self._produced, name))
+            else:
+                parent, _, child = name.rpartition(".")
+                setattr(module.get_submodule(parent), child, Stub(partial(self._fetch, name)))
+
+    def connect(self, transport: Transport) -> None:
+        """Use ``transport`` for every later call."""
+        self._transport = transport
+
+    def load(self, name: str, value: torch.Tensor) -> None:
+        """Attach the parameter or buffer ``name``."""
+        owner, _, leaf = name.rpartition(".")
+        module = self._module.get_submodule(owner)
+        value = value.to(self._device)
+        if leaf in module._parameters:
+            value = nn.Parameter(value, requires_grad=False)
+        setattr(module, leaf, value)
+
+    def weights(self) -> dict[str, int]:
+        """Bytes of every parameter and buffer held, by name."""
+        return {name: tensor.nbytes for name, tensor in tensors_of(self._module)}
+
+    def missing(self) -> list[str]:
+        """Names of parameters and buffers that no value was loaded for."""
+        return [name for name, tensor in tensors_of(self._module) if tensor.is_meta]
+
+    def reset(self) -> None:
+        """Forget every stream and record. Values on their way are received first, to keep the links in step."""
+        for stream in self._streams.values():
+            for inbox in stream.inboxes.values():
+                inbox.settle()
+        self._streams.clear()
+        self._log.clear()
+
+    def set_layouts(self, key: Hashable, layouts: Sequence[Layout]) -> None:
+        """Output layouts of all blocks for the inputs of this stream; before its first call."""
+        stream = self._streams.setdefault(key, _Stream(self._share, self._order))
+        stream.layouts = dict(zip(self._share.blocks, layouts, strict=True))
+
+    def call(
+        self, key: Hashable, index: int, synchronous: bool, computes: bool, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Any:
+        """One computing call of the group; returns the model's output, or None where this rank only listens.
+
+        Args:
+            computes: False for a replica in a synchronous call: it takes the values that others send, and no more.
+        """
+        stream = self._streams[key]
+        start, sent = self._watch.mark(), self._transport.bytes_sent
+        self._waits = []
+        for name, sender in self._share.sources.items():
+            stream.inboxes[name].expect(self._arrival(sender, stream.layouts[name][0]))
+        output = None
+        if computes:
+            self._now = stream, synchronous
+            output = self._module(*args, **kwargs)
+            self._now = None
+        else:
+            for inbox in stream.inboxes.values():
+                inbox.settle(leave=1)
+        facts = {
+            "stream": str(key),
+            "call": index,
+            "rank": self._share.rank,
+            "segment": self._share.segment,
+            "synchronous": synchronous,
+            "bytes_sent": self._transport.bytes_sent - sent,
+        }
+        drifts = {name: d for name, inbox in stream.inboxes.items() if (d := inbox.drift()) is not None}
+        self._log.append((facts, start, self._watch.mark(), self._waits, drifts))
+        return output
+
+    def records(self) -> list[CallRecord]:
+        """Telemetry since the last reset."""
+        seconds, found = self._watch.seconds, []
+        for facts, start, end, waits, drifts in self._log:
+            wait = sum(seconds(b) - seconds(a) for a, b in waits)
+            begin, finish = seconds(start), seconds(end)
+            drift = {name: float(d) for name, d in drifts.items()}
+            found.append(
+                CallRecord(**facts, start=begin, end=finish, compute=finish - begin - wait, wait=wait, drift=drift)
+            )
+        return found
+
+    def _arrival(self, sender: int, metas: Sequence[TensorMeta]) -> Any:
+        coming = [self._transport.receive(sender, meta) for meta in metas]
+
+        def wait() -> tuple[torch.Tensor, ...]:
+            start = self._watch.mark()
+            values = tuple(value.wait() for value in coming)
+            self._waits.append((start, self._watch.mark()))
+            return values
+
+        return wait
+
+    def _fetch(self, name: str) -> Any:
+        stream, synchronous = self._now
+        metas, spec = stream.layouts[name]
+        inbox = stream.inboxes.get(name)
+        if inbox is None:  # no block of this rank reads it: only its shape matters
+            return tree_unflatten([self._placeholder(meta) for meta in metas], spec)
+        return tree_unflatten(inbox.current() if synchronous else inbox.predicted(), spec)
+
+    def _placeholder(self, meta: TensorMeta) -> torch.Tensor:
+        # one per layout, not per block: at high resolutions they would add up to more than the segment needs
+        if meta not in self._placeholders:
+            self._placeholders[meta] = torch.zeros(meta.shape, dtype=meta.dtype, device=self._device)
+        return self._placeholders[meta]
+
+    def _produced(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
+        stream = self._now[0]
+        for leaf, meta in zip(tree_flatten(output)[0], stream.layouts[name][0], strict=True):
+            if tuple(leaf.shape) != meta.shape or leaf.dtype != meta.dtype:
+                raise RuntimeError(
+                    f"block {name} returned {leaf.dtype} {tuple(leaf.shape)}, but the trace says {meta.dtype} {meta.shape}"
+                )
+            for receiver in self._share.sinks[name]:
+                self._transport.send(receiver, leaf, meta)

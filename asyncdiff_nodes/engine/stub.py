@@ -1,0 +1,70 @@
+"""Stale values: what a rank keeps of other segments, and the stub that hands it to the model's own forward."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def forecast(history: Sequence[torch.Tensor], order: int) -> torch.Tensor:
+    """A new tensor: the value expected one call after ``history`` (oldest first).
+
+    Order 0 repeats the last value; order 1 extrapolates the last two linearly, or repeats while there is only one.
+    """
+    if order == 0 or len(history) < 2:
+        return history[-1].clone()
+    return history[-1] + (history[-1] - history[-2])
+
+
+class Inbox:
+    """The values of one producer block on one rank, in one stream: on their way, and the latest that arrived.
+
+    A value is a tuple of tensors, the leaves of the block's output.
+    """
+
+    def __init__(self, order: int) -> None:
+        self._order = order
+        self._expected: deque[Callable[[], tuple[torch.Tensor, ...]]] = deque()
+        self._history: deque[tuple[torch.Tensor, ...]] = deque(maxlen=2)
+
+    def expect(self, arrival: Callable[[], tuple[torch.Tensor, ...]]) -> None:
+        """Note that a value is on its way; ``arrival`` waits for it."""
+        self._expected.append(arrival)
+
+    def settle(self, leave: int = 0) -> None:
+        """Wait until at most ``leave`` values are still on their way."""
+        while len(self._expected) > leave:
+            self._history.append(self._expected.popleft()())
+
+    def current(self) -> tuple[torch.Tensor, ...]:
+        """This call's value (a synchronous call). Copies, since a model's forward may change what it is given."""
+        self.settle()
+        return tuple(leaf.clone() for leaf in self._history[-1])
+
+    def predicted(self) -> tuple[torch.Tensor, ...]:
+        """What stands in for this call's value, from the values of the calls before (an asynchronous call)."""
+        self.settle(leave=1)
+        return tuple(forecast(leaves, self._order) for leaves in zip(*self._history, strict=True))
+
+    def drift(self) -> torch.Tensor | None:
+        """Relative L2 change between the last two values that arrived; None before the second."""
+        if len(self._history) < 2:
+            return None
+        old, new = self._history
+        change = sum((b.float() - a.float()).square().sum() for a, b in zip(old, new, strict=True))
+        return (change / sum(a.float().square().sum() for a in old).clamp_min(1e-30)).sqrt()
+
+
+class Stub(nn.Module):
+    """Takes the place of a block that another rank owns, and hands back what ``fetch`` returns for it."""
+
+    def __init__(self, fetch: Callable[[], Any]) -> None:
+        super().__init__()
+        self._fetch = fetch
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._fetch()

@@ -1,0 +1,109 @@
+"""What each rank did in each call, when, and how stale its inputs were. One record type for every reader."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class CallRecord:
+    """One computing call on one rank.
+
+    Attributes:
+        stream, call: the stream's key and the 0-based call in the run.
+        rank, segment, synchronous: who, what, how.
+        start, end: seconds; on the machine's monotonic clock for a CPU rank, since the rank's first call for a GPU.
+        compute, wait: seconds of it spent computing, and waiting for values of other ranks.
+        bytes_sent: payload bytes that this rank sent to other ranks.
+        drift: producer block -> relative L2 change of its output since the value before, for values received.
+    """
+
+    stream: str
+    call: int
+    rank: int
+    segment: int
+    synchronous: bool
+    start: float
+    end: float
+    compute: float
+    wait: float
+    bytes_sent: int
+    drift: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """One rank at the time of asking.
+
+    Attributes:
+        weights: name -> bytes of every parameter and buffer that it holds.
+        replicated_bytes: how many of these bytes every rank holds (embeddings and other glue).
+        records: its calls in the last run.
+    """
+
+    rank: int
+    pid: int
+    device: str
+    segment: int
+    weights: dict[str, int]
+    replicated_bytes: int
+    records: tuple[CallRecord, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.weights.values())
+
+
+@dataclass(frozen=True)
+class RunStats:
+    """Telemetry of the last run of a group.
+
+    Attributes:
+        planned_bytes: bytes that the plan says all ranks send per computing call, for the inputs of the last call.
+        ranks: one report per rank.
+    """
+
+    planned_bytes: int
+    ranks: tuple[RankReport, ...]
+
+    @property
+    def records(self) -> list[CallRecord]:
+        """All records, by call and rank."""
+        found = [record for rank in self.ranks for record in rank.records]
+        return sorted(found, key=lambda r: (r.call, r.stream, r.rank))
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload bytes that all ranks sent to each other in the run, counted by the transport."""
+        return sum(record.bytes_sent for record in self.records)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+
+class Stopwatch:
+    """Time marks on the clock of the device that does the work; read only later, so that a GPU is never waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._origin = self.mark() if self._cuda else None
+
+    def mark(self) -> Any:
+        """A point in time in the device's order of work."""
+        if not self._cuda:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, mark: Any) -> float:
+        """When ``mark`` was reached; waits for it on a GPU."""
+        if not self._cuda:
+            return mark
+        mark.synchronize()
+        return self._origin.elapsed_time(mark) / 1e3

@@ -1,0 +1,132 @@
+"""Point-to-point transport between ranks: one directed link per pair of ranks that an edge crosses.
+
+Each link is a process group of two with its own stream of messages, so that values arrive in the order in which their
+producer sends them, and opposite directions never wait for each other (on NCCL they would share a stream otherwise).
+NCCL serves ranks on two different CUDA devices; gloo everything else, bound to loopback, CUDA tensors staged through
+pinned memory.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .graph import TensorMeta
+from .wire import empty, flat
+
+LOOPBACK = "127.0.0.1"
+
+
+def uses_nccl(a: torch.device, b: torch.device) -> bool:
+    """Whether two ranks on these devices talk through NCCL."""
+    return a.type == b.type == "cuda" and a != b and dist.is_nccl_available()
+
+
+class Incoming:
+    """A value that is on its way."""
+
+    def __init__(self, work: Any, host: torch.Tensor, target: torch.Tensor | None = None) -> None:
+        self._work, self._host, self._target = work, host, target
+
+    def wait(self) -> torch.Tensor:
+        """The value on this rank's device, once it is there (NCCL: once this stream may read it)."""
+        self._work.wait()
+        if self._target is None:
+            return self._host
+        return self._target.copy_(self._host, non_blocking=True)
+
+
+class Transport:
+    """All links of one rank.
+
+    Attributes:
+        bytes_sent: payload bytes handed to the links so far, counted at each send.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        devices: Sequence[torch.device],
+        pairs: Sequence[tuple[int, int]],
+        store_path: str,
+        timeout: float,
+    ) -> None:
+        """Open the links of ``rank``. Every rank of the group must do so, with the same ``pairs`` (sender, receiver)."""
+        self.bytes_sent = 0
+        self._device = devices[rank]
+        self._links: dict[tuple[int, int], Any] = {}
+        self._sending: dict[int, list[tuple[Any, torch.Tensor]]] = {}
+        self._staged: queue.SimpleQueue | None = None
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # its bootstrap listener, too, stays on loopback
+        store = dist.FileStore(store_path, -1)
+        # in one global order and each confirmed at once, so that no two ranks open different links and wait for each other
+        for sender, receiver in sorted(pairs):
+            if rank not in (sender, receiver):
+                continue
+            name = f"{sender}->{receiver}"
+            nccl = uses_nccl(devices[sender], devices[receiver])
+            link = _open_link(dist.PrefixStore(name, store), int(rank == receiver), nccl, timeout)
+            self._links[sender, receiver] = link
+            hello = torch.full((1,), sender, device=self._device if nccl else "cpu")
+            (link.send([hello], 1, 0) if rank == sender else link.recv([hello], 0, 0)).wait()
+            if int(hello) != sender:
+                raise RuntimeError(f"link {name} carries foreign data")
+        self._rank = rank
+        self._nccl_peers = {r for r in range(len(devices)) if uses_nccl(devices[r], self._device)}
+
+    def send(self, receiver: int, value: torch.Tensor, meta: TensorMeta) -> None:
+        """Start sending ``value`` in layout ``meta``. Its memory may be changed as soon as this returns."""
+        link = self._links[self._rank, receiver]
+        self.bytes_sent += meta.nbytes
+        if self._device.type == "cpu" or receiver in self._nccl_peers:
+            copy = empty(meta, self._device).copy_(value)
+            works = self._sending.setdefault(receiver, [])
+            works.append((link.send([flat(copy)], 1, 0), copy))
+            while len(works) > 32:  # long done in practice: the receiver needed it a call ago
+                works.pop(0)[0].wait()
+            return
+        if self._staged is None:
+            self._staged = queue.SimpleQueue()
+            threading.Thread(target=_send_staged, args=(self._staged,), daemon=True).start()
+        copy = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, pin_memory=True)
+        copy.copy_(value, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        self._staged.put((ready, link, copy))
+
+    def receive(self, sender: int, meta: TensorMeta) -> Incoming:
+        """Start receiving the next value that ``sender`` sends to this rank."""
+        link = self._links[sender, self._rank]
+        if self._device.type == "cpu" or sender in self._nccl_peers:
+            value = empty(meta, self._device)
+            return Incoming(link.recv([flat(value)], 0, 0), value)
+        host = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, pin_memory=True)
+        return Incoming(link.recv([flat(host)], 0, 0), host, empty(meta, self._device))
+
+
+def _open_link(store: Any, side: int, nccl: bool, timeout: float) -> Any:
+    """A process group of two: side 0 sends, side 1 receives."""
+    if nccl:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=timeout)
+        return dist.ProcessGroupNCCL(store, side, 2, options)
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
+    options._threads = 1
+    options._timeout = timedelta(seconds=timeout)
+    return dist.ProcessGroupGloo(store, side, 2, options)
+
+
+def _send_staged(jobs: queue.SimpleQueue) -> None:
+    """Send each staged tensor once its copy from the GPU is complete, off the thread that launches kernels."""
+    while True:
+        ready, link, host = jobs.get()
+        ready.synchronize()
+        link.send([flat(host)], 1, 0).wait()

@@ -1,0 +1,60 @@
+"""Objects and tensors over a multiprocessing pipe.
+
+A message is one pickled header followed by the raw bytes of its tensors, so that no tensor is ever pickled, copied into
+shared memory or named in a file system. Only pipes that this package created and its own workers inherited may carry it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import pickle
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from .graph import TensorMeta
+
+
+def empty(meta: TensorMeta, device: torch.device | str = "cpu") -> torch.Tensor:
+    """An uninitialised tensor of this layout."""
+    return torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=device)
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of a dense tensor in memory order, without a copy."""
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def dense_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` on the CPU without gaps; itself where it already is."""
+    tensor = tensor.detach().to("cpu")
+    meta = TensorMeta.of(tensor)
+    return tensor if tensor.stride() == meta.stride else empty(meta).copy_(tensor)
+
+
+def send(conn: Connection, header: Any, tensors: Sequence[torch.Tensor] = ()) -> None:
+    """Send ``header`` (picklable) and ``tensors`` (dense, on the CPU)."""
+    conn.send_bytes(pickle.dumps((header, [TensorMeta.of(t) for t in tensors]), protocol=pickle.HIGHEST_PROTOCOL))
+    for tensor in tensors:
+        if tensor.numel():
+            conn.send_bytes(_memory(tensor))
+
+
+def receive(conn: Connection) -> tuple[Any, list[torch.Tensor]]:
+    """Receive what :func:`send` sent. Raises EOFError or OSError when the other end is gone."""
+    header, metas = pickle.loads(conn.recv_bytes())
+    tensors = []
+    for meta in metas:
+        tensor = empty(meta)
+        if tensor.numel():
+            conn.recv_bytes_into(_memory(tensor))
+        tensors.append(tensor)
+    return header, tensors
+
+
+def _memory(tensor: torch.Tensor) -> memoryview:
+    # ctypes rather than numpy: the engine needs torch and the standard library only, and numpy has no bfloat16
+    nbytes = tensor.numel() * tensor.element_size()
+    return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")

@@ -1,0 +1,179 @@
+"""The loop of one rank. It starts with a pipe from its parent and ends when the parent says so, or is gone."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import threading
+import traceback
+from collections.abc import Hashable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from . import backends, wire
+from .split import Share, SplitModel
+from .telemetry import RankReport
+from .transport import Transport
+
+
+@dataclass(frozen=True)
+class Boot:
+    """First message to a rank.
+
+    Attributes:
+        skeleton: the pickled module tree on the meta device.
+        timestep: position and keyword of the timestep in its forward.
+        weights: how many messages with one weight each follow.
+        replicated_bytes: bytes of the weights that every rank holds.
+    """
+
+    share: Share
+    devices: tuple[str, ...]
+    pairs: tuple[tuple[int, int], ...]
+    store_path: str
+    skeleton: bytes
+    forecast: int
+    threads: int | None
+    numerics: dict[str, Any]
+    timestep: tuple[int, str]
+    timeout: float
+    weights: int
+    replicated_bytes: int
+
+
+@dataclass(frozen=True)
+class CallMessage:
+    """One computing call, for one rank.
+
+    Attributes:
+        run, stream, index: which call of which stream.
+        spec: structure of (args, kwargs), the timestep left out.
+        leaves: per leaf ("same", None), ("value", object) or ("tensor", index into the message's tensors).
+        timestep: likewise one such pair.
+        layouts: output layouts of all blocks; on a stream's first call only.
+        result: index of the call whose result this rank returns, or None.
+    """
+
+    run: int
+    stream: Hashable
+    index: int
+    synchronous: bool
+    computes: bool
+    spec: Any
+    leaves: tuple[tuple[str, Any], ...]
+    timestep: tuple[str, Any]
+    timestep_positional: bool
+    layouts: tuple[Any, ...] | None
+    result: int | None
+
+
+def main(rank: int, conn: Connection, death: Connection) -> None:
+    """Entry point of the process of ``rank``.
+
+    Args:
+        conn: duplex pipe for messages; see :mod:`.wire`.
+        death: reads end-of-file when the parent is gone, however it died.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal: the parent decides
+    os.umask(0o077)
+    threading.Thread(target=_exit_with_parent, args=(death,), daemon=True).start()
+    try:
+        _Rank(conn).serve()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the parent closed the group
+    except BaseException:
+        try:
+            wire.send(conn, ("failure", traceback.format_exc()))
+        except OSError:
+            pass
+        os._exit(1)  # not sys.exit: links with a dead peer would hang in their destructors
+    os._exit(0)
+
+
+def _exit_with_parent(death: Connection) -> None:
+    try:
+        death.recv_bytes()
+    except (EOFError, OSError):
+        pass
+    os._exit(1)
+
+
+class _Rank:
+    def __init__(self, conn: Connection) -> None:
+        self._conn = conn
+        boot: Boot = wire.receive(conn)[0]
+        self._boot = boot
+        devices = [torch.device(name) for name in boot.devices]
+        self._device = devices[boot.share.rank]
+        if boot.threads is not None:
+            torch.set_num_threads(boot.threads)
+        backends.restore(boot.numerics)
+        if self._device.type != "cpu":
+            torch.get_device_module(self._device).set_device(self._device)
+        self._model = SplitModel(pickle.loads(boot.skeleton), boot.share, boot.forecast, self._device)
+        self._inputs: dict[Hashable, list[Any]] = {}
+        for _ in range(boot.weights):
+            name, (value,) = wire.receive(conn)
+            self._model.load(name, value)
+        if missing := self._model.missing():
+            raise RuntimeError(f"no value was received for {missing[:5]}")
+        self._model.connect(Transport(boot.share.rank, devices, boot.pairs, boot.store_path, boot.timeout))
+        wire.send(conn, ("ready",))
+
+    @torch.inference_mode()
+    def serve(self) -> None:
+        while True:
+            (verb, *rest), tensors = wire.receive(self._conn)
+            if verb == "call":
+                self._call(rest[0], tensors)
+            elif verb == "reset":
+                self._model.reset()
+                self._inputs.clear()
+            elif verb == "report":
+                wire.send(self._conn, ("report", rest[0], self._report()))
+            elif verb == "close":
+                return
+
+    def _call(self, message: CallMessage, tensors: list[torch.Tensor]) -> None:
+        known = self._inputs.get(message.stream, [])
+        leaves = [
+            known[i] if kind == "same" else self._leaf(kind, what, tensors) for i, (kind, what) in enumerate(message.leaves)
+        ]
+        self._inputs[message.stream] = leaves
+        args, kwargs = tree_unflatten(list(leaves), message.spec)
+        position, keyword = self._boot.timestep
+        timestep = self._leaf(*message.timestep, tensors)
+        if message.timestep_positional:
+            args = (*args[:position], timestep, *args[position:])
+        else:
+            kwargs = {**kwargs, keyword: timestep}
+        if message.layouts is not None:
+            self._model.set_layouts(message.stream, message.layouts)
+        output = self._model.call(message.stream, message.index, message.synchronous, message.computes, args, kwargs)
+        if message.result is not None:
+            leaves, spec = tree_flatten(output)
+            wire.send(
+                self._conn,
+                ("result", message.run, message.stream, message.result, spec),
+                [wire.dense_on_cpu(leaf) for leaf in leaves],
+            )
+
+    def _leaf(self, kind: str, what: Any, tensors: list[torch.Tensor]) -> Any:
+        return tensors[what].to(self._device) if kind == "tensor" else what
+
+    def _report(self) -> RankReport:
+        share = self._boot.share
+        return RankReport(
+            rank=share.rank,
+            pid=os.getpid(),
+            device=str(self._device),
+            segment=share.segment,
+            weights=self._model.weights(),
+            replicated_bytes=self._boot.replicated_bytes,
+            records=tuple(self._model.records()),
+        )

@@ -1,0 +1,9 @@
+"""The table of model families: class name -> block list. A new architecture is one module and one row here."""
+
+from asyncdiff_nodes.engine.family import Family
+
+from . import unet2d
+
+FAMILIES: dict[str, Family] = {
+    "UNet2DConditionModel": unet2d.FAMILY,
+}
