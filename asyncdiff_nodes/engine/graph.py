@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import PlanError, UnsupportedModelError
 from .family import Family
+from .trees import flatten
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,14 @@ class Block:
     Attributes:
         name: its name in the module tree.
         outputs: layout of each output tensor for the traced inputs.
-        spec: pytree structure that these tensors are the leaves of.
+        structure: how these tensors make up the output; see :mod:`.trees`.
         macs: multiply-accumulates of one call for the traced inputs.
         weight_bytes: bytes of its parameters and buffers.
     """
 
     name: str
     outputs: tuple[TensorMeta, ...]
-    spec: TreeSpec
+    structure: Any
     macs: int
     weight_bytes: int
 
@@ -170,7 +171,7 @@ def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: di
     args, kwargs = tree_map(_to_meta, (args, kwargs))
 
     order: list[str] = []
-    outputs: dict[str, tuple[tuple[TensorMeta, ...], TreeSpec]] = {}
+    outputs: dict[str, tuple[tuple[TensorMeta, ...], Any]] = {}
     macs: dict[str, int] = {}
     edges: set[tuple[int, int]] = set()
     provenance, flops = _Provenance(), FlopCounterMode(display=False)
@@ -190,8 +191,8 @@ def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: di
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             macs[name] += flops.get_total_flops()
             provenance.mark(output, frozenset({provenance.inside}))
-            leaves, spec = tree_flatten(output)
-            outputs[name] = tuple(TensorMeta.of(leaf) for leaf in leaves), spec
+            leaves, structure = flatten(output)
+            outputs[name] = tuple(TensorMeta.of(leaf) for leaf in leaves), structure
             provenance.inside = None
 
         return hook

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from . import backends, wire
 from .devices import parse_devices
@@ -24,6 +23,7 @@ from .processes import Ranks
 from .schedule import Call, Kind, call_at
 from .split import Share
 from .telemetry import RunStats
+from .trees import flatten, unflatten
 from .worker import Boot, CallMessage
 
 
@@ -140,25 +140,25 @@ class WorkerGroup:
             ScheduleError, InputChangedError, WorkerError, DeadlineError, GroupClosedError: see their messages.
         """
         args, kwargs, timestep, positional = self._without_timestep(args, kwargs)
-        leaves, spec = tree_flatten((args, kwargs))
+        leaves, structure = flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        state = self._stream(stream, leaves, spec, timestep, positional)
+        state = self._stream(stream, leaves, structure, timestep, positional)
         total = None if self._schedule is None else len(self._schedule)
         call = call_at(self.plan, state.calls, total)
         self._check_timestep(call, timestep)
 
         deadline = time.monotonic() + self._call_timeout
         if call.computes:
-            self._post(stream, state, call, leaves, spec, timestep, positional, deadline)
+            self._post(stream, state, call, leaves, structure, timestep, positional, deadline)
         state.calls += 1
         state.last_timestep = timestep
         if call.kind is Kind.REPEATED:
-            leaves, spec = state.last_result
+            leaves, structure = state.last_result
         else:
-            leaves, spec = state.last_result = self._result(stream, call.index, deadline)
+            leaves, structure = state.last_result = self._result(stream, call.index, deadline)
         device = tensors[0].device if tensors else torch.device("cpu")
         # copies: a caller may change its result in place, and last_result may be needed again
-        return tree_unflatten([leaf.to(device, copy=True) for leaf in leaves], spec)
+        return unflatten([leaf.to(device, copy=True) for leaf in leaves], structure)
 
     def stats(self) -> RunStats:
         """Telemetry of the last run, from all ranks."""
@@ -270,8 +270,8 @@ class WorkerGroup:
             raise TypeError(f"missing argument {keyword!r}: pass the timestep as the model's forward takes it")
         return args, {k: v for k, v in kwargs.items() if k != keyword}, kwargs[keyword], False
 
-    def _stream(self, key: Hashable, leaves: list[Any], spec: TreeSpec, timestep: Any, positional: bool) -> _Stream:
-        signature = (spec, positional, tuple(_kind(leaf) for leaf in leaves))
+    def _stream(self, key: Hashable, leaves: list[Any], structure: Any, timestep: Any, positional: bool) -> _Stream:
+        signature = (repr(structure), positional, tuple(_kind(leaf) for leaf in leaves))
         if key in self._streams:
             state = self._streams[key]
             if state.signature != signature:
@@ -280,7 +280,7 @@ class WorkerGroup:
                     "keep shapes and dtypes, use another stream, or call begin() for a new run"
                 )
             return state
-        args, kwargs = self._with_timestep(leaves, spec, timestep, positional)
+        args, kwargs = self._with_timestep(leaves, structure, timestep, positional)
         if signature not in self._graphs:
             graph = trace(self._skeleton, self._family, args, kwargs)
             if (graph.names, graph.edges) != (self.placement.graph.names, self.placement.graph.edges):
@@ -288,9 +288,9 @@ class WorkerGroup:
             self._graphs[signature] = graph
         return self._streams.setdefault(key, _Stream(signature, self._graphs[signature]))
 
-    def _with_timestep(self, leaves: list[Any], spec: TreeSpec, timestep: Any, positional: bool) -> tuple[tuple, dict]:
+    def _with_timestep(self, leaves: list[Any], structure: Any, timestep: Any, positional: bool) -> tuple[tuple, dict]:
         position, keyword = self._family.timestep
-        args, kwargs = tree_unflatten(leaves, spec)
+        args, kwargs = unflatten(leaves, structure)
         if positional:
             return (*args[:position], timestep, *args[position:]), kwargs
         return args, {**kwargs, keyword: timestep}
@@ -322,7 +322,7 @@ class WorkerGroup:
         state: _Stream,
         call: Call,
         leaves: list[Any],
-        spec: TreeSpec,
+        structure: Any,
         timestep: Any,
         positional: bool,
         deadline: float,
@@ -345,7 +345,7 @@ class WorkerGroup:
                 packed.append(("value", leaf))
             sent.append(leaf)
         synchronous = call.kind is Kind.SYNCHRONOUS
-        layouts = None if state.sent else tuple((block.outputs, block.spec) for block in state.graph.blocks)
+        layouts = None if state.sent else tuple((block.outputs, block.structure) for block in state.graph.blocks)
         results = dict(call.results)
         for rank, index in enumerate(call.timestep_indices):
             t = self._timestep_for(state, call, index, timestep)
@@ -355,7 +355,7 @@ class WorkerGroup:
                 index=call.index,
                 synchronous=synchronous,
                 computes=not (synchronous and rank >= self.plan.segments),
-                spec=spec,
+                structure=structure,
                 leaves=tuple(packed),
                 timestep=("tensor", len(tensors)) if isinstance(t, torch.Tensor) else ("value", t),
                 timestep_positional=positional,
@@ -366,7 +366,7 @@ class WorkerGroup:
             self._ranks.send(rank, ("call", message), [*tensors, *extra], deadline=deadline)
         state.sent = sent
 
-    def _result(self, key: Hashable, index: int, deadline: float) -> tuple[list[torch.Tensor], TreeSpec]:
+    def _result(self, key: Hashable, index: int, deadline: float) -> tuple[list[torch.Tensor], Any]:
         while (key, index) not in self._results:
             _, header, tensors = self._ranks.next_message(deadline, f"the result of call {index + 1}")
             self._accept(header, tensors)
@@ -376,8 +376,8 @@ class WorkerGroup:
         """Keep a result of this run; what an interrupted run left behind is dropped."""
         verb, *rest = header
         if verb == "result" and rest[0] == self._run:
-            _, key, index, spec = rest
-            self._results[key, index] = tensors, spec
+            _, key, index, structure = rest
+            self._results[key, index] = tensors, structure
 
 
 def _pickled(skeleton: nn.Module) -> bytes:

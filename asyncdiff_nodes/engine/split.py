@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .graph import TensorMeta, tensors_of
 from .stub import Inbox, Stub
 from .telemetry import CallRecord, Stopwatch
 from .transport import Transport
+from .trees import flatten, unflatten
 
-Layout = tuple[tuple[TensorMeta, ...], TreeSpec]  # of one block's output
+Layout = tuple[tuple[TensorMeta, ...], Any]  # a block's output: its tensors, and the structure they make up
 
 
 @dataclass(frozen=True)
@@ -161,11 +161,11 @@ class SplitModel:
 
     def _fetch(self, name: str) -> Any:
         stream, synchronous = self._now
-        metas, spec = stream.layouts[name]
+        metas, structure = stream.layouts[name]
         inbox = stream.inboxes.get(name)
         if inbox is None:  # no block of this rank reads it: only its shape matters
-            return tree_unflatten([self._placeholder(meta) for meta in metas], spec)
-        return tree_unflatten(inbox.current() if synchronous else inbox.predicted(), spec)
+            return unflatten([self._placeholder(meta) for meta in metas], structure)
+        return unflatten(inbox.current() if synchronous else inbox.predicted(), structure)
 
     def _placeholder(self, meta: TensorMeta) -> torch.Tensor:
         # one per layout, not per block: at high resolutions they would add up to more than the segment needs
@@ -175,7 +175,7 @@ class SplitModel:
 
     def _produced(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
         stream = self._now[0]
-        for leaf, meta in zip(tree_flatten(output)[0], stream.layouts[name][0], strict=True):
+        for leaf, meta in zip(flatten(output)[0], stream.layouts[name][0], strict=True):
             if tuple(leaf.shape) != meta.shape or leaf.dtype != meta.dtype:
                 raise RuntimeError(
                     f"block {name} returned {leaf.dtype} {tuple(leaf.shape)}, but the trace says {meta.dtype} {meta.shape}"

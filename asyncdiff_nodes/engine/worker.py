@@ -13,12 +13,12 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import backends, wire
 from .split import Share, SplitModel
 from .telemetry import RankReport
 from .transport import Transport
+from .trees import flatten, unflatten
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class CallMessage:
 
     Attributes:
         run, stream, index: which call of which stream.
-        spec: structure of (args, kwargs), the timestep left out.
+        structure: of (args, kwargs), the timestep left out; see :mod:`.trees`.
         leaves: per leaf ("same", None), ("value", object) or ("tensor", index into the message's tensors).
         timestep: likewise one such pair.
         layouts: output layouts of all blocks; on a stream's first call only.
@@ -64,7 +64,7 @@ class CallMessage:
     index: int
     synchronous: bool
     computes: bool
-    spec: Any
+    structure: Any
     leaves: tuple[tuple[str, Any], ...]
     timestep: tuple[str, Any]
     timestep_positional: bool
@@ -145,7 +145,7 @@ class _Rank:
             known[i] if kind == "same" else self._leaf(kind, what, tensors) for i, (kind, what) in enumerate(message.leaves)
         ]
         self._inputs[message.stream] = leaves
-        args, kwargs = tree_unflatten(list(leaves), message.spec)
+        args, kwargs = unflatten(leaves, message.structure)
         position, keyword = self._boot.timestep
         timestep = self._leaf(*message.timestep, tensors)
         if message.timestep_positional:
@@ -156,10 +156,10 @@ class _Rank:
             self._model.set_layouts(message.stream, message.layouts)
         output = self._model.call(message.stream, message.index, message.synchronous, message.computes, args, kwargs)
         if message.result is not None:
-            leaves, spec = tree_flatten(output)
+            leaves, structure = flatten(output)
             wire.send(
                 self._conn,
-                ("result", message.run, message.stream, message.result, spec),
+                ("result", message.run, message.stream, message.result, structure),
                 [wire.dense_on_cpu(leaf) for leaf in leaves],
             )
 

@@ -1,0 +1,46 @@
+"""The command line: ``python -m asyncdiff_nodes COMMAND`` or, when installed, ``asyncdiff COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": "make pictures with the shipped model, sequentially and with AsyncDiff, side by side",
+    "plan": "show where a model would be cut, what crosses the cuts and the predicted speed-up",
+    "bench": "measure plans with real processes against the unrouted model",
+    "doctor": "check this machine and say what is wrong and how to cure it",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    from asyncdiff_nodes.engine import AsyncDiffError
+
+    from .report import write_json
+
+    parser = argparse.ArgumentParser(prog="asyncdiff", description="All of your devices denoise one image together.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=summary, description=summary[0].upper() + summary[1:] + ".",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )  # fmt: skip
+        module = importlib.import_module(f"{__name__}.{name}")
+        module.add_arguments(command)
+        command.add_argument("--json", metavar="FILE", default=None, help="also write the numbers to FILE")
+        command.set_defaults(run=module.run)
+    arguments = parser.parse_args(argv)
+    try:
+        result = arguments.run(arguments)
+        if arguments.json:
+            write_json(arguments.json, result, argv)
+    except (AsyncDiffError, FileNotFoundError, ValueError) as error:
+        print(f"asyncdiff {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 1 if result.get("failed") else 0

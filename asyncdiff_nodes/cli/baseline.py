@@ -1,0 +1,74 @@
+"""The unrouted model in a process of its own: what a plan is measured against."""
+
+from __future__ import annotations
+
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from asyncdiff_nodes.engine import WorkerError
+
+from .zoo import Model
+
+
+class Baseline:
+    """One copy of ``model`` with random weights on ``device``; runs its forward on demand.
+
+    Args:
+        inputs: ``(args, kwargs)`` of one call, on the CPU.
+    """
+
+    def __init__(self, model: Model, dtype: torch.dtype, device: str, threads: int, inputs: Any) -> None:
+        context = mp.get_context("spawn")
+        self._conn, child = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(child, model, dtype, device, threads, inputs), daemon=True, name="asyncdiff-baseline"
+        )
+        self._process.start()
+        child.close()
+
+    def wait(self) -> float:
+        """Seconds of the call that was started last."""
+        try:
+            return self._conn.recv()
+        except EOFError:
+            self._process.join(5)
+            raise WorkerError(f"the unrouted model's process ended with code {self._process.exitcode}", rank=-1) from None
+
+    def start(self) -> None:
+        """Start one call."""
+        self._conn.send("run")
+
+    def close(self) -> None:
+        """End the process."""
+        self._conn.close()
+        self._process.join(5)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+@torch.inference_mode()
+def _serve(conn: Connection, model: Model, dtype: torch.dtype, device: str, threads: int, inputs: Any) -> None:
+    torch.set_num_threads(threads)
+    unet = model.with_random_weights(dtype, device)
+    args, kwargs = torch.utils._pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, inputs)
+
+    def synchronize() -> None:
+        if device != "cpu":
+            torch.get_device_module(torch.device(device)).synchronize()
+
+    unet(*args, **kwargs)
+    synchronize()
+    conn.send(0.0)
+    try:
+        while conn.recv():
+            begin = time.perf_counter()
+            unet(*args, **kwargs)
+            synchronize()
+            conn.send(time.perf_counter() - begin)
+    except EOFError:
+        return

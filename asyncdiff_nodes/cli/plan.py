@@ -1,0 +1,133 @@
+"""``asyncdiff plan``: the placement of a model as a table. Loads no weight."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from asyncdiff_nodes.engine import Placement, Plan, PlanError, find_family, place, trace
+
+from .report import console, positive
+from .zoo import PUBLISHED_CUTS, find_model
+
+MIB = 2**20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this command."""
+    parser.add_argument("--model", default="sd15", help="sd15, sd21, sdxl, demo, or a diffusers folder")
+    parser.add_argument("--size", type=positive, default=None, metavar="PX", help="picture size; default: the model's own")
+    parser.add_argument("--segments", type=int, default=2, metavar="N", help="parts that the network is cut into")
+    parser.add_argument("--stride", type=int, default=1, metavar="S", help="steps served by one parallel call, 1 to 4")
+    parser.add_argument("--cuts", default=None, help="block names where segments begin, comma-separated; default: automatic")
+    parser.add_argument("--speeds", default=None, help="relative device speeds, such as 1,0.6; default: equal")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Print the table; returns the same numbers."""
+    model = find_model(arguments.model)
+    skeleton = model.skeleton(torch.float16)
+    family = find_family(skeleton)
+    graph = trace(skeleton, family, *family.example_inputs(skeleton, model.latent_size(arguments.size), 2))
+    cuts = tuple(c.strip() for c in arguments.cuts.split(",")) if arguments.cuts else None
+    plan = Plan(segments=arguments.segments, stride=arguments.stride, cuts=cuts)
+    speeds = _speeds(arguments.speeds, plan)
+    placement = place(graph, plan, speeds)
+    result = describe(placement, speeds)
+    published = PUBLISHED_CUTS.get(model.name, {}).get(plan.segments)
+    if published:
+        theirs = place(graph, Plan(segments=plan.segments, stride=plan.stride, cuts=published))
+        result["published"] = describe(theirs, speeds)
+    result = {"model": model.name, "size": arguments.size, **result}
+    _print(result, console())
+    return result
+
+
+def describe(placement: Placement, speeds: Sequence[float] | None = None) -> dict[str, Any]:
+    """A placement as plain data; bytes for fp16 weights and activations if the graph was traced so."""
+    graph, plan = placement.graph, placement.plan
+    speeds = speeds or [1.0] * plan.world_size
+    shares = placement.shares
+    slowest = max(shares[plan.segment_of_rank(rank)] / speeds[rank] for rank in range(plan.world_size))
+    segments = []
+    for segment in range(plan.segments):
+        blocks = [graph.blocks[i] for i in placement.owned(segment)]
+        received = placement.incoming(segment)
+        sent = sum(
+            graph.blocks[i].output_bytes
+            for rank in range(plan.world_size)
+            for i in placement.incoming(plan.segment_of_rank(rank))
+            if placement.segments[i] == segment
+        )
+        segments.append(
+            {
+                "segment": segment,
+                "ranks": [rank for rank in range(plan.world_size) if plan.segment_of_rank(rank) == segment],
+                "blocks": [block.name for block in blocks],
+                "ranges": _ranges(graph.names, placement.owned(segment)),
+                "gmac": sum(block.macs for block in blocks) / 1e9,
+                "share": shares[segment],
+                "weight_mib": sum(block.weight_bytes for block in blocks) / MIB,
+                "mib_in": placement.received_bytes(segment) / MIB,
+                "mib_out": sent / MIB,
+                "tensors_in": len(received),
+            }
+        )
+    return {
+        "segments_count": plan.segments,
+        "stride": plan.stride,
+        "devices": plan.world_size,
+        "cuts": list(placement.cuts),
+        "wrapped": placement.wrapped,
+        "gmac": graph.macs / 1e9,
+        "max_share": max(shares),
+        "mib_per_call": placement.bytes_per_call / MIB,
+        # against the whole model on the fastest of the devices
+        "predicted_speedup": plan.stride / (slowest * max(speeds)),
+        "segments": segments,
+    }
+
+
+def _speeds(text: str | None, plan: Plan) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise PlanError(f"--speeds {text!r}: give {plan.world_size} numbers separated by commas, such as 1,0.6") from None
+
+
+def _print(result: dict[str, Any], console: Console) -> None:
+    kind = "wrapped" if result["wrapped"] else "linear"
+    table = Table(title=f"{result['model']}: {result['segments_count']} segments, stride {result['stride']}, {kind} cuts")
+    for column in ("segment", "blocks", "GMAC", "share", "weights MiB", "MiB in", "MiB out"):
+        table.add_column(column, justify="left" if column == "blocks" else "right", no_wrap=True)
+    for s in result["segments"]:
+        table.add_row(
+            f"{s['segment']}" + (f" x{len(s['ranks'])}" if len(s["ranks"]) > 1 else ""),
+            "\n".join(s["ranges"]),
+            f"{s['gmac']:.1f}",
+            f"{s['share']:.3f}",
+            f"{s['weight_mib']:.0f}",
+            f"{s['mib_in']:.2f}",
+            f"{s['mib_out']:.2f}",
+        )
+    console.print(table)
+    line = "largest share {max_share:.3f}, {mib_per_call:.2f} MiB per call, predicted speed-up {predicted_speedup:.2f}x"
+    console.print(f"{result['devices']} devices: " + line.format(**result))
+    console.print(f"cuts: {' · '.join(result['cuts'])}")
+    if "published" in result:
+        console.print("published cuts: " + line.format(**result["published"]), style="dim")
+    console.print("Per call at CFG batch 2, fp16; predicted from MACs, without warm-up and transport.", style="dim")
+
+
+def _ranges(names: Sequence[str], owned: Sequence[int]) -> list[str]:
+    """First and last block of each contiguous run; a wrapped segment has two."""
+    starts = [i for i in owned if i - 1 not in owned]
+    ends = [i for i in owned if i + 1 not in owned]
+    return [names[a] if a == b else f"{names[a]} ... {names[b]}" for a, b in zip(starts, ends, strict=True)]

@@ -1,0 +1,127 @@
+"""Models by name for ``plan`` and ``bench``: true architectures; weights only where a command asks for them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
+
+_SDXL_DOWN = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "sd21": {
+        "sample_size": 96,
+        "cross_attention_dim": 1024,
+        "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+    },
+    "sdxl": {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": _SDXL_DOWN,
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+
+# where the published implementation cuts (github.com/czg1225/AsyncDiff), by model and number of segments
+PUBLISHED_CUTS: dict[str, dict[int, tuple[str, ...]]] = {
+    "sd15": {
+        2: ("conv_in", "up_blocks.1.attentions.1"),
+        3: ("conv_in", "mid_block", "up_blocks.2.attentions.2"),
+        4: ("conv_in", "down_blocks.2", "up_blocks.1.attentions.1", "up_blocks.3"),
+    },
+    "sd21": {
+        2: ("conv_in", "up_blocks.1.attentions.2"),
+        3: ("conv_in", "mid_block", "up_blocks.3"),
+        4: ("conv_in", "down_blocks.2", "up_blocks.2", "up_blocks.3.attentions.0"),
+    },
+    "sdxl": {
+        2: ("down_blocks.2", "up_blocks.0.resnets.2"),
+        3: ("down_blocks.2", "up_blocks.0.attentions.0", "up_blocks.1"),
+        4: ("down_blocks.1.attentions.0", "mid_block", "up_blocks.0.resnets.1", "up_blocks.1"),
+    },
+}
+PUBLISHED_CUTS["demo"] = PUBLISHED_CUTS["sd15"]  # the same block layout
+
+
+@dataclass(frozen=True)
+class Model:
+    """One architecture.
+
+    Attributes:
+        name: as the user gave it.
+        config: of diffusers' ``UNet2DConditionModel``.
+        pixels_per_latent: picture pixels per latent pixel, along one side.
+    """
+
+    name: str
+    config: dict[str, Any]
+    pixels_per_latent: int
+
+    def latent_size(self, pixels: int | None) -> int:
+        """Latent pixels along one side for a picture of ``pixels``; the model's own size if None."""
+        if pixels is None:
+            return self.config["sample_size"]
+        step = self.pixels_per_latent * 2 ** (len(self.config.get("block_out_channels", (0,) * 4)) - 1)
+        if pixels < step or pixels % step:
+            raise ValueError(f"--size {pixels}: model {self.name} needs a multiple of {step} pixels")
+        return pixels // self.pixels_per_latent
+
+    def skeleton(self, dtype: torch.dtype) -> nn.Module:
+        """The module tree on the meta device."""
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(self.config)
+        # Module.to: diffusers' own warns about lists of layers that are empty here
+        return nn.Module.to(unet, dtype).eval().requires_grad_(False)
+
+    def with_random_weights(self, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
+        """The model at its true size with small random weights: right for speed, not for pictures."""
+        unet = self.skeleton(dtype).to_empty(device=device)
+        torch.manual_seed(0)
+        for name, parameter in unet.named_parameters():
+            if parameter.ndim > 1:
+                parameter.uniform_(-0.02, 0.02)
+            else:
+                parameter.fill_(float(name.endswith("weight")))
+        return unet
+
+
+def find_model(name: str) -> Model:
+    """A model by name, or the UNet of a diffusers folder.
+
+    Raises:
+        FileNotFoundError: neither.
+    """
+    if name in _CONFIGS:
+        return Model(name, _CONFIGS[name], pixels_per_latent=8)
+    folder = DEMO_WEIGHTS if name == "demo" else Path(name)
+    for path in (folder / "unet" / "config.json", folder / "config.json"):
+        if path.is_file():
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if config.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
+                raise ValueError(f"--model {name}: {path} is a {config['_class_name']}, not a UNet2DConditionModel")
+            return Model(name, config, pixels_per_latent=2 if name == "demo" else _vae_scale(folder))
+    raise FileNotFoundError(
+        f"--model {name}: neither one of {', '.join([*_CONFIGS, 'demo'])} nor a diffusers folder with unet/config.json"
+    )
+
+
+def _vae_scale(folder: Path) -> int:
+    path = folder / "vae" / "config.json"
+    if not path.is_file():
+        return 8
+    return 2 ** (len(json.loads(path.read_text(encoding="utf-8"))["block_out_channels"]) - 1)
