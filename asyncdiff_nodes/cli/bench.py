@@ -223,7 +223,18 @@ def _name(plan: Plan) -> str:
 
 def _print(facts: dict[str, Any], rows: list[dict[str, Any]], out: Any) -> None:
     table = Table(title="{model}, {size} px, batch {batch}, {dtype}, {threads} thread(s) per CPU rank".format(**facts))
-    for column in ("plan N,S,W", "unrouted s", "warm-up s", "async s", "speed-up", "ideal", "of ideal", "MiB/call", "waiting", ""):
+    for column in (
+        "plan N,S,W",
+        "unrouted s",
+        "warm-up s",
+        "async s",
+        "speed-up",
+        "ideal",
+        "of ideal",
+        "MiB/call",
+        "waiting",
+        "",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for r in rows:
         table.add_row(

@@ -1,2 +1,160 @@
-def add_arguments(p): pass
-def run(a): return {}
+"""``asyncdiff demo``: the shipped model makes the same pictures sequentially and with AsyncDiff, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from rich.progress import Progress
+from rich.table import Table
+from skimage.metrics import peak_signal_noise_ratio
+
+from asyncdiff_nodes.demo import DemoPipeline
+from asyncdiff_nodes.engine import Plan, WorkerGroup
+
+from .plan import MIB
+from .report import console, positive
+
+PROMPTS = ("red heart", "dog face", "pizza", "sunflower", "soccer ball", "strawberry", "octopus", "rocket")
+_ZOOM, _GAIN = 4, 4  # picture pixels per model pixel; amplification of the difference
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this command."""
+    parser.add_argument("prompts", nargs="*", default=list(PROMPTS), help="one picture each")
+    parser.add_argument("--segments", type=int, default=2, metavar="N", help="parts that the network is cut into")
+    parser.add_argument("--stride", type=int, default=1, metavar="S", help="steps served by one parallel call, 1 to 4")
+    parser.add_argument("--warmup", type=int, default=3, metavar="W", help="synchronous steps at the start")
+    parser.add_argument("--steps", type=positive, default=30, metavar="T", help="denoising steps")
+    parser.add_argument("--scheduler", default="ddim", help="ddim, euler, dpmpp_2m or euler_a")
+    parser.add_argument("--cfg", type=float, default=None, help="guidance scale; default: the model's")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial noise")
+    parser.add_argument("--devices", default=None, help="comma-separated, one per rank; default: cpu for each")
+    parser.add_argument("--threads", type=positive, default=1, help="threads per device, for both sides of the comparison")
+    parser.add_argument("--out", default="out", metavar="DIR", help="folder for the pictures")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Make the pictures, print the table, write the PNG; returns the table's numbers."""
+    plan = Plan(segments=arguments.segments, stride=arguments.stride, warmup=arguments.warmup)
+    devices = arguments.devices.split(",") if arguments.devices else ["cpu"] * plan.world_size
+    torch.set_num_threads(arguments.threads)
+    out, pipeline = console(), DemoPipeline.load()
+    for word in pipeline.unknown_words(arguments.prompts):
+        out.print(f"note: the demo model does not know the word {word!r}", markup=False)
+
+    def sample(unet: Callable[..., Any], begin: Callable[[Any], None], steps: int, advance: Callable[[], None]) -> Any:
+        """Pictures [B, H, W, 3] in 0..1, and seconds of each step."""
+        times: list[float] = []
+
+        def on_start(timesteps: torch.Tensor) -> None:
+            begin(timesteps)
+            times.append(time.perf_counter())
+
+        def callback(_: int, __: int) -> None:
+            times.append(time.perf_counter())
+            advance()
+
+        options = {} if arguments.cfg is None else {"cfg": arguments.cfg}
+        pictures = pipeline.sample(
+            list(arguments.prompts), steps=steps, scheduler=arguments.scheduler, seed=arguments.seed, unet=unet,
+            on_start=on_start, callback=callback, output="float", **options,
+        )  # fmt: skip
+        return pictures, [b - a for a, b in itertools.pairwise(times)]
+
+    rows, pictures = [], {}
+    with Progress(console=out, transient=True) as progress:
+
+        def advancing(name: str, steps: int) -> Callable[[], None]:
+            task = progress.add_task(name, total=steps)
+            return lambda: progress.advance(task)
+
+        total = arguments.steps
+        sequential, times = sample(pipeline.unet, lambda _: None, total, advancing("sequential", total))
+        # the first step pays for one-time preparations on both sides
+        rows.append({"method": "sequential", "steps": total, "step_s": statistics.median(times[1:] or times), "speedup": 1.0})
+        for method, forecast in (("AsyncDiff, forecast", 1), ("AsyncDiff, plain reuse", 0)):
+            progress.console.print(f"starting {plan.world_size} processes: {', '.join(devices)}")
+            with WorkerGroup(
+                pipeline.unet, replace(plan, forecast=forecast), devices, threads_per_rank=arguments.threads
+            ) as group:
+                sample(group, group.begin, min(total, plan.warmup + 2), lambda: None)  # one-time preparations
+                pictures[method], times = sample(group, group.begin, total, advancing(method, total))
+                stats = group.stats()
+            calls = len({record.call for record in stats.records})
+            # medians of whole batches, since the later calls of a batch take no time
+            steps = times[plan.warmup :] or times
+            batches = [sum(steps[i : i + plan.stride]) / plan.stride for i in range(0, len(steps), plan.stride)]
+            row = {"method": method, "steps": total, "step_s": statistics.median(batches)}
+            rows.append({**row, "mib_per_call": stats.bytes_sent / calls / MIB})
+        cost = plan.warmup + math.ceil(max(0, total - plan.warmup) / plan.stride) * max(group.placement.shares)
+        fewer = min(total, math.ceil(cost))
+        pictures["fewer steps"], times = sample(pipeline.unet, lambda _: None, fewer, advancing("fewer steps", fewer))
+        rows.append({"method": "fewer steps", "steps": fewer, "step_s": statistics.median(times[1:] or times)})
+    for row in rows[1:]:
+        row["speedup"] = rows[0]["step_s"] * total / (row["step_s"] * row["steps"])
+        row["psnr"] = _psnr(sequential, pictures[row["method"]])
+    folder = Path(arguments.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "demo.png"
+    _sheet(list(arguments.prompts), sequential, pictures["AsyncDiff, forecast"], plan).save(path)
+    _print(rows, plan, out)
+    out.print(f"{path}: sequential, AsyncDiff, difference x{_GAIN}")
+    return {
+        "plan": {"segments": plan.segments, "stride": plan.stride, "warmup": plan.warmup, "cuts": group.placement.cuts},
+        "devices": devices, "threads": arguments.threads, "scheduler": arguments.scheduler, "seed": arguments.seed,
+        "prompts": list(arguments.prompts), "rows": rows, "picture": str(path),
+    }  # fmt: skip
+
+
+def _psnr(reference: np.ndarray, pictures: np.ndarray) -> float:
+    """Mean over the pictures, in dB; identical ones count as 100 dB."""
+    with np.errstate(divide="ignore"):
+        values = [peak_signal_noise_ratio(a, b, data_range=1.0) for a, b in zip(reference, pictures, strict=True)]
+    return float(np.mean(np.minimum(values, 100.0)))
+
+
+def _sheet(prompts: list[str], sequential: np.ndarray, asynchronous: np.ndarray, plan: Plan) -> Image.Image:
+    """One row per prompt: sequential, AsyncDiff, amplified difference."""
+    size, gap, label, head = sequential.shape[1] * _ZOOM, 8, 110, 24
+    font = ImageFont.load_default(13)
+    sheet = Image.new("RGB", (label + 3 * (size + gap), head + len(prompts) * (size + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    titles = ("sequential", f"AsyncDiff N={plan.segments} S={plan.stride}", f"difference x{_GAIN}")
+    for column, title in enumerate(titles):
+        draw.text((label + column * (size + gap), 4), title, fill="black", font=font)
+    for row, prompt in enumerate(prompts):
+        top = head + row * (size + gap)
+        draw.multiline_text((4, top + size // 2 - 8), prompt.replace(" ", "\n"), fill="black", font=font)
+        difference = np.clip(np.abs(asynchronous[row] - sequential[row]) * _GAIN, 0, 1)
+        for column, picture in enumerate((sequential[row], asynchronous[row], difference)):
+            tile = Image.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8))
+            sheet.paste(tile.resize((size, size), Image.Resampling.NEAREST), (label + column * (size + gap), top))
+    return sheet
+
+
+def _print(rows: list[dict[str, Any]], plan: Plan, out: Any) -> None:
+    table = Table(title=f"N={plan.segments}, S={plan.stride}, W={plan.warmup}: {plan.world_size} devices")
+    for column in ("method", "steps", "s per step", "speed-up", "MiB per call", "PSNR to sequential"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["method"],
+            str(row["steps"]),
+            f"{row['step_s']:.4f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['mib_per_call']:.2f}" if "mib_per_call" in row else "",
+            f"{row['psnr']:.1f} dB" if "psnr" in row else "",
+        )
+    out.print(table)
+    out.print("Seconds per asynchronous step, median; speed-up of these steps at the same threads per device.", style="dim")

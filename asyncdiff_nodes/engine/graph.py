@@ -39,10 +39,12 @@ class TensorMeta:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Size of the elements."""
         return self.numel * self.dtype.itemsize
 
 
@@ -66,6 +68,7 @@ class Block:
 
     @property
     def output_bytes(self) -> int:
+        """Bytes that one reader on another rank receives per call."""
         return sum(meta.nbytes for meta in self.outputs)
 
 
@@ -87,6 +90,7 @@ class BlockGraph:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Block names in execution order."""
         return tuple(block.name for block in self.blocks)
 
     @property
@@ -211,9 +215,7 @@ def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: di
 
     edges.update((source, len(order) - 1) for source in provenance.sources(result) if source != len(order) - 1)
     modules = {name: skeleton.get_submodule(name) for name in order}
-    blocks = tuple(
-        Block(name, *outputs[name], macs=macs[name] // 2, weight_bytes=_nbytes(modules[name])) for name in order
-    )
+    blocks = tuple(Block(name, *outputs[name], macs=macs[name] // 2, weight_bytes=_nbytes(modules[name])) for name in order)
     return BlockGraph(
         blocks=blocks,
         edges=frozenset(edges),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -92,6 +93,7 @@ class Placement(Mapping[str, int]):
 
     @property
     def cuts(self) -> tuple[str, ...]:
+        """The block that each segment begins with."""
         return tuple(self.graph.names[start] for start in self.starts)
 
     @property
@@ -105,9 +107,7 @@ class Placement(Mapping[str, int]):
 
     def incoming(self, segment: int) -> tuple[int, ...]:
         """Producers elsewhere whose outputs ``segment`` reads, in execution order."""
-        return tuple(
-            sorted({p for p, c in self.graph.edges if self.segments[c] == segment and self.segments[p] != segment})
-        )
+        return tuple(sorted({p for p, c in self.graph.edges if self.segments[c] == segment and self.segments[p] != segment}))
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -138,7 +138,7 @@ def place(graph: BlockGraph, plan: Plan, speeds: Sequence[float] | None = None) 
         raise PlanError(f"segments={plan.segments}, but this model has only {len(graph.blocks)} blocks: choose fewer segments")
     if plan.cuts is not None:
         starts = [graph.find(cut) for cut in plan.cuts]
-        if any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
+        if any(a >= b for a, b in itertools.pairwise(starts)):
             raise PlanError(
                 f"cuts out of order: {', '.join(plan.cuts)} begin at blocks {starts}; name them in execution order, each once"
             )

@@ -95,10 +95,12 @@ class Ranks:
 
     @property
     def pids(self) -> list[int]:
+        """Process ids, by rank."""
         return [process.pid for process in self._processes]
 
     @property
     def closed(self) -> bool:
+        """Whether :meth:`close` was called or a rank failed."""
         return self._closing.is_set()
 
     def send(self, rank: int, header: Any, tensors: Sequence[torch.Tensor] = (), *, deadline: float) -> None:
@@ -144,7 +146,9 @@ class Ranks:
         if self._poll is not None:
             self._poll()
         if time.monotonic() > deadline:
-            self._fail(DeadlineError(f"waited too long for {what}; all ranks were stopped. Raise the timeout if they were only slow"))
+            self._fail(
+                DeadlineError(f"waited too long for {what}; all ranks were stopped. Raise the timeout if they were only slow")
+            )
 
     def _explain(self, rank: int, header: Any) -> WorkerError:
         if header[0] == "failure":

@@ -48,6 +48,7 @@ class Call:
 
     @property
     def computes(self) -> bool:
+        """Whether any rank computes in this call."""
         return bool(self.timestep_indices)
 
 

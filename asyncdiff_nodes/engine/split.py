@@ -143,9 +143,7 @@ class SplitModel:
             wait = sum(seconds(b) - seconds(a) for a, b in waits)
             begin, finish = seconds(start), seconds(end)
             drift = {name: float(d) for name, d in drifts.items()}
-            found.append(
-                CallRecord(**facts, start=begin, end=finish, compute=finish - begin - wait, wait=wait, drift=drift)
-            )
+            found.append(CallRecord(**facts, start=begin, end=finish, compute=finish - begin - wait, wait=wait, drift=drift))
         return found
 
     def _arrival(self, sender: int, metas: Sequence[TensorMeta]) -> Any:

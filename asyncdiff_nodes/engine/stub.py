@@ -67,4 +67,5 @@ class Stub(nn.Module):
         self._fetch = fetch
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The stand-in value, whatever the arguments."""
         return self._fetch()

@@ -55,6 +55,7 @@ class RankReport:
 
     @property
     def weight_bytes(self) -> int:
+        """Bytes of all weights held."""
         return sum(self.weights.values())
 
 

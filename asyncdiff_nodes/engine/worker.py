@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -87,19 +88,15 @@ def main(rank: int, conn: Connection, death: Connection) -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent closed the group
     except BaseException:
-        try:
+        with contextlib.suppress(OSError):
             wire.send(conn, ("failure", traceback.format_exc()))
-        except OSError:
-            pass
         os._exit(1)  # not sys.exit: links with a dead peer would hang in their destructors
     os._exit(0)
 
 
 def _exit_with_parent(death: Connection) -> None:
-    try:
+    with contextlib.suppress(EOFError, OSError):
         death.recv_bytes()
-    except (EOFError, OSError):
-        pass
     os._exit(1)
 
 
