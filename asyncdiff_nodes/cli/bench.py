@@ -212,8 +212,8 @@ def _check_memory(model: Model, dtype: torch.dtype, devices: list[str]) -> None:
     free = psutil.virtual_memory().available
     if weights * on_cpu * 1.1 > free:
         raise DeviceError(
-            f"bench of {model.name} in {dtype} needs about {weights * on_cpu * 1.1 / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB "
-            "are free: choose a smaller model or --dtype float16"
+            f"bench of {model.name} in {dtype} needs about {weights * on_cpu * 1.1 / 2**30:.0f} GiB of memory, "
+            f"{free / 2**30:.0f} GiB are free: choose a smaller model or --dtype float16"
         )
 
 

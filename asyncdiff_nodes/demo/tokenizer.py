@@ -25,7 +25,7 @@ class WordTokenizer:
 
     def __init__(self, words: list[str], length: int) -> None:
         if words[:2] != [PAD, UNK]:
-            raise ValueError(f"vocabulary starts with {words[:2]}, expected {[PAD, UNK]}: use the vocab.json as exported")
+            raise ValueError(f"words: starts with {words[:2]}, not {[PAD, UNK]}; use the vocab.json as exported")
         self.words = list(words)
         self.length = length
         self._ids = {word: index for index, word in enumerate(words)}

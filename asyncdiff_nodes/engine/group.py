@@ -122,9 +122,7 @@ class WorkerGroup:
         self._run += 1
         self._streams.clear()
         self._results.clear()
-        deadline = time.monotonic() + self._call_timeout
-        for rank in range(self.plan.world_size):
-            self._ranks.send(rank, ("reset",), deadline=deadline)
+        self._send_all([(("reset",), [])] * self.plan.world_size, time.monotonic() + self._call_timeout)
 
     def __call__(self, *args: Any, stream: Hashable = None, **kwargs: Any) -> Any:
         """One call of the model, routed.
@@ -302,8 +300,8 @@ class WorkerGroup:
         expected = self._schedule[call.index]
         if abs(given - expected) > 1e-3 * max(1.0, abs(expected)):
             raise ScheduleError(
-                f"call {call.index + 1} has timestep {given:g}, but begin() announced {expected:g}; with stride > 1 the calls must "
-                "follow the schedule (samplers that call the model twice per step need stride=1)"
+                f"call {call.index + 1} has timestep {given:g}, but begin() announced {expected:g}; with stride > 1 the calls "
+                "must follow the schedule (samplers that call the model twice per step need stride=1)"
             )
 
     def _timestep_for(self, state: _Stream, call: Call, index: int, timestep: Any) -> Any:
@@ -347,6 +345,7 @@ class WorkerGroup:
         synchronous = call.kind is Kind.SYNCHRONOUS
         layouts = None if state.sent else tuple((block.outputs, block.structure) for block in state.graph.blocks)
         results = dict(call.results)
+        messages = []
         for rank, index in enumerate(call.timestep_indices):
             t = self._timestep_for(state, call, index, timestep)
             message = CallMessage(
@@ -363,8 +362,18 @@ class WorkerGroup:
                 result=results.get(rank),
             )
             extra = [wire.dense_on_cpu(t).clone()] if isinstance(t, torch.Tensor) else []
-            self._ranks.send(rank, ("call", message), [*tensors, *extra], deadline=deadline)
+            messages.append((("call", message), [*tensors, *extra]))
+        self._send_all(messages, deadline)
         state.sent = sent
+
+    def _send_all(self, messages: Sequence[tuple[Any, list[torch.Tensor]]], deadline: float) -> None:
+        """One message to each rank. All or none: a call that only some ranks know of could never end."""
+        try:
+            for rank, (header, tensors) in enumerate(messages):
+                self._ranks.send(rank, header, tensors, deadline=deadline)
+        except BaseException:
+            self.close()
+            raise
 
     def _result(self, key: Hashable, index: int, deadline: float) -> tuple[list[torch.Tensor], Any]:
         while (key, index) not in self._results:

@@ -109,13 +109,13 @@ class Ranks:
         Args:
             deadline: on the monotonic clock.
         """
+        self._check_open()
         while True:
-            self._check(deadline, f"rank {rank} to take a message")
             try:
                 self._outboxes[rank].put((header, tensors), timeout=_POLL)
                 return
             except queue.Full:
-                continue
+                self._check(deadline, f"rank {rank} to take a message")
 
     def next_message(self, deadline: float, what: str) -> tuple[int, Any, list[torch.Tensor]]:
         """The next (rank, header, tensors) from any rank.
@@ -138,11 +138,14 @@ class Ranks:
                 return rank, header, tensors
             self._fail(self._explain(rank, header))
 
-    def _check(self, deadline: float, what: str) -> None:
+    def _check_open(self) -> None:
         if self._failure is not None:
             raise GroupClosedError(f"this worker group has failed before ({self._failure}): start a new one") from self._failure
         if self.closed:
             raise GroupClosedError("this worker group is closed: start a new one")
+
+    def _check(self, deadline: float, what: str) -> None:
+        self._check_open()
         if self._poll is not None:
             self._poll()
         if time.monotonic() > deadline:
@@ -154,7 +157,7 @@ class Ranks:
         if header[0] == "failure":
             # when one rank dies, its peers fail on their broken links: look for the one that began it
             time.sleep(0.2)
-            dead = [r for r, p in enumerate(self._processes) if p.exitcode not in (None, 0, 1)]
+            dead = [r for r, p in enumerate(self._processes) if p.exitcode not in (None, 1)]
             if not dead:
                 return WorkerError(f"rank {rank} failed", rank, header[1])
             rank = dead[0]

@@ -1,0 +1,107 @@
+"""The command line, run as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from asyncdiff_nodes.cli import main
+
+
+def run(tmp_path, *argv):
+    """Exit status and the JSON that the command wrote."""
+    path = tmp_path / "result.json"
+    status = main([*argv, "--json", str(path)])
+    return status, json.loads(path.read_text()) if path.exists() else None
+
+
+def test_plan_of_sd15_is_balanced_and_cheap(tmp_path, capsys):
+    status, result = run(tmp_path, "plan", "--model", "sd15", "--size", "512", "--segments", "2")
+    assert status == 0
+    assert result["max_share"] <= 0.501 * 1.03
+    assert result["mib_per_call"] < 5
+    assert len(result["segments"]) == 2
+    assert sum(s["share"] for s in result["segments"]) == pytest.approx(1)
+    assert sum(s["gmac"] for s in result["segments"]) == pytest.approx(803.3, abs=0.1)
+    assert sum(s["weight_mib"] for s in result["segments"]) == pytest.approx(1635.5, abs=0.1)  # fp16
+    assert sum(s["mib_in"] for s in result["segments"]) == pytest.approx(result["mib_per_call"])
+    assert sum(s["mib_out"] for s in result["segments"]) == pytest.approx(result["mib_per_call"])
+    assert result["published"]["max_share"] == pytest.approx(0.560, abs=0.001)
+    assert {"command", "commit", "machine"} <= set(result)
+    assert "published cuts" in capsys.readouterr().out
+
+
+def test_plan_takes_cuts_stride_and_speeds(tmp_path):
+    _, named = run(tmp_path, "plan", "--model", "demo", "--cuts", "conv_in,mid_block")
+    assert named["cuts"] == ["conv_in", "mid_block.resnets.0"]
+    assert not named["wrapped"]
+    _, strided = run(tmp_path, "plan", "--model", "demo", "--segments", "3", "--stride", "2")
+    assert strided["devices"] == 4
+    assert strided["segments"][-1]["ranks"] == [2, 3]
+    _, uneven = run(tmp_path, "plan", "--model", "demo", "--speeds", "1,0.5")
+    assert uneven["segments"][0]["share"] == pytest.approx(2 / 3, abs=0.05)
+    assert uneven["predicted_speedup"] == pytest.approx(1.5, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["plan", "--model", "nope"], "nope"),
+        (["plan", "--size", "100"], "multiple of 64"),
+        (["plan", "--cuts", "conv_in,elsewhere"], "elsewhere"),
+        (["plan", "--segments", "1"], "segments=1"),
+        (["plan", "--speeds", "1,fast"], "1,fast"),
+        (["bench", "--plans", "2,1"], "2,1"),
+        (["bench", "--plans", ";"], "--plans"),
+        (["demo", "--devices", "cuda:99,cpu"], "cuda:99"),
+        (["demo", "--scheduler", "magic"], "magic"),
+    ],
+)
+def test_bad_values_are_named_without_a_traceback(argv, message, capsys, tmp_path):
+    if argv[0] == "demo":
+        argv = [*argv, "--steps", "1", "--out", str(tmp_path)]
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_doctor_finds_this_machine(tmp_path, capsys):
+    status, result = run(tmp_path, "doctor")
+    assert status == 0
+    assert result["found"]["loopback"] is True
+    assert result["found"]["packages"]["diffusers"]
+    assert not any(problem["fatal"] for problem in result["problems"])
+    assert "Will be used" in capsys.readouterr().out
+
+
+def test_bench_measures_and_projects(tmp_path):
+    status, result = run(tmp_path, "bench", "--model", "demo", "--size", "32", "--plans", "2,1,1;5,1,1", "--steps", "7")
+    assert status == 0
+    measured, projected = result["rows"]
+    assert (measured["plan"], measured["projected"]) == ("2,1,1", False)
+    assert (projected["plan"], projected["projected"]) == ("5,1,1", True)
+    for row in result["rows"]:
+        assert row["mib_per_call"] == pytest.approx(row["planned_mib_per_call"])
+        assert row["speedup"] == pytest.approx(row["unrouted_s"] / row["step_s"])
+        assert row["share_of_ideal"] == pytest.approx(row["speedup"] / row["ideal"])
+        assert 0 <= row["wait_share"] < 1
+    assert measured["ideal"] == pytest.approx(measured["scaling"] / 2 / measured["max_share"])
+
+
+def test_demo_draws_both_pictures_and_their_difference(tmp_path):
+    status, result = run(tmp_path, "demo", "red heart", "pizza", "--steps", "20", "--warmup", "3", "--out", str(tmp_path / "out"))
+    assert status == 0
+    rows = {row["method"]: row for row in result["rows"]}
+    assert set(rows) == {"sequential", "AsyncDiff, forecast", "AsyncDiff, plain reuse", "fewer steps"}
+    assert rows["AsyncDiff, forecast"]["psnr"] > rows["AsyncDiff, plain reuse"]["psnr"]
+    assert rows["fewer steps"]["steps"] < 20
+    with Image.open(tmp_path / "out" / "demo.png") as sheet:
+        assert sheet.width > 3 * 128
+        assert sheet.height > 2 * 128
+
+
+def test_module_runs_as_a_program():
+    result = subprocess.run([sys.executable, "-m", "asyncdiff_nodes", "--help"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0
+    assert all(name in result.stdout for name in ("demo", "plan", "bench", "doctor"))

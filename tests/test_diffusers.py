@@ -1,0 +1,111 @@
+"""The pipeline adapter, on real diffusers pipelines with small random networks."""
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+
+from asyncdiff_nodes.diffusers import accelerate
+from asyncdiff_nodes.engine import Plan, Simulator
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=32, norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=(16, 16), norm_num_groups=8, latent_channels=4,
+                        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
+    pipe = StableDiffusionPipeline(
+        vae=vae, text_encoder=None, tokenizer=None, unet=unet, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def embeds(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "prompt_embeds": torch.randn(1, 8, 32, generator=generator),
+        "negative_prompt_embeds": torch.randn(1, 8, 32, generator=generator),
+    }
+
+
+def run(pipe, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(**embeds(seed), num_inference_steps=STEPS, output_type="latent", generator=generator, **options).images
+
+
+def test_synchronous_run_is_the_pipelines_own_and_the_unet_comes_back(pipe):
+    original, expected = pipe.unet, run(pipe)
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    image_to_image = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    image_to_image.set_progress_bar_config(disable=True)
+    expected_image = run(image_to_image, image=picture, strength=0.5)
+    seen = []
+    with accelerate(pipe, Plan(warmup=STEPS), threads_per_rank=1) as routed:
+        assert pipe.unet is routed
+        actual = run(pipe, callback_on_step_end=lambda p, i, t, k: seen.append(i) or k)
+        assert torch.equal(actual, expected)
+        assert seen == list(range(STEPS))
+        assert len({record.call for record in routed.stats().records}) == STEPS
+        assert all(record.synchronous for record in routed.stats().records)
+        image_to_image.unet = routed
+        assert torch.equal(run(image_to_image, image=picture, strength=0.5), expected_image)
+        assert len({record.call for record in routed.stats().records}) == STEPS // 2
+    assert pipe.unet is original
+    assert torch.equal(run(pipe), expected)
+
+
+def test_asynchronous_stride_run_begins_anew_each_time_and_follows_another_scheduler(pipe):
+    plan = Plan(segments=2, stride=2, warmup=1)
+
+    def simulated():
+        original = pipe.unet
+        with Simulator(original, plan) as simulator:
+
+            class Routed(torch.nn.Module):
+                config, dtype, device = original.config, original.dtype, original.device
+
+                def forward(self, *args, **kwargs):
+                    return simulator(*args, **kwargs)
+
+            pipe.scheduler.set_timesteps(STEPS)
+            simulator.begin(pipe.scheduler.timesteps)
+            pipe.unet = Routed()
+            try:
+                return run(pipe)
+            finally:
+                pipe.unet = original
+
+    sequential, expected = run(pipe), simulated()
+    with accelerate(pipe, plan, ["cpu"] * 3, threads_per_rank=1):
+        first = run(pipe)
+        assert torch.allclose(first, expected, atol=1e-5)
+        assert not torch.equal(first, sequential)
+        assert torch.equal(run(pipe), first)  # nothing of the first run is left
+        before, pipe.scheduler = pipe.scheduler, EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+        try:
+            assert torch.isfinite(run(pipe)).all()
+        finally:
+            pipe.scheduler = before
+
+
+def test_a_pipeline_without_a_unet_is_refused():
+    with pytest.raises(TypeError, match="no unet"), accelerate(object()):
+        pass
