@@ -7,7 +7,7 @@ import pickle
 import time
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +18,13 @@ from .devices import parse_devices
 from .errors import DeviceError, InputChangedError, ScheduleError, UnsupportedModelError
 from .family import Family, find_family
 from .graph import BlockGraph, meta_copy, tensors_of, trace
+from .inputs import Inputs, difference
 from .plan import Placement, Plan, place
 from .processes import Ranks
 from .schedule import Call, Kind, call_at
 from .split import Share
 from .telemetry import RunStats
-from .trees import flatten, unflatten
+from .trees import unflatten
 from .worker import Boot, CallMessage
 
 
@@ -34,7 +35,7 @@ class _Stream:
     signature: Any
     graph: BlockGraph
     calls: int = 0
-    sent: list[Any] = field(default_factory=list)  # the leaves that the ranks have
+    sent: list[Any] | None = None  # the leaves that the ranks have
     last_result: Any = None
     last_timestep: Any = None
 
@@ -137,26 +138,21 @@ class WorkerGroup:
         Raises:
             ScheduleError, InputChangedError, WorkerError, DeadlineError, GroupClosedError: see their messages.
         """
-        args, kwargs, timestep, positional = self._without_timestep(args, kwargs)
-        leaves, structure = flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        state = self._stream(stream, leaves, structure, timestep, positional)
-        total = None if self._schedule is None else len(self._schedule)
-        call = call_at(self.plan, state.calls, total)
-        self._check_timestep(call, timestep)
+        inputs = Inputs.take(args, kwargs, self._family.timestep)
+        state = self._stream(stream, inputs)
+        call = call_at(self.plan, state.calls, None if self._schedule is None else len(self._schedule))
+        self._check_timestep(call, inputs)
 
         deadline = time.monotonic() + self._call_timeout
         if call.computes:
-            self._post(stream, state, call, leaves, structure, timestep, positional, deadline)
+            self._post(stream, state, call, inputs, deadline)
         state.calls += 1
-        state.last_timestep = timestep
-        if call.kind is Kind.REPEATED:
-            leaves, structure = state.last_result
-        else:
-            leaves, structure = state.last_result = self._result(stream, call.index, deadline)
-        device = tensors[0].device if tensors else torch.device("cpu")
+        state.last_timestep = inputs.timestep
+        if call.kind is not Kind.REPEATED:
+            state.last_result = self._result(stream, call.index, deadline)
+        leaves, structure = state.last_result
         # copies: a caller may change its result in place, and last_result may be needed again
-        return unflatten([leaf.to(device, copy=True) for leaf in leaves], structure)
+        return unflatten([leaf.to(inputs.device, copy=True) for leaf in leaves], structure)
 
     def stats(self) -> RunStats:
         """Telemetry of the last run, from all ranks."""
@@ -260,111 +256,66 @@ class WorkerGroup:
 
     # -- one call ----------------------------------------------------------------------------------------------------
 
-    def _without_timestep(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], Any, bool]:
-        position, keyword = self._family.timestep
-        if len(args) > position:
-            return args[:position] + args[position + 1 :], kwargs, args[position], True
-        if keyword not in kwargs:
-            raise TypeError(f"missing argument {keyword!r}: pass the timestep as the model's forward takes it")
-        return args, {k: v for k, v in kwargs.items() if k != keyword}, kwargs[keyword], False
-
-    def _stream(self, key: Hashable, leaves: list[Any], structure: Any, timestep: Any, positional: bool) -> _Stream:
-        signature = (repr(structure), positional, tuple(_kind(leaf) for leaf in leaves))
+    def _stream(self, key: Hashable, inputs: Inputs) -> _Stream:
+        """The state of a stream; a new one if this is its first call in the run."""
+        signature = inputs.signature
         if key in self._streams:
             state = self._streams[key]
             if state.signature != signature:
                 raise InputChangedError(
-                    f"the inputs of stream {key!r} changed within a run{_difference(state.signature, signature)}: "
+                    f"the inputs of stream {key!r} changed within a run ({difference(state.signature, signature)}): "
                     "keep shapes and dtypes, use another stream, or call begin() for a new run"
                 )
             return state
-        args, kwargs = self._with_timestep(leaves, structure, timestep, positional)
         if signature not in self._graphs:
-            graph = trace(self._skeleton, self._family, args, kwargs)
+            graph = trace(self._skeleton, self._family, *inputs.arguments())
             if (graph.names, graph.edges) != (self.placement.graph.names, self.placement.graph.edges):
                 raise UnsupportedModelError("these inputs take another path through the model than it was split for")
             self._graphs[signature] = graph
         return self._streams.setdefault(key, _Stream(signature, self._graphs[signature]))
 
-    def _with_timestep(self, leaves: list[Any], structure: Any, timestep: Any, positional: bool) -> tuple[tuple, dict]:
-        position, keyword = self._family.timestep
-        args, kwargs = unflatten(leaves, structure)
-        if positional:
-            return (*args[:position], timestep, *args[position:]), kwargs
-        return args, {**kwargs, keyword: timestep}
-
-    def _check_timestep(self, call: Call, timestep: Any) -> None:
+    def _check_timestep(self, call: Call, inputs: Inputs) -> None:
         if self.plan.stride == 1:
             return  # its timesteps are those of the calls themselves
-        given = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
-        expected = self._schedule[call.index]
+        given, expected = inputs.timestep_number(), self._schedule[call.index]
         if abs(given - expected) > 1e-3 * max(1.0, abs(expected)):
             raise ScheduleError(
                 f"call {call.index + 1} has timestep {given:g}, but begin() announced {expected:g}; with stride > 1 the calls "
                 "must follow the schedule (samplers that call the model twice per step need stride=1)"
             )
 
-    def _timestep_for(self, state: _Stream, call: Call, index: int, timestep: Any) -> Any:
+    def _timestep_for(self, state: _Stream, call: Call, index: int, inputs: Inputs) -> Any:
         if index == call.index:
-            return timestep
+            return inputs.timestep
         if self.plan.stride == 1:
             return state.last_timestep  # time_shift
-        value = self._schedule[index]
-        if isinstance(timestep, torch.Tensor):
-            return torch.full_like(timestep, value)
-        return type(timestep)(value)
+        return inputs.timestep_like(self._schedule[index])
 
-    def _post(
-        self,
-        key: Hashable,
-        state: _Stream,
-        call: Call,
-        leaves: list[Any],
-        structure: Any,
-        timestep: Any,
-        positional: bool,
-        deadline: float,
-    ) -> None:
+    def _post(self, key: Hashable, state: _Stream, call: Call, inputs: Inputs, deadline: float) -> None:
         """Send one computing call to all ranks."""
-        tensors: list[torch.Tensor] = []
-        packed, sent = [], []
-        for position, leaf in enumerate(leaves):
-            if isinstance(leaf, torch.Tensor):
-                leaf = wire.dense_on_cpu(leaf)
-                # by value: a caller may build the same conditioning anew each step, or change a tensor in place
-                if state.sent and torch.equal(leaf, state.sent[position]):
-                    packed.append(("same", None))
-                    sent.append(state.sent[position])
-                    continue
-                leaf = leaf.clone()  # the sending threads and the next comparison read it later
-                packed.append(("tensor", len(tensors)))
-                tensors.append(leaf)
-            else:
-                packed.append(("value", leaf))
-            sent.append(leaf)
-        synchronous = call.kind is Kind.SYNCHRONOUS
-        layouts = None if state.sent else tuple((block.outputs, block.structure) for block in state.graph.blocks)
-        results = dict(call.results)
+        leaves, tensors, known = inputs.pack(state.sent)
+        layouts = None if state.sent is not None else tuple((block.outputs, block.structure) for block in state.graph.blocks)
+        synchronous, results = call.kind is Kind.SYNCHRONOUS, dict(call.results)
         messages = []
         for rank, index in enumerate(call.timestep_indices):
-            t = self._timestep_for(state, call, index, timestep)
+            t = self._timestep_for(state, call, index, inputs)
+            is_tensor = isinstance(t, torch.Tensor)
             message = CallMessage(
                 run=self._run,
                 stream=key,
                 index=call.index,
                 synchronous=synchronous,
                 computes=not (synchronous and rank >= self.plan.segments),
-                structure=structure,
-                leaves=tuple(packed),
-                timestep=("tensor", len(tensors)) if isinstance(t, torch.Tensor) else ("value", t),
-                timestep_positional=positional,
+                leaves=tuple(leaves),
+                structure=inputs.structure,
+                timestep=("tensor", len(tensors)) if is_tensor else ("value", t),
+                positional=inputs.positional,
                 layouts=layouts,
                 result=results.get(rank),
             )
-            extra = [wire.dense_on_cpu(t).clone()] if isinstance(t, torch.Tensor) else []
-            messages.append((("call", message), [*tensors, *extra]))
+            messages.append((("call", message), [*tensors, wire.dense_on_cpu(t).clone()] if is_tensor else tensors))
         self._send_all(messages, deadline)
-        state.sent = sent
+        state.sent = known
 
     def _send_all(self, messages: Sequence[tuple[Any, list[torch.Tensor]]], deadline: float) -> None:
         """One message to each rank. All or none: a call that only some ranks know of could never end."""
@@ -397,16 +348,3 @@ def _pickled(skeleton: nn.Module) -> bytes:
             f"this {type(skeleton).__name__} cannot be sent to a worker process ({error}); "
             "its classes must be importable from a module, and it must hold no lambdas or hooks"
         ) from error
-
-
-def _kind(leaf: Any) -> Any:
-    """What may not change within a run: a tensor's shape and dtype, a flag's value, a number's type."""
-    if isinstance(leaf, torch.Tensor):
-        return tuple(leaf.shape), leaf.dtype
-    return leaf if isinstance(leaf, bool | str | type(None)) else type(leaf)
-
-
-def _difference(old: Any, new: Any) -> str:
-    if old[0] != new[0] or old[1] != new[1]:
-        return " (other arguments)"
-    return next((f" ({a} became {b})" for a, b in zip(old[2], new[2], strict=True) if a != b), "")

@@ -77,10 +77,10 @@ def _fits(arcs: Arcs, speeds: Sequence[float], limit: float, first: int) -> bool
     here, end = first, first + arcs.count
     for segment, speed in enumerate(speeds):
         left = len(speeds) - segment - 1  # segments after this one, each needs a block
-        # only the last segment may wrap: the others begin and end before the last block
-        stop = end if left == 0 else min(arcs.count, end - left)
+        # only the last segment may wrap: each of those after this one begins at a block of its own
+        stop = end if left == 0 else arcs.count - left
         reach = here
-        while reach < stop and arcs.cost(here, reach + 1) <= limit * speed and (left == 0 or reach + 1 < arcs.count):
+        while reach < stop and arcs.cost(here, reach + 1) <= limit * speed:
             reach += 1
         if reach == here:
             return False

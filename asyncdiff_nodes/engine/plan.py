@@ -51,7 +51,8 @@ class Plan:
         if not isinstance(self.time_shift, bool):
             raise PlanError(f"time_shift must be True or False, not {self.time_shift!r}")
         if self.cuts is not None:
-            if isinstance(self.cuts, str) or not all(isinstance(cut, str) and cut for cut in self.cuts):
+            sequence = isinstance(self.cuts, Sequence) and not isinstance(self.cuts, str)
+            if not sequence or not all(isinstance(cut, str) and cut for cut in self.cuts):
                 raise PlanError(f"cuts must be a sequence of block names, not {self.cuts!r}")
             object.__setattr__(self, "cuts", tuple(self.cuts))
             if len(self.cuts) != self.segments:

@@ -61,13 +61,13 @@ def call_at(plan: Plan, k: int, total: int | None) -> Call:
     ranks, last = plan.world_size, plan.segments - 1
     if plan.stride > 1 and total is None:
         raise ScheduleError(f"stride={plan.stride} needs the whole schedule: call begin(timesteps) before the first call")
+    if plan.stride > 1 and k >= total:
+        raise ScheduleError(f"call {k + 1} of a run that was begun with {total} timesteps: call begin(timesteps) for a new run")
     if k < plan.warmup:
         return Call(k, Kind.SYNCHRONOUS, (k,) * ranks, ((last, k),))
     shift = int(plan.time_shift)
     if plan.stride == 1:
         return Call(k, Kind.ASYNCHRONOUS, (k - shift,) * ranks, ((last, k),))
-    if k >= total:
-        raise ScheduleError(f"call {k + 1} of a run that was begun with {total} timesteps: call begin(timesteps) for a new run")
     begin = k - (k - 1) % plan.stride
     if begin < plan.warmup:
         return Call(k, Kind.REPEATED)

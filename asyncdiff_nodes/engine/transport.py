@@ -74,7 +74,7 @@ class Transport:
             nccl = uses_nccl(devices[sender], devices[receiver])
             link = _open_link(dist.PrefixStore(name, store), int(rank == receiver), nccl, timeout)
             self._links[sender, receiver] = link
-            hello = torch.full((1,), sender, device=self._device if nccl else "cpu")
+            hello = torch.full((1,), sender if rank == sender else -1, device=self._device if nccl else "cpu")
             (link.send([hello], 1, 0) if rank == sender else link.recv([hello], 0, 0)).wait()
             if int(hello) != sender:
                 raise RuntimeError(f"link {name} carries foreign data")
@@ -85,8 +85,8 @@ class Transport:
         """Start sending ``value`` in layout ``meta``. Its memory may be changed as soon as this returns."""
         link = self._links[self._rank, receiver]
         self.bytes_sent += meta.nbytes
-        if self._device.type == "cpu" or receiver in self._nccl_peers:
-            copy = empty(meta, self._device).copy_(value)
+        if self._device.type != "cuda" or receiver in self._nccl_peers:
+            copy = empty(meta, self._near(receiver)).copy_(value)
             works = self._sending.setdefault(receiver, [])
             works.append((link.send([flat(copy)], 1, 0), copy))
             while len(works) > 32:  # long done in practice: the receiver needed it a call ago
@@ -104,11 +104,17 @@ class Transport:
     def receive(self, sender: int, meta: TensorMeta) -> Incoming:
         """Start receiving the next value that ``sender`` sends to this rank."""
         link = self._links[sender, self._rank]
-        if self._device.type == "cpu" or sender in self._nccl_peers:
-            value = empty(meta, self._device)
+        near = self._near(sender)
+        if near == self._device:
+            value = empty(meta, near)
             return Incoming(link.recv([flat(value)], 0, 0), value)
-        host = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, pin_memory=True)
+        pinned = self._device.type == "cuda"
+        host = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, pin_memory=pinned)
         return Incoming(link.recv([flat(host)], 0, 0), host, empty(meta, self._device))
+
+    def _near(self, peer: int) -> torch.device:
+        """Where this rank's end of a link to ``peer`` is: on its own GPU with NCCL, in host memory with gloo."""
+        return self._device if peer in self._nccl_peers else torch.device("cpu")
 
 
 def _open_link(store: Any, side: int, nccl: bool, timeout: float) -> Any:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from . import backends, wire
+from .inputs import Packed, join
 from .split import Share, SplitModel
 from .telemetry import RankReport
 from .transport import Transport
-from .trees import flatten, unflatten
+from .trees import flatten
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,8 @@ class CallMessage:
 
     Attributes:
         run, stream, index: which call of which stream.
-        structure: of (args, kwargs), the timestep left out; see :mod:`.trees`.
-        leaves: per leaf ("same", None), ("value", object) or ("tensor", index into the message's tensors).
-        timestep: likewise one such pair.
+        leaves, structure, positional: as in :class:`~.inputs.Inputs`.
+        timestep: this rank's.
         layouts: output layouts of all blocks; on a stream's first call only.
         result: index of the call whose result this rank returns, or None.
     """
@@ -65,10 +65,10 @@ class CallMessage:
     index: int
     synchronous: bool
     computes: bool
+    leaves: tuple[Packed, ...]
     structure: Any
-    leaves: tuple[tuple[str, Any], ...]
-    timestep: tuple[str, Any]
-    timestep_positional: bool
+    timestep: Packed
+    positional: bool
     layouts: tuple[Any, ...] | None
     result: int | None
 
@@ -110,8 +110,8 @@ class _Rank:
         if boot.threads is not None:
             torch.set_num_threads(boot.threads)
         backends.restore(boot.numerics)
-        if self._device.type != "cpu":
-            torch.get_device_module(self._device).set_device(self._device)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # for NCCL and events
         self._model = SplitModel(pickle.loads(boot.skeleton), boot.share, boot.forecast, self._device)
         self._inputs: dict[Hashable, list[Any]] = {}
         for _ in range(boot.weights):
@@ -142,13 +142,8 @@ class _Rank:
             known[i] if kind == "same" else self._leaf(kind, what, tensors) for i, (kind, what) in enumerate(message.leaves)
         ]
         self._inputs[message.stream] = leaves
-        args, kwargs = unflatten(leaves, message.structure)
-        position, keyword = self._boot.timestep
         timestep = self._leaf(*message.timestep, tensors)
-        if message.timestep_positional:
-            args = (*args[:position], timestep, *args[position:])
-        else:
-            kwargs = {**kwargs, keyword: timestep}
+        args, kwargs = join(leaves, message.structure, timestep, self._boot.timestep, message.positional)
         if message.layouts is not None:
             self._model.set_layouts(message.stream, message.layouts)
         output = self._model.call(message.stream, message.index, message.synchronous, message.computes, args, kwargs)

@@ -1,0 +1,116 @@
+"""The arguments of one call: the timestep apart, the rest flat, and only what changed on its way to the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import wire
+from .trees import flatten, unflatten
+
+Packed = tuple[str, Any]  # ("same", None), ("value", object) or ("tensor", index into a message's tensors)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments as a list of leaves.
+
+    Attributes:
+        leaves, structure: of (args, kwargs) without the timestep; see :mod:`.trees`.
+        timestep: a number or a tensor, as the model's forward takes it.
+        place: (position, keyword) of the timestep in the model's forward.
+        positional: whether the timestep was passed by position.
+    """
+
+    leaves: list[Any]
+    structure: Any
+    timestep: Any
+    place: tuple[int, str]
+    positional: bool
+
+    @classmethod
+    def take(cls, args: tuple[Any, ...], kwargs: dict[str, Any], place: tuple[int, str]) -> Inputs:
+        """Take a call's arguments apart. Raises TypeError if there is no timestep."""
+        position, keyword = place
+        if len(args) > position:
+            rest = args[:position] + args[position + 1 :]
+            return cls(*flatten((rest, kwargs)), args[position], place, True)
+        if keyword not in kwargs:
+            raise TypeError(f"missing argument {keyword!r}: pass the timestep as the model's forward takes it")
+        rest = {name: value for name, value in kwargs.items() if name != keyword}
+        return cls(*flatten((args, rest)), kwargs[keyword], place, False)
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``(args, kwargs)`` as they were."""
+        return join(self.leaves, self.structure, self.timestep, self.place, self.positional)
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What may not change within a run: structure, shapes, dtypes, flags."""
+        return (repr(self.structure), self.positional, tuple(map(_kind, self.leaves)))
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first tensor."""
+        return next((leaf.device for leaf in self.leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
+
+    def timestep_number(self) -> float:
+        """The timestep as a number, the first one if there is one per batch item."""
+        return float(self.timestep.flatten()[0]) if isinstance(self.timestep, torch.Tensor) else float(self.timestep)
+
+    def timestep_like(self, value: float) -> Any:
+        """``value`` in the form of this call's timestep."""
+        if isinstance(self.timestep, torch.Tensor):
+            return torch.full_like(self.timestep, value)
+        return type(self.timestep)(value)
+
+    def pack(self, sent: list[Any] | None) -> tuple[list[Packed], list[torch.Tensor], list[Any]]:
+        """What to send, given the leaves that the ranks have (``None``: nothing yet).
+
+        Returns:
+            One :data:`Packed` per leaf, the tensors that these name, and the leaves that the ranks have afterwards.
+        """
+        packed: list[Packed] = []
+        tensors: list[torch.Tensor] = []
+        known: list[Any] = []
+        for position, leaf in enumerate(self.leaves):
+            if not isinstance(leaf, torch.Tensor):
+                packed.append(("value", leaf))
+                known.append(leaf)
+                continue
+            leaf = wire.dense_on_cpu(leaf)
+            # by value: a caller may build the same conditioning anew each step, or change a tensor in place
+            if sent is not None and torch.equal(leaf, sent[position]):
+                packed.append(("same", None))
+                known.append(sent[position])
+            else:
+                packed.append(("tensor", len(tensors)))
+                tensors.append(leaf.clone())  # the sending threads and the next comparison read it later
+                known.append(tensors[-1])
+        return packed, tensors, known
+
+
+def join(
+    leaves: list[Any], structure: Any, timestep: Any, place: tuple[int, str], positional: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``(args, kwargs)`` with the timestep back in its place."""
+    args, kwargs = unflatten(leaves, structure)
+    position, keyword = place
+    if positional:
+        return (*args[:position], timestep, *args[position:]), kwargs
+    return args, {**kwargs, keyword: timestep}
+
+
+def difference(old: tuple[Any, ...], new: tuple[Any, ...]) -> str:
+    """How two signatures differ, in words."""
+    if old[:2] != new[:2]:
+        return "other arguments"
+    return next((f"{a} became {b}" for a, b in zip(old[2], new[2], strict=True) if a != b), "no difference")
+
+
+def _kind(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return tuple(leaf.shape), leaf.dtype
+    return leaf if isinstance(leaf, bool | str | type(None)) else type(leaf)
