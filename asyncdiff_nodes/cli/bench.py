@@ -17,7 +17,7 @@ import torch
 from rich.progress import Progress
 from rich.table import Table
 
-from asyncdiff_nodes.engine import CallRecord, DeviceError, Plan, WorkerGroup, find_family
+from asyncdiff_nodes.engine import DeviceError, Plan, PlanError, WorkerGroup, find_family
 
 from .baseline import Baseline
 from .plan import MIB
@@ -42,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure; returns one row per plan."""
     plans, model = parse_plans(arguments.plans), find_model(arguments.model)
+    if late := [_name(plan) for plan in plans if plan.warmup >= arguments.steps]:
+        raise PlanError(f"--steps {arguments.steps} leaves no asynchronous step for plan {late[0]}: take more than its warm-up")
     dtype = getattr(torch, arguments.dtype)
     devices = _devices(arguments.devices, arguments.threads)
     inputs = _inputs(model, model.latent_size(arguments.size), arguments.batch, dtype)
@@ -75,6 +77,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _measure(group: WorkerGroup, plan: Plan, steps: int, inputs: Any, copies: list[Baseline], advance: Any) -> dict[str, Any]:
     """Real speed, with as many devices as ranks."""
     warm, bursts, alone, both = [], [], [], []
+    _prime(group, steps, inputs)
     group.begin(_schedule(steps))
     done = 0
     while done < steps:
@@ -94,79 +97,64 @@ def _measure(group: WorkerGroup, plan: Plan, steps: int, inputs: Any, copies: li
             alone.append(_timed(copies[:1]))
             both.append(_timed(copies))
         advance(length)
-    stats = group.stats()
-    unrouted, step, scaling = statistics.median(alone), statistics.median(bursts), _scaling(alone, both)
+    unrouted, scaling = statistics.median(alone), 2 * statistics.median(alone) / statistics.median(both)
     # every rank profits or suffers from its neighbours as the two copies do
     ideal = scaling / 2 * plan.stride / max(group.placement.shares)
-    return {
-        **_facts(group, stats.records),
-        "unrouted_s": unrouted,
-        "warmup_step_s": statistics.median(warm),
-        "step_s": step,
-        "step_s_all": bursts,
-        "unrouted_s_all": alone,
-        "scaling": scaling,
-        "speedup": unrouted / step,
-        "ideal": ideal,
-        "share_of_ideal": unrouted / step / ideal,
-        "planned_mib_per_call": stats.planned_bytes / MIB,
-    }
+    row = _row(group, unrouted, statistics.median(warm), statistics.median(bursts), ideal)
+    return {**row, "scaling": scaling, "step_s_all": bursts, "unrouted_s_all": alone}
 
 
 def _project(group: WorkerGroup, plan: Plan, steps: int, inputs: Any, copies: list[Baseline], advance: Any) -> dict[str, Any]:
     """More ranks than devices: each segment's time measured while it runs alone, in synchronous calls."""
-    rounds = min(plan.warmup + 3, steps)
     alone, times = [], []
-    for _ in range(rounds):
+    computes: dict[int, list[float]] = {rank: [] for rank in range(plan.segments)}
+    _prime(group, steps, inputs)
+    for _ in range(BURST):
         group.begin(_schedule(steps))
         begin = time.perf_counter()
         _call(group, 0, steps, inputs)
         times.append(time.perf_counter() - begin)
         alone.append(_timed(copies[:1]))
-        records = [r for r in group.stats().records if r.rank < plan.segments]
-        if not alone[1:]:
-            computes: dict[int, list[float]] = {r.rank: [] for r in records}
-        for record in records:
-            computes[record.rank].append(record.compute)
+        for record in group.stats().records:
+            if record.rank in computes:
+                computes[record.rank].append(record.compute)
     advance(steps)
-    unrouted = statistics.median(alone)
-    slowest = max(statistics.median(values) for values in computes.values())
+    segments = [statistics.median(values) for values in computes.values()]
     ideal = plan.stride / max(group.placement.shares)
+    row = _row(group, statistics.median(alone), statistics.median(times), max(segments) / plan.stride, ideal)
+    return {**row, "segment_s": segments}
+
+
+def _row(group: WorkerGroup, unrouted: float, warmup_step: float, step: float, ideal: float) -> dict[str, Any]:
     stats = group.stats()
-    return {
-        **_facts(group, stats.records),
-        "unrouted_s": unrouted,
-        "warmup_step_s": statistics.median(times),
-        "step_s": slowest / plan.stride,
-        "segment_s": [statistics.median(values) for values in computes.values()],
-        "speedup": unrouted / (slowest / plan.stride),
-        "ideal": ideal,
-        "share_of_ideal": unrouted / (slowest / plan.stride) / ideal,
-        "planned_mib_per_call": stats.planned_bytes / MIB,
-    }
-
-
-def _facts(group: WorkerGroup, records: list[CallRecord]) -> dict[str, Any]:
-    calls = {(record.stream, record.call) for record in records}
+    records = stats.records
+    calls = {record.call for record in records}
     asynchronous = [r for r in records if not r.synchronous] or records
     return {
         "cuts": list(group.placement.cuts),
         "max_share": max(group.placement.shares),
-        "mib_per_call": sum(r.bytes_sent for r in records) / max(1, len(calls)) / MIB,
+        "unrouted_s": unrouted,
+        "warmup_step_s": warmup_step,
+        "step_s": step,
+        "speedup": unrouted / step,
+        "ideal": ideal,
+        "share_of_ideal": unrouted / step / ideal,
+        "mib_per_call": stats.bytes_sent / len(calls) / MIB,
+        "planned_mib_per_call": stats.planned_bytes / MIB,
         "wait_share": sum(r.wait for r in asynchronous) / sum(r.end - r.start for r in asynchronous),
     }
 
 
 def _call(group: WorkerGroup, index: int, steps: int, inputs: Any) -> None:
-    args, kwargs = inputs
-    position = find_timestep(args)
-    args = (*args[:position], _schedule(steps)[index], *args[position + 1 :])
-    group(*args, **kwargs)
+    (sample, _), kwargs = inputs
+    group(sample, _schedule(steps)[index], **kwargs)
 
 
-def find_timestep(args: tuple[Any, ...]) -> int:
-    """Position of the timestep among positional arguments: the first that is no tensor."""
-    return next(i for i, arg in enumerate(args) if not isinstance(arg, torch.Tensor))
+def _prime(group: WorkerGroup, steps: int, inputs: Any) -> None:
+    """One call of each kind: the first ones pay for the trace and for memory."""
+    group.begin(_schedule(steps))
+    for index in range(min(steps, group.plan.warmup + 1)):
+        _call(group, index, steps, inputs)
 
 
 def _schedule(steps: int) -> list[int]:
@@ -177,11 +165,6 @@ def _timed(copies: list[Baseline]) -> float:
     for copy in copies:
         copy.start()
     return max([copy.wait() for copy in copies])
-
-
-def _scaling(alone: list[float], both: list[float]) -> float:
-    """How much two copies at once get done, against one alone."""
-    return 2 * statistics.median(alone) / statistics.median(both)
 
 
 def _inputs(model: Model, size: int, batch: int, dtype: torch.dtype) -> Any:

@@ -1,0 +1,54 @@
+"""The same laws on CUDA devices. Two ranks on one GPU talk through gloo, on two GPUs through NCCL."""
+
+import pytest
+import torch
+from toys import TOY, denoise, random_net
+
+from asyncdiff_nodes.engine import Plan, Simulator, WorkerGroup
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+TIMESTEPS = [900, 700, 500, 300, 200, 100]
+PLACES = [
+    ["cuda:0", "cuda:0"],
+    pytest.param(["cuda:0", "cuda:1"], marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="only one GPU")),
+    ["cuda:0", "cpu"],
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def same_kernels():
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+
+
+@pytest.mark.parametrize("devices", PLACES)
+@pytest.mark.parametrize("forecast", [0, 1])
+def test_asynchronous_run_equals_the_simulation(devices, forecast):
+    plan, net = Plan(warmup=2, forecast=forecast), random_net(3).cuda()
+    with Simulator(net, plan, family=TOY) as simulator:
+        expected = denoise(lambda x, t, context: simulator(x.cuda(), t, context=context.cuda()).cpu(), TIMESTEPS)
+    with WorkerGroup(net, plan, devices, family=TOY) as group:
+        group.begin(TIMESTEPS)
+        actual = denoise(group, TIMESTEPS)
+        stats = group.stats()
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    assert stats.bytes_sent == stats.planned_bytes * len(TIMESTEPS)
+    assert all(record.compute > 0 and record.end >= record.start for record in stats.records)
+
+
+@pytest.mark.parametrize("devices", PLACES[:2])
+def test_synchronous_run_is_bit_identical(devices):
+    net = random_net(4).cuda()
+    expected = denoise(lambda x, t, context: net(x.cuda(), t, context=context.cuda()).detach().cpu(), TIMESTEPS)
+    with WorkerGroup(net, Plan(warmup=len(TIMESTEPS)), devices, family=TOY) as group:
+        assert torch.equal(denoise(group, TIMESTEPS), expected)
+
+
+def test_memory_is_given_back():
+    net = random_net(5).cuda()
+    before = torch.cuda.mem_get_info(0)[0]
+    with WorkerGroup(net, Plan(), ["cuda:0", "cuda:0"], family=TOY) as group:
+        denoise(group, TIMESTEPS)
+        assert torch.cuda.mem_get_info(0)[0] < before
+    assert torch.cuda.mem_get_info(0)[0] >= before - 2**20

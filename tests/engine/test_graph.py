@@ -1,0 +1,157 @@
+"""The trace finds the true blocks, edges and costs, without touching a weight."""
+
+import re
+
+import golden
+import pytest
+import toys
+import torch
+from diffusers import UNet2DConditionModel
+from toys import ToyBlock, ToyNet
+
+from asyncdiff_nodes.engine import Family, PlanError, UnsupportedModelError, find_family, meta_copy, trace
+
+
+def toy_graph(net, family=toys.TOY, batch=2):
+    skeleton = meta_copy(net)
+    return trace(skeleton, family, *family.example_inputs(skeleton, None, batch))
+
+
+@pytest.mark.parametrize(("model", "gmacs"), [("sd15", 803.3), ("sd21", 2149.1), ("sdxl", 6761.2)])
+def test_macs_of_true_models(true_graph, model, gmacs):
+    assert true_graph(model).macs / 1e9 == pytest.approx(gmacs, abs=0.1)
+
+
+def test_glue_is_a_negligible_part_of_the_work(true_graph):
+    graph = true_graph("sdxl")
+    assert 0 < graph.glue_macs < 0.001 * graph.macs
+
+
+@pytest.mark.parametrize("layout", golden.LAYOUTS)
+def test_blocks_are_in_the_order_in_which_the_model_runs_them(layout):
+    unet = golden.unet(layout)
+    family = find_family(unet)
+    ran, hooks = [], []
+    for name in family.block_names(unet):
+        hooks.append(unet.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name)))
+    with torch.no_grad():
+        latents = golden.inputs(layout)["latents"]
+        unet(torch.cat([latents, latents]), 1, **golden.conditioning(layout))
+    for hook in hooks:
+        hook.remove()
+    skeleton = meta_copy(unet)
+    graph = trace(skeleton, family, *family.example_inputs(skeleton, None, 2))
+    assert graph.names == tuple(ran)
+    assert set(ran) == set(family.block_names(unet))
+
+
+def test_edges_of_the_sd15_layout_are_the_chain_and_the_skips_of_a_unet():
+    unet = golden.unet("sd15")
+    skeleton = meta_copy(unet)
+    family = find_family(unet)
+    graph = trace(skeleton, family, *family.example_inputs(skeleton, None, 2))
+    last = {name: i for i, name in enumerate(graph.names)}
+    chain = {(i, i + 1) for i in range(len(graph.blocks) - 1)}
+    # a UNet stacks conv_in, the end of each down layer and each downsampler, and its up resnets take them off again
+    stack = ["conv_in"]
+    for stage in range(4):
+        layers = "attentions" if stage < 3 else "resnets"
+        stack += [f"down_blocks.{stage}.{layers}.{i}" for i in range(2)]
+        stack += [f"down_blocks.{stage}.downsamplers.0"] if stage < 3 else []
+    skips = {(last[stack.pop()], last[f"up_blocks.{stage}.resnets.{i}"]) for stage in range(4) for i in range(3)}
+    assert not stack
+    assert graph.edges == chain | skips
+
+
+def test_output_layouts_are_those_of_the_real_blocks():
+    unet = golden.unet("sd15").to(memory_format=torch.channels_last)
+    try:
+        family, seen, hooks = find_family(unet), {}, []
+        for name in family.block_names(unet):
+            hooks.append(
+                unet.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
+            )
+        latents = golden.inputs("sd15")["latents"]
+        args, kwargs = (torch.cat([latents, latents]), 1), golden.conditioning("sd15")
+        with torch.no_grad():
+            unet(*args, **kwargs)
+        for hook in hooks:
+            hook.remove()
+        for block in trace(meta_copy(unet), family, args, kwargs).blocks:
+            value = seen[block.name][0] if isinstance(seen[block.name], tuple) else seen[block.name]
+            (meta,) = block.outputs
+            assert (meta.shape, meta.dtype) == (tuple(value.shape), value.dtype)
+            assert block.output_bytes == value.numel() * 4
+    finally:
+        unet.to(memory_format=torch.contiguous_format)
+
+
+def test_no_weight_is_read_or_allocated(true_graph):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(golden.MANIFEST["layouts"]["sd15"]["config"])
+    skeleton = meta_copy(unet)
+    assert all(tensor.is_meta for tensor in [*skeleton.parameters(), *skeleton.buffers()])
+    family = find_family(unet)
+    graph = trace(skeleton, family, *family.example_inputs(skeleton, None, 2))
+    assert sum(b.weight_bytes for b in graph.blocks) + graph.glue_bytes == sum(p.nbytes for p in unet.parameters())
+
+
+def test_meta_copy_leaves_the_module_alone():
+    net = toys.random_net(0)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    skeleton = meta_copy(net)
+    assert all(tensor.is_meta for tensor in skeleton.state_dict().values())
+    assert skeleton.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_edges_of_random_networks(seed):
+    net = toys.random_net(seed)
+    depth = len(net.blocks)
+    expected = {(i, i + 1) for i in range(depth - 1)}
+    for reader, sources in net.skips.items():
+        # what the output reads, the last block is charged with
+        expected |= {(source, min(reader, depth - 1)) for source in sources}
+    assert toy_graph(net).edges == {(a, b) for a, b in expected if a != b}
+
+
+def test_macs_and_bytes_of_a_toy_are_the_ones_counted_by_hand():
+    net = ToyNet([ToyBlock(4, 3), ToyBlock(4, 1, pair=True)])
+    graph = toy_graph(net, batch=3)
+    assert [b.macs for b in graph.blocks] == [3 * (64 * 16 * 9 + 8 * 4), 3 * (64 * 16 + 8 * 4)]
+    assert [b.weight_bytes for b in graph.blocks] == [4 * (144 + 4 + 32 + 4 + 1), 4 * (16 + 4 + 32 + 4 + 1)]
+    assert [b.output_bytes for b in graph.blocks] == [4 * 3 * 4 * 64, 4 * 3 * 5 * 64]
+    assert graph.glue_macs == 3 * 2 * 8
+    assert graph.glue_bytes == 4 * (16 + 8 + 1)
+
+
+def test_prefix_means_the_first_block_under_it(true_graph):
+    graph = true_graph("sd15")
+    assert graph.names[graph.find("up_blocks.1")] == "up_blocks.1.resnets.0"
+    assert graph.names[graph.find("up_blocks.1.attentions.1")] == "up_blocks.1.attentions.1"
+    with pytest.raises(PlanError, match=r"unknown cut 'up_blocks.1.att'.*conv_in"):
+        graph.find("up_blocks.1.att")
+
+
+def nested(net):
+    return [*toys.block_names(net), "blocks.0.conv"]
+
+
+def test_nested_block_is_refused():
+    family = Family("Nested", nested, toys.TOY.timestep, toys.TOY.example_inputs)
+    with pytest.raises(UnsupportedModelError, match=re.escape("block blocks.0.conv lies within another block")):
+        toy_graph(toys.random_net(0), family)
+
+
+def test_block_that_runs_twice_is_refused():
+    net = toys.chain(ToyBlock, ToyBlock)
+    net.blocks.append(net.blocks[0])
+    family = Family("Twice", lambda net: ["blocks.0", "blocks.1"], toys.TOY.timestep, toys.TOY.example_inputs)
+    with pytest.raises(UnsupportedModelError, match=re.escape("block blocks.0 runs more than once")):
+        toy_graph(net, family)
+
+
+def test_model_without_a_block_list_is_refused_by_name():
+    with pytest.raises(UnsupportedModelError, match=r"no block list for a .*ToyNet; supported: .*UNet2DConditionModel"):
+        find_family(toys.random_net(0))

@@ -1,0 +1,221 @@
+"""A plan refuses what cannot be carried out, and the planner finds the best placement."""
+
+import itertools
+import time
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from asyncdiff_nodes.engine import Block, BlockGraph, Plan, PlanError, place
+from asyncdiff_nodes.engine.graph import TensorMeta
+from asyncdiff_nodes.engine.partition import TIME_TOLERANCE
+
+BEST_WRAPPED = {
+    "sd15": {2: 0.501, 3: 0.334, 4: 0.256},
+    "sd21": {2: 0.500, 3: 0.339, 4: 0.254},
+    "sdxl": {2: 0.500, 3: 0.338, 4: 0.255},
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"segments": 1}, r"segments=1 is out of range: choose 2 or more"),
+        ({"segments": 0}, r"segments=0 is out of range"),
+        ({"segments": 2.0}, r"segments must be a whole number, not 2\.0"),
+        ({"segments": "2"}, r"segments must be a whole number, not '2'"),
+        ({"segments": True}, r"segments must be a whole number, not True"),
+        ({"stride": 0}, r"stride=0 is out of range: choose 1 to 4"),
+        ({"stride": 5}, r"stride=5 is out of range: choose 1 to 4"),
+        ({"stride": True}, r"stride must be a whole number, not True"),
+        ({"stride": None}, r"stride must be a whole number, not None"),
+        ({"warmup": 0}, r"warmup=0 is out of range: choose 1 or more"),
+        ({"warmup": -3}, r"warmup=-3 is out of range"),
+        ({"warmup": 1.5}, r"warmup must be a whole number, not 1\.5"),
+        ({"warmup": False}, r"warmup must be a whole number, not False"),
+        ({"forecast": 2}, r"forecast=2 is out of range: choose 0 to 1"),
+        ({"forecast": -1}, r"forecast=-1 is out of range: choose 0 to 1"),
+        ({"forecast": True}, r"forecast must be a whole number, not True"),
+        ({"time_shift": 1}, r"time_shift must be True or False, not 1"),
+        ({"time_shift": "yes"}, r"time_shift must be True or False, not 'yes'"),
+        ({"cuts": "conv_in"}, r"cuts must be a sequence of block names, not 'conv_in'"),
+        ({"cuts": ("conv_in", 3)}, r"cuts must be a sequence of block names, not \('conv_in', 3\)"),
+        ({"cuts": ("conv_in", "")}, r"cuts must be a sequence of block names"),
+        ({"cuts": ("conv_in",)}, r"1 cuts for 2 segments: name one cut per segment"),
+        ({"cuts": ("conv_in", "mid_block", "up_blocks.1")}, r"3 cuts for 2 segments"),
+        ({"cuts": ()}, r"0 cuts for 2 segments"),
+    ],
+)
+def test_impossible_plan_is_refused(options, message):
+    with pytest.raises(PlanError, match=message):
+        Plan(**options)
+
+
+@pytest.mark.parametrize("value", [5, {"conv_in", "mid_block"}, ["conv_in", None], b"ab"])
+def test_cuts_of_another_type_are_refused(value):
+    with pytest.raises(PlanError, match="cuts must be a sequence of block names"):
+        Plan(cuts=value)
+
+
+@pytest.mark.parametrize(
+    ("options", "speeds", "message"),
+    [
+        ({"cuts": ("conv_in", "up_block")}, None, r"unknown cut 'up_block'.*Blocks in order: conv_in, down_blocks"),
+        ({"cuts": ("mid_block", "conv_in")}, None, r"cuts out of order: mid_block, conv_in .*execution order"),
+        ({"cuts": ("conv_in", "conv_in")}, None, r"cuts out of order: conv_in, conv_in .*each once"),
+        ({"cuts": ("mid_block", "mid_block.resnets.0")}, None, r"cuts out of order"),
+        ({"segments": 100}, None, r"segments=100, but this model has only \d+ blocks: choose fewer segments"),
+        ({}, [1.0], r"speeds=\[1\.0\]: give 2 positive numbers, one per device"),
+        ({}, [1.0, 0.0], r"give 2 positive numbers"),
+        ({}, [1.0, -1.0], r"give 2 positive numbers"),
+        ({}, [1.0, float("nan")], r"give 2 positive numbers"),
+        ({}, [1.0, float("inf")], r"give 2 positive numbers"),
+        ({"stride": 2}, [1.0, 1.0], r"give 3 positive numbers"),
+    ],
+)
+def test_plan_that_does_not_fit_the_model_is_refused(true_graph, options, speeds, message):
+    with pytest.raises(PlanError, match=message):
+        place(true_graph("sd15"), Plan(**options), speeds)
+
+
+def test_plan_error_is_a_value_error():
+    with pytest.raises(ValueError, match="warmup"):
+        Plan(warmup=0)
+
+
+@pytest.mark.parametrize("segments", [2, 3, 4])
+@pytest.mark.parametrize("model", ["sd15", "sd21", "sdxl"])
+def test_automatic_placement_is_balanced(true_graph, model, segments):
+    placement = place(true_graph(model), Plan(segments=segments))
+    assert max(placement.shares) <= 1.03 * BEST_WRAPPED[model][segments]
+    assert sum(placement.shares) == pytest.approx(1)
+
+
+def test_two_segments_of_sd15_exchange_less_than_5_mib(true_graph):
+    placement = place(true_graph("sd15"), Plan(segments=2))
+    assert 0 < placement.bytes_per_call < 5 * 2**20
+    assert placement.wrapped
+
+
+@pytest.mark.parametrize(
+    ("model", "cuts", "share", "mib"),
+    [
+        ("sd15", ("down_blocks.1.resnets.0", "up_blocks.2.attentions.1"), 0.505, 3.75),
+        ("sd15", ("down_blocks.1.resnets.0", "up_blocks.1.resnets.2", "up_blocks.3.attentions.0"), 0.342, 19.4),
+        ("sd15", ("conv_in", "up_blocks.1.attentions.1"), 0.560, None),
+        ("sd21", ("down_blocks.1.resnets.0", "up_blocks.2.upsamplers.0"), 0.506, 8.4),
+        ("sdxl", ("down_blocks.2.resnets.0", "up_blocks.0.attentions.1"), 0.537, 7.5),
+        (
+            "sdxl",
+            ("down_blocks.2.attentions.0", "up_blocks.0.attentions.0", "up_blocks.0.upsamplers.0"),
+            0.341,
+            22.5,
+        ),
+        (
+            "sdxl",
+            ("down_blocks.1.attentions.1", "mid_block", "up_blocks.0.attentions.1", "up_blocks.1.attentions.0"),
+            0.255,
+            47.5,
+        ),
+        ("sdxl", ("down_blocks.1.attentions.0", "mid_block", "up_blocks.0.resnets.1", "up_blocks.1"), 0.290, None),
+    ],
+)
+def test_shares_and_bytes_of_known_cuts(true_graph, model, cuts, share, mib):
+    placement = place(true_graph(model), Plan(segments=len(cuts), cuts=cuts))
+    assert max(placement.shares) == pytest.approx(share, abs=6e-4)
+    if mib is not None:
+        assert placement.bytes_per_call / 2**20 == pytest.approx(mib, abs=0.05)
+
+
+@pytest.mark.parametrize("segments", [2, 3, 4, 5, 8, 13, 21, 34, None])
+def test_planning_takes_less_than_a_second(true_graph, segments):
+    graph = true_graph("sdxl")
+    segments = segments or len(graph.blocks)
+    start = time.process_time()
+    placement = place(graph, Plan(segments=segments))
+    assert time.process_time() - start < 1.0
+    assert set(placement.values()) == set(range(segments))
+
+
+def test_blocks_before_the_first_cut_belong_to_the_last_segment(true_graph):
+    graph = true_graph("sdxl")
+    placement = place(graph, Plan(segments=3, cuts=("down_blocks.2", "up_blocks.0.attentions.0", "up_blocks.1")))
+    for name in graph.names:
+        if name.startswith(("conv_in", "down_blocks.0", "down_blocks.1", "up_blocks.1", "up_blocks.2", "conv_norm_out")):
+            assert placement[name] == 2
+    assert placement["down_blocks.2.resnets.0"] == placement["mid_block.resnets.0"] == 0
+    assert placement["up_blocks.0.resnets.0"] == 0
+    assert placement["up_blocks.0.attentions.0"] == placement["up_blocks.0.upsamplers.0"] == 1
+    assert placement.wrapped
+    assert not place(graph, Plan(cuts=("conv_in", "mid_block"))).wrapped
+
+
+def test_slower_device_gets_less(true_graph):
+    graph = true_graph("sd15")
+    fast, slow = place(graph, Plan(segments=2), [1.0, 0.5]).shares
+    assert fast == pytest.approx(2 / 3, abs=0.03)
+    slow, fast = place(graph, Plan(segments=2), [1.0, 4.0]).shares
+    assert slow == pytest.approx(1 / 5, abs=0.03)
+    # of the devices of the last segment, the slowest counts
+    *first, last = place(graph, Plan(segments=3, stride=2), [1.0, 1.0, 1.0, 0.5]).shares
+    assert last == pytest.approx(1 / 5, abs=0.03)
+    assert max(first) == pytest.approx(2 / 5, abs=0.03)
+
+
+def test_stride_does_not_change_the_balance(true_graph):
+    graph = true_graph("sd15")
+    assert max(place(graph, Plan(segments=3, stride=4)).shares) <= 1.03 * BEST_WRAPPED["sd15"][3]
+
+
+@st.composite
+def problems(draw):
+    """A random graph, plan and speeds."""
+    count = draw(st.integers(2, 9))
+    meta = [TensorMeta((draw(st.integers(1, 50)),), (1,), torch.float16) for _ in range(count)]
+    macs = [draw(st.integers(1, 100)) * draw(st.sampled_from([1, 1, 1, 30])) for _ in range(count)]
+    pairs = list(itertools.combinations(range(count), 2))
+    skips = draw(st.sets(st.sampled_from(pairs), max_size=8))
+    edges = frozenset(skips | {(i, i + 1) for i in range(count - 1)})
+    blocks = tuple(Block(f"b{i}", (meta[i],), 0, macs[i], 0) for i in range(count))
+    plan = Plan(segments=draw(st.integers(2, min(4, count))), stride=draw(st.integers(1, 3)))
+    speeds = draw(st.lists(st.sampled_from([0.25, 0.5, 1.0, 1.0, 1.5]), min_size=plan.world_size, max_size=plan.world_size))
+    return BlockGraph(blocks, edges, 0, 0), plan, speeds
+
+
+def brute_force(graph, plan, speeds):
+    """(slowest time, bytes sent) of every placement there is, from the definitions alone."""
+    count = len(graph.blocks)
+    for starts in itertools.combinations(range(count), plan.segments):
+        owner = [plan.segments - 1] * count
+        for segment, start in enumerate(starts):
+            owner[start:] = [segment] * (count - start)
+        on_rank = [min(rank, plan.segments - 1) for rank in range(plan.world_size)]
+        slowest = max(
+            sum(graph.blocks[i].macs for i in range(count) if owner[i] == segment) / speeds[rank]
+            for rank, segment in enumerate(on_rank)
+        )
+        sent = sum(
+            graph.blocks[p].output_bytes
+            for segment in on_rank
+            for p in {p for p, c in graph.edges if owner[c] == segment and owner[p] != segment}
+        )
+        yield starts, slowest, sent
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(problems())
+def test_planner_finds_what_trying_everything_finds(problem):
+    graph, plan, speeds = problem
+    found = place(graph, plan, speeds)
+    every = {starts: (slowest, sent) for starts, slowest, sent in brute_force(graph, plan, speeds)}
+    fastest = min(slowest for slowest, _ in every.values())
+    slowest, sent = every[found.starts]
+    assert slowest <= fastest * (1 + TIME_TOLERANCE) * (1 + 1e-5)
+    assert sent == found.bytes_per_call
+    assert sent <= min(s for t, s in every.values() if t <= fastest * (1 + TIME_TOLERANCE) * (1 - 1e-5))
+
+
+def test_time_tolerance_is_a_few_per_cent():
+    assert 0 <= TIME_TOLERANCE <= 0.03

@@ -1,0 +1,124 @@
+"""Small networks whose blocks, edges and misbehaviour a test can choose. Ranks import this module, too."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from asyncdiff_nodes.engine import Family
+
+
+class ToyBlock(nn.Module):
+    """A convolution that knows the time; ``pair`` makes its output a tuple of two tensors."""
+
+    def __init__(self, channels: int, kernel: int, pair: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+        self.time = nn.Linear(8, channels)
+        self.pair = pair
+        self.register_buffer("gain", torch.tensor(1.5))
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor) -> Any:
+        h = torch.tanh(self.conv(x) * self.gain + self.time(emb)[:, :, None, None] + context.mean())
+        return (h, h.mean(1, keepdim=True)) if self.pair else h
+
+
+class Trap(ToyBlock):
+    """Raises once a context above 100 arrives."""
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor) -> Any:
+        if not context.is_meta and context.max() > 100:
+            raise ArithmeticError("the trap has sprung")
+        return super().forward(x, emb, context)
+
+
+class Sleeper(ToyBlock):
+    """Takes as many seconds as the context's largest number."""
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor) -> Any:
+        if not context.is_meta:
+            time.sleep(context.max().clamp_min(0).item())
+        return super().forward(x, emb, context)
+
+
+class ToyNet(nn.Module):
+    """A chain of blocks with skips: block i reads block i - 1 and, added to it, the blocks ``skips[i]``.
+
+    ``skips[len(blocks)]`` are read by the output. Weights that belong to no block: ``time``, ``scale``.
+    """
+
+    def __init__(self, blocks: list[ToyBlock], skips: dict[int, list[int]] | None = None, channels: int = 4) -> None:
+        super().__init__()
+        self.time = nn.Linear(2, 8)
+        self.blocks = nn.ModuleList(blocks)
+        self.scale = nn.Parameter(torch.tensor(0.9))
+        self.skips = skips or {}
+        self.channels = channels
+
+    def embed(self, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
+        t = torch.as_tensor(timestep, device=sample.device, dtype=torch.float32).reshape(-1).expand(sample.shape[0])
+        return self.time(torch.stack([(t / 100).sin(), (t / 1000).cos()], dim=1).to(sample.dtype))
+
+    def forward(self, sample: torch.Tensor, timestep: Any, context: torch.Tensor, doubled: bool = False) -> torch.Tensor:
+        emb, outputs, x = self.embed(sample, timestep), [], sample
+        for index, block in enumerate(self.blocks):
+            x = block(self._joined(x, index, outputs), emb, context)
+            outputs.append(x)
+        x = self._joined(x, len(outputs), outputs) * self.scale
+        return x * 2 if doubled else x
+
+    def _joined(self, x: Any, index: int, outputs: list[Any]) -> torch.Tensor:
+        joined = sum(x) if isinstance(x, tuple) else x
+        for source in self.skips.get(index, ()):
+            value = outputs[source]
+            joined = joined + 0.5 * (sum(value) if isinstance(value, tuple) else value)
+        return joined
+
+
+def block_names(net: nn.Module) -> list[str]:
+    return [f"blocks.{i}" for i in range(len(net.blocks))]
+
+
+def example_inputs(net: nn.Module, size: int | None, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    dtype = net.scale.dtype
+    sample = torch.empty(batch, net.channels, size or 8, size or 8, dtype=dtype, device="meta")
+    return (sample, 0), {"context": torch.empty(batch, 3, dtype=dtype, device="meta")}
+
+
+TOY = Family("ToyNet", block_names, timestep=(1, "timestep"), example_inputs=example_inputs)
+
+
+def chain(*blocks: type[ToyBlock], skips: dict[int, list[int]] | None = None, seed: int = 0) -> ToyNet:
+    """A network of these blocks, with seeded weights."""
+    torch.manual_seed(seed)
+    return ToyNet([block(4, 3) for block in blocks], skips).eval()
+
+
+def random_net(seed: int, depth: int = 7) -> ToyNet:
+    """Random kernels, skips and pairs."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    blocks = [ToyBlock(4, rng.choice((1, 3, 5)), pair=rng.random() < 0.25) for _ in range(depth)]
+    skips = {i: rng.sample(range(i - 1), rng.randint(0, min(2, i - 1))) for i in range(2, depth + 1)}
+    return ToyNet(blocks, skips).eval()
+
+
+def inputs(seed: int, batch: int = 2) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A sample [B, 4, 8, 8] and the keyword arguments of a call."""
+    generator = torch.Generator().manual_seed(seed)
+    context = torch.rand(batch, 3, generator=generator) * 0.1
+    return torch.randn(batch, 4, 8, 8, generator=generator), {"context": context}
+
+
+def denoise(call: Any, timesteps: list[int], seed: int = 0, batch: int = 2, **kwargs: Any) -> torch.Tensor:
+    """Outputs [T, B, C, h, w] of a little loop in which each sample depends on the output before."""
+    x, given = inputs(seed, batch)
+    outputs = []
+    for t in timesteps:
+        outputs.append(call(x, t, **given, **kwargs))
+        x = 0.8 * x + 0.3 * outputs[-1]
+    return torch.stack(outputs)
