@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from asyncdiff_nodes.engine import WorkerError
+from asyncdiff_nodes.engine import WorkerError, block_seconds, find_family, meta_copy, trace
 
 from .zoo import Model
 
@@ -30,8 +30,15 @@ class Baseline:
         self._process.start()
         child.close()
 
+    def block_seconds(self) -> list[float]:
+        """Seconds of each block, measured before the first call. Ask once, first: it says that the process is ready."""
+        return self._receive()
+
     def wait(self) -> float:
         """Seconds of the call that was started last."""
+        return self._receive()
+
+    def _receive(self) -> Any:
         try:
             return self._conn.recv()
         except EOFError:
@@ -61,9 +68,8 @@ def _serve(conn: Connection, model: Model, dtype: torch.dtype, device: str, thre
         if device != "cpu":
             torch.get_device_module(torch.device(device)).synchronize()
 
-    unet(*args, **kwargs)
-    synchronize()
-    conn.send(0.0)
+    graph = trace(meta_copy(unet), find_family(unet), args, kwargs)
+    conn.send(block_seconds(unet, graph, args, kwargs))
     try:
         while conn.recv():
             begin = time.perf_counter()

@@ -1,7 +1,8 @@
 """``asyncdiff bench``: plans measured with real processes, in one run with the unrouted model.
 
-Rounds alternate between one unrouted copy alone, two unrouted copies at once (how much the machine's devices slow each other
-down: its scaling), and a burst of asynchronous calls of the group, so that a noisy machine disturbs all three alike.
+Cuts balance the block times that the unrouted model measures first. Then rounds alternate between one unrouted copy alone, two
+unrouted copies at once (how much the machine's devices slow each other down: its scaling), and a burst of asynchronous calls of
+the group, so that a noisy machine disturbs all three alike.
 """
 
 from __future__ import annotations
@@ -56,15 +57,21 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             stack.enter_context(closing(Baseline(model, dtype, device, arguments.threads, inputs)))
             for device in (devices * 2)[:2]
         ]
-        for copy in copies:
-            copy.wait()  # ready
+        # both measure their blocks at once, as the ranks will run at once
+        costs, _ = [copy.block_seconds() for copy in copies]
         unet = model.with_random_weights(dtype)
         for plan in plans:
             progress.update(todo, description=f"plan {_name(plan)}")
             projected = plan.world_size > len(devices)
             placed = (devices * plan.world_size)[: plan.world_size]
             with WorkerGroup(
-                unet, plan, placed, threads_per_rank=arguments.threads, example_inputs=inputs, call_timeout=1800
+                unet,
+                plan,
+                placed,
+                threads_per_rank=arguments.threads,
+                costs=costs,
+                example_inputs=inputs,
+                call_timeout=1800,
             ) as group:
                 measure = _project if projected else _measure
                 row = measure(group, plan, arguments.steps, inputs, copies, lambda n: progress.advance(todo, n))
@@ -132,7 +139,7 @@ def _row(group: WorkerGroup, unrouted: float, warmup_step: float, step: float, i
     asynchronous = [r for r in records if not r.synchronous] or records
     return {
         "cuts": list(group.placement.cuts),
-        "max_share": max(group.placement.shares),
+        "max_share": max(group.placement.shares),  # of measured block time
         "unrouted_s": unrouted,
         "warmup_step_s": warmup_step,
         "step_s": step,

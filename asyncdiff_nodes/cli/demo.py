@@ -20,7 +20,7 @@ from rich.table import Table
 from skimage.metrics import peak_signal_noise_ratio
 
 from asyncdiff_nodes.demo import DemoPipeline
-from asyncdiff_nodes.engine import Plan, WorkerGroup
+from asyncdiff_nodes.engine import Plan, WorkerGroup, block_seconds, find_family, meta_copy, trace
 
 from .plan import MIB
 from .report import console, positive
@@ -83,10 +83,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         sequential, times = sample(pipeline.unet, lambda _: None, total, advancing("sequential", total))
         # the first step pays for one-time preparations on both sides
         rows.append({"method": "sequential", "steps": total, "step_s": statistics.median(times[1:] or times), "speedup": 1.0})
+        costs = _block_costs(pipeline, list(arguments.prompts))
         for method, forecast in (("AsyncDiff, forecast", 1), ("AsyncDiff, plain reuse", 0)):
             progress.console.print(f"starting {plan.world_size} processes: {', '.join(devices)}")
             with WorkerGroup(
-                pipeline.unet, replace(plan, forecast=forecast), devices, threads_per_rank=arguments.threads
+                pipeline.unet, replace(plan, forecast=forecast), devices, threads_per_rank=arguments.threads, costs=costs
             ) as group:
                 sample(group, group.begin, min(total, plan.warmup + 2), lambda: None)  # one-time preparations
                 pictures[method], times = sample(group, group.begin, total, advancing(method, total))
@@ -115,6 +116,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "devices": devices, "threads": arguments.threads, "scheduler": arguments.scheduler, "seed": arguments.seed,
         "prompts": list(arguments.prompts), "rows": rows, "picture": str(path),
     }  # fmt: skip
+
+
+def _block_costs(pipeline: DemoPipeline, prompts: list[str]) -> list[float]:
+    """Seconds of each block for these prompts, one CFG batch; so small a model is not bound by its MACs."""
+    context = pipeline.encode(prompts + prompts)
+    sample = pipeline.initial_noise(len(prompts), 0).repeat(2, 1, 1, 1)
+    args, kwargs = (sample, 500), {"encoder_hidden_states": context, "return_dict": False}
+    graph = trace(meta_copy(pipeline.unet), find_family(pipeline.unet), args, kwargs)
+    return block_seconds(pipeline.unet, graph, args, kwargs, repeats=5)
 
 
 def _psnr(reference: np.ndarray, pictures: np.ndarray) -> float:

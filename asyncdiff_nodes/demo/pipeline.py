@@ -173,9 +173,9 @@ class DemoPipeline:
         with torch.no_grad():
             for index, timestep in enumerate(solver.timesteps):
                 scaled = solver.scale_model_input(image, timestep).to(dtype)
-                predicted = model(
-                    torch.cat([scaled, scaled]), timestep, encoder_hidden_states=context, return_dict=False
-                )[0].float()
+                predicted = model(torch.cat([scaled, scaled]), timestep, encoder_hidden_states=context, return_dict=False)[
+                    0
+                ].float()
                 uncond, cond = predicted.chunk(2)
                 guided = uncond + cfg * (cond - uncond)
                 image = solver.step(guided, timestep, image, **step_options, return_dict=False)[0]

@@ -21,6 +21,7 @@ from .family import Family, find_family
 from .graph import Block, BlockGraph, meta_copy, trace
 from .group import WorkerGroup
 from .plan import Placement, Plan, place
+from .profile import block_seconds
 from .schedule import Call, Kind, call_at
 from .simulator import Simulator
 from .telemetry import CallRecord, RankReport, RunStats
@@ -47,6 +48,7 @@ __all__ = [
     "UnsupportedModelError",
     "WorkerError",
     "WorkerGroup",
+    "block_seconds",
     "call_at",
     "find_family",
     "meta_copy",

@@ -30,7 +30,10 @@ def snapshot() -> dict[str, Any]:
 def restore(settings: dict[str, Any]) -> None:
     """Apply a :func:`snapshot` in this process."""
     torch.set_float32_matmul_precision(settings["matmul_precision"])
-    torch.use_deterministic_algorithms(settings["deterministic"], warn_only=settings["deterministic_warn_only"])
+    deterministic = settings["deterministic"], settings["deterministic_warn_only"]
+    # only where it changes something: the call imports torch's compiler, half of the time that a worker takes to start
+    if deterministic != (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()):
+        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
     for name, value in settings["cudnn"].items():
         setattr(torch.backends.cudnn, name, value)
     for name, value in settings["cuda_matmul"].items():

@@ -49,6 +49,7 @@ class WorkerGroup:
         devices: one device string per rank, ``plan.segments + plan.stride - 1`` of them; a device may be named repeatedly.
         threads_per_rank: intra-op threads of a rank; ``None`` shares the parent's threads among the ranks.
         speeds: relative speed of each device, for automatic cuts.
+        costs: cost of each block, for automatic cuts; see :func:`~.plan.place`.
         family: how to split this kind of model; found by its class if ``None``.
         example_inputs: ``(args, kwargs)`` of a typical call, for automatic cuts; the family's own if ``None``.
         start_timeout, call_timeout: seconds until all ranks must be ready, and until a call must be answered.
@@ -67,6 +68,7 @@ class WorkerGroup:
         *,
         threads_per_rank: int | None = None,
         speeds: Sequence[float] | None = None,
+        costs: Sequence[float] | None = None,
         family: Family | None = None,
         example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
         start_timeout: float = 300.0,
@@ -80,7 +82,8 @@ class WorkerGroup:
                 f"{len(parsed)} devices for segments={plan.segments}, stride={plan.stride}: "
                 f"name segments + stride - 1 = {plan.world_size} devices"
             )
-        if threads_per_rank is not None and (not isinstance(threads_per_rank, int) or threads_per_rank < 1):
+        whole = isinstance(threads_per_rank, int) and not isinstance(threads_per_rank, bool)
+        if threads_per_rank is not None and (not whole or threads_per_rank < 1):
             raise DeviceError(f"threads_per_rank={threads_per_rank!r}: give a whole number of 1 or more, or None")
         self.plan = plan
         self.devices = tuple(str(device) for device in parsed)
@@ -89,7 +92,7 @@ class WorkerGroup:
         args, kwargs = example_inputs or self._family.example_inputs(self._skeleton, None, 2)
         self._graphs: dict[Any, BlockGraph] = {}
         graph = trace(self._skeleton, self._family, args, kwargs)
-        self.placement: Placement = place(graph, plan, speeds)
+        self.placement: Placement = place(graph, plan, speeds, costs)
         self._run = 0
         self._schedule: list[float] | None = None
         self._streams: dict[Hashable, _Stream] = {}

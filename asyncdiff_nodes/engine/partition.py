@@ -18,19 +18,17 @@ TIME_TOLERANCE = 0.025
 class Arcs:
     """Cost of every possible segment, that is of every arc of the circle of blocks."""
 
-    def __init__(self, graph: BlockGraph) -> None:
+    def __init__(self, graph: BlockGraph, costs: Sequence[float]) -> None:
         self.count = len(graph.blocks)
-        # every block costs something, so that a zero-MAC norm cannot be split off for free
-        macs = [max(1, block.macs) for block in graph.blocks]
-        self._sums = [0, *accumulate(macs * 2)]
+        self._sums = [0, *accumulate([*costs, *costs])]
         consumers: dict[int, set[int]] = {}
         for producer, consumer in graph.edges:
             consumers.setdefault(producer, set()).add(consumer)
         self._flows = [(p, graph.blocks[p].output_bytes, sorted(c)) for p, c in consumers.items()]
         self._received: dict[tuple[int, int], int] = {}
 
-    def cost(self, start: int, end: int) -> int:
-        """MACs of blocks ``start`` up to ``end``; ``end`` may run past the last block, round the circle."""
+    def cost(self, start: int, end: int) -> float:
+        """Cost of blocks ``start`` up to ``end``; ``end`` may run past the last block, round the circle."""
         return self._sums[end] - self._sums[start]
 
     def received(self, start: int, end: int) -> int:
@@ -61,31 +59,29 @@ def best_starts(arcs: Arcs, speeds: Sequence[float], copies_of_last: int = 1) ->
 
 
 def _fastest(arcs: Arcs, speeds: Sequence[float]) -> float:
-    """Smallest possible time of the slowest segment, in MACs per unit of speed, to one part in a million."""
-    low, high = arcs.cost(0, arcs.count) / sum(speeds), arcs.cost(0, arcs.count) / min(speeds)
-    while high - low > 1e-6 * high:
-        middle = (low + high) / 2
-        if any(_fits(arcs, speeds, middle, first) for first in range(arcs.count)):
-            high = middle
-        else:
-            low = middle
-    return high
+    """Smallest possible time of the slowest segment, in cost per unit of speed."""
+    best = float("inf")
+    for first in range(arcs.count - len(speeds) + 1):
+        best = min(best, _slowest(arcs, speeds, first, best))
+    return best
 
 
-def _fits(arcs: Arcs, speeds: Sequence[float], limit: float, first: int) -> bool:
-    """Whether segments as long as the limit allows, from block ``first``, reach all round the circle."""
-    here, end = first, first + arcs.count
-    for segment, speed in enumerate(speeds):
-        left = len(speeds) - segment - 1  # segments after this one, each needs a block
-        # only the last segment may wrap: each of those after this one begins at a block of its own
-        stop = end if left == 0 else arcs.count - left
-        reach = here
-        while reach < stop and arcs.cost(here, reach + 1) <= limit * speed:
-            reach += 1
-        if reach == here:
-            return False
-        here = reach
-    return here == end
+def _slowest(arcs: Arcs, speeds: Sequence[float], first: int, bound: float) -> float:
+    """The same with the first segment beginning at block ``first``; infinite where it is not below ``bound``."""
+    *others, last = speeds
+    times = {first: 0.0}  # next cut -> time of the slowest segment before it
+    for segment, speed in enumerate(others, 1):
+        reached: dict[int, float] = {}
+        for here, slowest in times.items():
+            # only the last segment may wrap: each of those after this one begins at a block of its own
+            for cut in range(here + 1, arcs.count - len(speeds) + segment + 1):
+                time = arcs.cost(here, cut) / speed
+                if time >= bound:
+                    break
+                reached[cut] = min(reached.get(cut, bound), max(slowest, time))
+        times = reached
+    ends = [max(slowest, arcs.cost(here, first + arcs.count) / last) for here, slowest in times.items()]
+    return min((time for time in ends if time < bound), default=float("inf"))
 
 
 def _fewest_bytes(

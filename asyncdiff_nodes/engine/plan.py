@@ -73,10 +73,11 @@ class Plan:
 class Placement(Mapping[str, int]):
     """Block name -> segment, in execution order, and what follows from it for one block graph."""
 
-    def __init__(self, graph: BlockGraph, plan: Plan, starts: Sequence[int]) -> None:
+    def __init__(self, graph: BlockGraph, plan: Plan, starts: Sequence[int], costs: Sequence[float] | None = None) -> None:
         self.graph = graph
         self.plan = plan
         self.starts = tuple(starts)
+        self.costs = tuple(costs or mac_costs(graph))
         # blocks before the first cut wrap round to the last segment
         self.segments = tuple(
             max((d for d, start in enumerate(self.starts) if start <= i), default=plan.segments - 1)
@@ -112,9 +113,9 @@ class Placement(Mapping[str, int]):
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Fraction of the blocks' MACs in each segment."""
-        macs = [sum(self.graph.blocks[i].macs for i in self.owned(d)) for d in range(self.plan.segments)]
-        return tuple(m / max(1, sum(macs)) for m in macs)
+        """Fraction of the blocks' cost in each segment: MACs, or what was given for them."""
+        costs = [sum(self.costs[i] for i in self.owned(d)) for d in range(self.plan.segments)]
+        return tuple(cost / sum(costs) for cost in costs)
 
     def received_bytes(self, segment: int) -> int:
         """Bytes that one rank of ``segment`` receives per computing call."""
@@ -126,28 +127,39 @@ class Placement(Mapping[str, int]):
         return sum(self.received_bytes(self.plan.segment_of_rank(rank)) for rank in range(self.plan.world_size))
 
 
-def place(graph: BlockGraph, plan: Plan, speeds: Sequence[float] | None = None) -> Placement:
+def mac_costs(graph: BlockGraph) -> list[float]:
+    """Cost of each block in MACs, at least one, so that a norm cannot be split off for free."""
+    return [max(1, block.macs) for block in graph.blocks]
+
+
+def place(
+    graph: BlockGraph, plan: Plan, speeds: Sequence[float] | None = None, costs: Sequence[float] | None = None
+) -> Placement:
     """Turn ``plan`` into a placement of the blocks of ``graph``.
 
     Args:
         speeds: relative speed of each device, in rank order; equal if ``None``. Ignored where the plan names its cuts.
+        costs: cost of each block, such as seconds from :func:`~.profile.block_seconds`; MACs if ``None``.
 
     Raises:
-        PlanError: unknown cut, cuts out of order, more segments than blocks, or wrong speeds.
+        PlanError: unknown cut, cuts out of order, more segments than blocks, or wrong speeds or costs.
     """
     if plan.segments > len(graph.blocks):
         raise PlanError(f"segments={plan.segments}, but this model has only {len(graph.blocks)} blocks: choose fewer segments")
+    costs = mac_costs(graph) if costs is None else list(costs)
+    if len(costs) != len(graph.blocks) or not all(0 < cost < float("inf") for cost in costs):
+        raise PlanError(f"costs: give {len(graph.blocks)} positive numbers, one per block, not {costs}")
     if plan.cuts is not None:
         starts = [graph.find(cut) for cut in plan.cuts]
         if any(a >= b for a, b in itertools.pairwise(starts)):
             raise PlanError(
                 f"cuts out of order: {', '.join(plan.cuts)} begin at blocks {starts}; name them in execution order, each once"
             )
-        return Placement(graph, plan, starts)
+        return Placement(graph, plan, starts, costs)
     if speeds is None:
         speeds = [1.0] * plan.world_size
     if len(speeds) != plan.world_size or not all(0 < s < float("inf") for s in speeds):
         raise PlanError(f"speeds={list(speeds)}: give {plan.world_size} positive numbers, one per device (segments + stride - 1)")
     # the replicas of the last segment work side by side: the slowest counts
     per_segment = [*speeds[: plan.segments - 1], min(speeds[plan.segments - 1 :])]
-    return Placement(graph, plan, best_starts(Arcs(graph), per_segment, copies_of_last=plan.stride))
+    return Placement(graph, plan, best_starts(Arcs(graph, costs), per_segment, copies_of_last=plan.stride), costs)

@@ -59,6 +59,7 @@ class Ranks:
         self._poll = poll
         self._inbox: queue.SimpleQueue[tuple[int, Any, list[torch.Tensor]]] = queue.SimpleQueue()
         self._closing = threading.Event()
+        self._lost: tuple[int, Any] | None = None  # the first rank that failed, and its last words
         self._failure: Exception | None = None
         self._lock = threading.Lock()
         self._processes: list[Any] = []
@@ -146,6 +147,8 @@ class Ranks:
 
     def _check(self, deadline: float, what: str) -> None:
         self._check_open()
+        if self._lost is not None:  # a sender sees it here: nobody empties the queue of a rank that is gone
+            self._fail(self._explain(*self._lost))
         if self._poll is not None:
             self._poll()
         if time.monotonic() > deadline:
@@ -181,14 +184,19 @@ class Ranks:
             for conn in conns:
                 rank = waiting[conn]
                 try:
-                    self._inbox.put((rank, *wire.receive(conn)))
+                    self._take(rank, *wire.receive(conn))
                 except (EOFError, OSError):
                     del waiting[conn]
-                    self._inbox.put((rank, ("died",), []))
+                    self._take(rank, ("died",), [])
             if not conns:  # last words first, then the news of a death
                 for item in ready:
                     if item in sentinels:
-                        self._inbox.put((sentinels.pop(item), ("died",), []))
+                        self._take(sentinels.pop(item), ("died",), [])
+
+    def _take(self, rank: int, header: Any, tensors: list[torch.Tensor]) -> None:
+        if header[0] in ("failure", "died") and self._lost is None:
+            self._lost = rank, header
+        self._inbox.put((rank, header, tensors))
 
     def close(self, grace: float = 3.0) -> None:
         """End all processes: ask, then terminate, then kill. Safe to call again, from any thread."""

@@ -5,6 +5,7 @@ import tempfile
 
 import golden
 import pytest
+import toys
 import torch
 from diffusers import UNet2DConditionModel
 
@@ -51,9 +52,17 @@ def true_graph():
 
 
 @pytest.fixture(scope="session")
-def golden_group():
-    """(layout, plan) -> a running group of the golden UNet, one thread per rank."""
-    running: dict[tuple[str, Plan], WorkerGroup] = {}
+def running():
+    """Groups by (model, plan), one thread per rank."""
+    groups: dict[tuple[str, Plan], WorkerGroup] = {}
+    yield groups
+    for group in groups.values():
+        group.close()
+
+
+@pytest.fixture(scope="session")
+def golden_group(running):
+    """(layout, plan) -> a group of the golden UNet."""
 
     def get(layout: str, plan: Plan) -> WorkerGroup:
         if (layout, plan) not in running:
@@ -61,9 +70,21 @@ def golden_group():
             running[layout, plan] = WorkerGroup(golden.unet(layout), plan, devices, threads_per_rank=1)
         return running[layout, plan]
 
-    yield get
-    for group in running.values():
-        group.close()
+    return get
+
+
+@pytest.fixture(scope="session")
+def toy_group(running):
+    """plan -> a group of the random network whose seed is the plan's place in ``toys.PLANS``, and that network."""
+
+    def get(plan: Plan) -> tuple[WorkerGroup, toys.ToyNet]:
+        net = toys.random_net(toys.PLANS.index(plan))
+        if ("toy", plan) not in running:
+            devices = ["cpu"] * plan.world_size
+            running["toy", plan] = WorkerGroup(net, plan, devices, threads_per_rank=1, family=toys.TOY)
+        return running["toy", plan], net
+
+    return get
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from asyncdiff_nodes.engine import Simulator
 # the rest differs from these in one property each
 QUICK = {
     "sd15_N2_S1_W3_shift_T12",
-    "sd15_N4_S1_W3_noshift_T12",
     "sd15_N3_S2_W3_noshift_T12_dealias",
     "sd15_N3_S2_W3_noshift_T13_dealias",
     "sdxl_N3_S1_W3_noshift_T12",
@@ -37,9 +36,7 @@ def test_simulator(name):
         assert_same_as_published(name, *golden.sample(simulator, run["layout"], run["T"]))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in golden.ASYNC_RUNS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in golden.ASYNC_RUNS])
 def test_worker_group(name, golden_group):
     run = golden.RUNS[name]
     group = golden_group(run["layout"], golden.plan_of(name))

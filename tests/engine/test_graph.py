@@ -68,9 +68,7 @@ def test_output_layouts_are_those_of_the_real_blocks():
     try:
         family, seen, hooks = find_family(unet), {}, []
         for name in family.block_names(unet):
-            hooks.append(
-                unet.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
-            )
+            hooks.append(unet.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: seen.update({name: out})))
         latents = golden.inputs("sd15")["latents"]
         args, kwargs = (torch.cat([latents, latents]), 1), golden.conditioning("sd15")
         with torch.no_grad():

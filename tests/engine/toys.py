@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 import time
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from asyncdiff_nodes.engine import Family
+from asyncdiff_nodes.engine import Family, Plan
 
 
 class ToyBlock(nn.Module):
@@ -36,13 +37,24 @@ class Trap(ToyBlock):
         return super().forward(x, emb, context)
 
 
-class Sleeper(ToyBlock):
-    """Takes as many seconds as the context's largest number."""
+class Slow(Trap):
+    """Takes ``seconds`` in every call."""
+
+    seconds = 0.0
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor) -> Any:
         if not context.is_meta:
-            time.sleep(context.max().clamp_min(0).item())
+            time.sleep(self.seconds)
         return super().forward(x, emb, context)
+
+
+class Unloadable(ToyBlock):
+    """Cannot be unpickled in a worker process."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if multiprocessing.parent_process() is not None:
+            raise ArithmeticError("not in a worker")
+        super().__setstate__(state)
 
 
 class ToyNet(nn.Module):
@@ -92,10 +104,17 @@ def example_inputs(net: nn.Module, size: int | None, batch: int) -> tuple[tuple[
 TOY = Family("ToyNet", block_names, timestep=(1, "timestep"), example_inputs=example_inputs)
 
 
-def chain(*blocks: type[ToyBlock], skips: dict[int, list[int]] | None = None, seed: int = 0) -> ToyNet:
+def chain(*blocks: type[ToyBlock], channels: int = 4) -> ToyNet:
     """A network of these blocks, with seeded weights."""
-    torch.manual_seed(seed)
-    return ToyNet([block(4, 3) for block in blocks], skips).eval()
+    torch.manual_seed(0)
+    return ToyNet([block(channels, 3) for block in blocks], channels=channels).eval()
+
+
+def slow_net(seconds: float) -> ToyNet:
+    """Two blocks, the first of which takes ``seconds`` and raises when the context says so."""
+    net = chain(Slow, ToyBlock)
+    net.blocks[0].seconds = seconds
+    return net
 
 
 def random_net(seed: int, depth: int = 7) -> ToyNet:
@@ -122,3 +141,17 @@ def denoise(call: Any, timesteps: list[int], seed: int = 0, batch: int = 2, **kw
         outputs.append(call(x, t, **given, **kwargs))
         x = 0.8 * x + 0.3 * outputs[-1]
     return torch.stack(outputs)
+
+
+# a spread over all options; blocks.1 or later as the first cut makes a placement wrapped
+PLANS = (
+    Plan(segments=2, warmup=3, cuts=("blocks.0", "blocks.4")),
+    Plan(segments=2, warmup=2, cuts=("blocks.2", "blocks.5"), forecast=0, time_shift=True),
+    Plan(segments=3, warmup=3, cuts=("blocks.1", "blocks.3", "blocks.6")),
+    Plan(segments=3, stride=2, warmup=3, cuts=("blocks.0", "blocks.2", "blocks.5"), time_shift=True),
+    Plan(segments=4, warmup=2, cuts=("blocks.2", "blocks.3", "blocks.5", "blocks.6"), forecast=0),
+    Plan(segments=4, warmup=2, cuts=("blocks.0", "blocks.2", "blocks.4", "blocks.5")),
+    Plan(segments=2, stride=2, warmup=4),
+    Plan(segments=2, stride=3, warmup=1, forecast=0),
+    Plan(segments=2, stride=4, warmup=2, cuts=("blocks.3", "blocks.5")),
+)

@@ -1,0 +1,89 @@
+"""Asynchronous means precisely stale by one call: real processes compute what a single-process simulation does."""
+
+import pytest
+import toys
+import torch
+from toys import TOY, ToyBlock
+
+from asyncdiff_nodes.engine import Plan, Simulator, WorkerGroup
+
+TIMESTEPS = [980, 860, 740, 620, 500, 380, 260, 140, 20]
+
+
+@pytest.mark.parametrize("steps", [8, 9])
+@pytest.mark.parametrize("plan", toys.PLANS, ids=repr)
+def test_group_computes_what_the_simulator_does(plan, steps, toy_group):
+    group, net = toy_group(plan)
+    group.begin(TIMESTEPS[:steps])
+    routed = toys.denoise(group, TIMESTEPS[:steps])
+    with Simulator(net, plan, family=TOY) as simulator:
+        simulator.begin(TIMESTEPS[:steps])
+        expected = toys.denoise(simulator, TIMESTEPS[:steps])
+    with torch.no_grad():
+        sequential = toys.denoise(net, TIMESTEPS[:steps])
+    assert torch.equal(routed, expected)
+    assert (routed[plan.warmup :] - sequential[plan.warmup :]).abs().max() > 1e-4, "or this test proves nothing"
+
+
+@pytest.mark.parametrize("plan", toys.PLANS, ids=repr)
+def test_second_run_equals_the_first_and_runs_may_be_abandoned(plan, toy_group):
+    group, _ = toy_group(plan)
+    group.begin(TIMESTEPS)
+    first = toys.denoise(group, TIMESTEPS)
+    group.begin(TIMESTEPS)
+    abandoned = plan.warmup + 2
+    assert torch.equal(toys.denoise(group, TIMESTEPS[:abandoned]), first[:abandoned])
+    group.begin(TIMESTEPS)
+    assert torch.equal(toys.denoise(group, TIMESTEPS), first)
+
+
+@pytest.mark.parametrize("plan", toys.PLANS, ids=repr)
+def test_interleaved_streams_do_not_touch_each_other(plan, toy_group):
+    group, _ = toy_group(plan)
+    group.begin(TIMESTEPS)
+    alone = [toys.denoise(group, TIMESTEPS, seed=batch, batch=batch, stream=batch) for batch in (1, 3)]
+    group.begin(TIMESTEPS)
+    samples = {batch: toys.inputs(batch, batch) for batch in (1, 3)}
+    outputs = {1: [], 3: []}
+    for k, t in enumerate(TIMESTEPS):
+        for batch in (1, 3) if k % 2 else (3, 1):
+            x, kwargs = samples[batch]
+            outputs[batch].append(group(x, t, stream=batch, **kwargs))
+            samples[batch] = 0.8 * x + 0.3 * outputs[batch][-1], kwargs
+    for batch, expected in zip((1, 3), alone, strict=True):
+        assert torch.equal(torch.stack(outputs[batch]), expected)
+
+
+def pieces(net, xs, ts, context):
+    """Value of the first block at every call, and the second block with the glue after it."""
+    with torch.no_grad():
+        embs = [net.embed(x, t) for x, t in zip(xs, ts, strict=True)]
+        values = [net.blocks[0](x, emb, context) for x, emb in zip(xs, embs, strict=True)]
+    return values, lambda k, value: net.blocks[1](value, embs[k], context) * net.scale
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_two_blocks_by_hand(order):
+    """No simulator, no schedule: v1 or v1 + (v1 - v2), written out."""
+    net = toys.chain(ToyBlock, ToyBlock)
+    (x, kwargs), ts = toys.inputs(1), [700, 500, 300, 100, 1]
+    xs = [x * (1 + k / 3) for k in range(len(ts))]
+    values, rest = pieces(net, xs, ts, kwargs["context"])
+    guesses = [values[0], values[0]]  # one value is all there is at the first asynchronous call
+    for k in (2, 3, 4):
+        guesses.append(values[k - 1] + (values[k - 1] - values[k - 2]) if order else values[k - 1])
+    plan = Plan(cuts=("blocks.0", "blocks.1"), forecast=order)
+    with WorkerGroup(net, plan, threads_per_rank=1, family=TOY) as group, torch.no_grad():
+        for k, guess in enumerate(guesses):
+            assert torch.equal(group(xs[k], ts[k], **kwargs), rest(k, guess)), f"call {k}"
+
+
+def test_group_without_begin_is_a_run_of_its_own():
+    """Nothing has to be announced at stride 1; streams may come and go."""
+    net = toys.chain(ToyBlock, ToyBlock, ToyBlock)
+    with WorkerGroup(net, Plan(warmup=1), threads_per_rank=1, family=TOY) as group:
+        first = toys.denoise(group, TIMESTEPS)
+        second = toys.denoise(group, TIMESTEPS, stream=("a", 1))
+        assert torch.equal(first, second)
+        group.begin(torch.tensor(TIMESTEPS))
+        assert torch.equal(first, toys.denoise(group, TIMESTEPS))

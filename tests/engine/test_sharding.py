@@ -1,0 +1,140 @@
+"""Weights are sharded, and nothing crosses that need not: counted by the ranks and their transport, not by the plan."""
+
+import golden
+import pytest
+import toys
+import torch
+from toys import TOY
+
+from asyncdiff_nodes.engine import Plan, WorkerGroup, find_family, meta_copy, trace
+
+UNET_PLAN = golden.plan_of("sd15_N3_S2_W3_noshift_T12_dealias")
+
+
+def owner_of(weight, owners):
+    """Segment of the block that the weight lies in, None for glue."""
+    return next((segment for block, segment in owners.items() if weight.startswith(block + ".")), None)
+
+
+def segments_by_cuts(graph, cuts):
+    """Block -> segment, from the meaning of cuts alone."""
+    owners, segment, ahead = {}, len(cuts) - 1, list(cuts)
+    for name in graph.names:
+        if ahead and (name == ahead[0] or name.startswith(ahead[0] + ".")):
+            segment = len(cuts) - len(ahead)
+            ahead.pop(0)
+        owners[name] = segment
+    assert not ahead
+    return owners
+
+
+def bytes_by_edges(graph, owners, plan):
+    """Each crossing producer once per rank that reads it."""
+    total = 0
+    for rank in range(plan.world_size):
+        mine = min(rank, plan.segments - 1)
+        total += sum(
+            block.output_bytes
+            for p, block in enumerate(graph.blocks)
+            if owners[block.name] != mine and any(a == p and owners[graph.names[b]] == mine for a, b in graph.edges)
+        )
+    return total
+
+
+def check_weights(module, graph, plan, owners, reports):
+    sizes = {name: tensor.nbytes for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+    assert [report.rank for report in reports] == list(range(plan.world_size))
+    for report in reports:
+        assert report.segment == min(report.rank, plan.segments - 1)
+        expected = {name for name in sizes if owner_of(name, owners) in (None, report.segment)}
+        assert report.weights == {name: sizes[name] for name in expected}
+        assert report.weight_bytes == sum(report.weights.values())
+        assert report.replicated_bytes == graph.glue_bytes
+    assert set().union(*(report.weights for report in reports)) == sizes.keys()
+    last = sum(size for name, size in sizes.items() if owner_of(name, owners) == plan.segments - 1)
+    assert sum(report.weight_bytes for report in reports) == (
+        sum(sizes.values()) + (plan.stride - 1) * last + (plan.world_size - 1) * graph.glue_bytes
+    )
+
+
+def check_bytes(stats, graph, plan, owners, calls):
+    per_call = bytes_by_edges(graph, owners, plan)
+    assert per_call > 0
+    assert stats.planned_bytes == per_call
+    sent = {k: sum(r.bytes_sent for r in stats.records if r.call == k) for k in calls}
+    assert sent == dict.fromkeys(calls, per_call)
+    assert {r.call for r in stats.records} == set(calls)
+    assert stats.bytes_sent == per_call * len(calls)
+
+
+def test_unet_with_replicas(golden_group):
+    unet, group = golden.unet("sd15"), golden_group("sd15", UNET_PLAN)
+    group.begin(golden.scheduler(12).timesteps)
+    golden.sample(group, "sd15", 12)
+    stats = group.stats()
+    skeleton, family = meta_copy(unet), find_family(unet)
+    latents = golden.inputs("sd15")["latents"]
+    graph = trace(skeleton, family, (torch.cat([latents, latents]), 1), golden.conditioning("sd15"))
+    owners = segments_by_cuts(graph, UNET_PLAN.cuts)
+    assert set(owners.values()) == {0, 1, 2}
+    check_weights(unet, graph, UNET_PLAN, owners, stats.ranks)
+    check_bytes(stats, graph, UNET_PLAN, owners, calls=[0, 1, 2, 3, 5, 7, 9, 11])
+
+
+@pytest.mark.parametrize("plan", [p for p in toys.PLANS if p.cuts], ids=repr)
+def test_random_network(plan, toy_group):
+    group, net = toy_group(plan)
+    timesteps = [900, 800, 700, 600, 500, 400]
+    group.begin(timesteps)
+    toys.denoise(group, timesteps, batch=5)
+    stats = group.stats()
+    skeleton = meta_copy(net)
+    graph = trace(skeleton, TOY, *TOY.example_inputs(skeleton, None, 5))
+    owners = segments_by_cuts(graph, plan.cuts)
+    check_weights(net, graph, plan, owners, stats.ranks)
+    begin = next(k for k in range(plan.warmup, 9) if (k - 1) % plan.stride == 0)
+    check_bytes(stats, graph, plan, owners, [*range(plan.warmup), *range(begin, 6, plan.stride)])
+
+
+def test_begin_forgets_the_records_of_the_run_before(toy_group):
+    group, _ = toy_group(toys.PLANS[0])
+    group.begin()
+    toys.denoise(group, [9, 8, 7])
+    assert {r.call for r in group.stats().records} == {0, 1, 2}
+    group.begin()
+    assert group.stats().records == []
+    toys.denoise(group, [5])
+    records = group.stats().records
+    assert {r.call for r in records} == {0}
+    assert all(r.synchronous and r.compute >= 0 and r.wait >= 0 and r.end >= r.start for r in records)
+
+
+def test_drift_is_the_relative_change_of_what_arrived(toy_group):
+    """Against the blocks' own outputs, in synchronous calls."""
+    plan = toys.PLANS[0]
+    group, net = toy_group(plan)
+    group.begin()
+    x, kwargs = toys.inputs(3)
+    outputs, hooks = {}, []
+    for name in toys.block_names(net):
+        hook = net.get_submodule(name).register_forward_hook
+        hooks.append(hook(lambda _, __, out, name=name: outputs.setdefault(name, []).append(out)))
+    with torch.no_grad():
+        for t in (800, 100):
+            net(x, t, **kwargs)
+            group(x, t, **kwargs)
+    found = {name: drift for r in group.stats().records if r.call == 1 for name, drift in r.drift.items()}
+    assert found
+    for name, drift in found.items():
+        old, new = (torch.cat([v.flatten() for v in (o if isinstance(o, tuple) else (o,))]) for o in outputs[name])
+        assert drift == pytest.approx(((new - old).norm() / old.norm()).item(), rel=1e-4)
+
+
+def test_weight_that_two_blocks_share_reaches_both_owners():
+    net = toys.chain(toys.ToyBlock, toys.ToyBlock)
+    net.blocks[1].conv.weight = net.blocks[0].conv.weight
+    plan = Plan(warmup=2, cuts=("blocks.0", "blocks.1"))
+    with WorkerGroup(net, plan, threads_per_rank=1, family=TOY) as group, torch.no_grad():
+        x, kwargs = toys.inputs(0)
+        assert torch.equal(group(x, 5, **kwargs), net(x, 5, **kwargs))
+        assert "blocks.1.conv.weight" in group.stats().ranks[1].weights
