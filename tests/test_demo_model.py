@@ -14,7 +14,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 import emoji_table  # noqa: E402
-
 from asyncdiff_nodes.demo import DemoPipeline  # noqa: E402
 from asyncdiff_nodes.demo.pipeline import SCHEDULERS, WEIGHTS  # noqa: E402
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_card import model_card
-from demo_schedule import SCHEDULER_CONFIG
-from emoji_table import HELDOUT_PROMPTS, SHOWCASE_PROMPTS, emoji_prompts
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 from asyncdiff_nodes.demo import DemoPipeline
 from asyncdiff_nodes.demo.tokenizer import WordTokenizer
+from demo_card import model_card
+from demo_schedule import SCHEDULER_CONFIG
+from emoji_table import HELDOUT_PROMPTS, SHOWCASE_PROMPTS, emoji_prompts
 
 
 def export_checkpoint(checkpoint: dict, models: torch.nn.ModuleDict, folder: Path, limits: str) -> None:

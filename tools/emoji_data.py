@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from emoji_table import emoji_prompts
 from PIL import Image
+
+from emoji_table import emoji_prompts
 
 PACKAGE = "emoji-datasource-google"
 VERSION = "16.0.0"

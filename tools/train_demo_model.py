@@ -30,14 +30,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from demo_export import export_checkpoint  # noqa: E402
-from demo_schedule import DiffusionTable, cosine_lr, wall_fraction  # noqa: E402
 from diffusers import UNet2DConditionModel  # noqa: E402
-from emoji_data import archive_path, load_images  # noqa: E402
-from emoji_table import vocabulary  # noqa: E402
 
 from asyncdiff_nodes.demo.text_encoder import TextEncoder  # noqa: E402
 from asyncdiff_nodes.demo.tokenizer import PAD, UNK, WordTokenizer  # noqa: E402
+from demo_export import export_checkpoint  # noqa: E402
+from demo_schedule import DiffusionTable, cosine_lr, wall_fraction  # noqa: E402
+from emoji_data import archive_path, load_images  # noqa: E402
+from emoji_table import vocabulary  # noqa: E402
 
 CONTEXT_LENGTH = 8
 NOT_JUDGED = "Not judged yet: look at the sample grids above."

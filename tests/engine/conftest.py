@@ -3,12 +3,12 @@
 import functools
 import tempfile
 
-import golden
 import pytest
-import toys
 import torch
 from diffusers import UNet2DConditionModel
 
+import golden
+import toys
 from asyncdiff_nodes.engine import BlockGraph, Plan, WorkerGroup, find_family, trace
 
 # the true architectures; see their model cards

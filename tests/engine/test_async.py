@@ -1,11 +1,11 @@
 """Asynchronous means precisely stale by one call: real processes compute what a single-process simulation does."""
 
 import pytest
-import toys
 import torch
-from toys import TOY, ToyBlock
 
+import toys
 from asyncdiff_nodes.engine import Plan, Simulator, WorkerGroup
+from toys import TOY, ToyBlock
 
 TIMESTEPS = [980, 860, 740, 620, 500, 380, 260, 140, 20]
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from toys import TOY, denoise, random_net
 
 from asyncdiff_nodes.engine import Plan, Simulator, WorkerGroup
+from toys import TOY, denoise, random_net
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -3,10 +3,9 @@
 import multiprocessing
 
 import pytest
-import toys
 import torch
-from toys import TOY, ToyBlock
 
+import toys
 from asyncdiff_nodes.engine import (
     AsyncDiffError,
     DeviceError,
@@ -18,6 +17,7 @@ from asyncdiff_nodes.engine import (
     WorkerGroup,
     find_family,
 )
+from toys import TOY, ToyBlock
 
 BATCHES = toys.PLANS[3]  # stride 2
 PLAIN = toys.PLANS[0]

@@ -1,12 +1,12 @@
 """Exact when synchronous: as long as the warm-up lasts, outputs are bit for bit those of the unrouted model."""
 
-import golden
 import pytest
-import toys
 import torch
-from toys import TOY
 
+import golden
+import toys
 from asyncdiff_nodes.engine import Plan, WorkerGroup
+from toys import TOY
 
 # three steps of DDIM are all warm-up for the golden plans with W = 3
 GOLDEN = [

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-import toys
 import torch
-from toys import TOY
 
+import toys
 from asyncdiff_nodes.engine import DeadlineError, GroupClosedError, Plan, WorkerError, WorkerGroup
+from toys import TOY
 
 HERE = Path(__file__).parent
 

@@ -1,8 +1,8 @@
 """The published implementation's numbers, call by call, from the simulator and from real processes."""
 
-import golden
 import pytest
 
+import golden
 from asyncdiff_nodes.engine import Simulator
 
 # the rest differs from these in one property each

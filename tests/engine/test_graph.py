@@ -2,14 +2,14 @@
 
 import re
 
-import golden
 import pytest
-import toys
 import torch
 from diffusers import UNet2DConditionModel
-from toys import ToyBlock, ToyNet
 
+import golden
+import toys
 from asyncdiff_nodes.engine import Family, PlanError, UnsupportedModelError, find_family, meta_copy, trace
+from toys import ToyBlock, ToyNet
 
 
 def toy_graph(net, family=toys.TOY, batch=2):

@@ -1,8 +1,8 @@
 """Who computes what, call by call: as the published implementation logged it, and beyond it as written out by hand."""
 
-import golden
 import pytest
 
+import golden
 from asyncdiff_nodes.engine import Call, Kind, Plan, ScheduleError, call_at
 
 S, A, P, R = Kind.SYNCHRONOUS, Kind.ASYNCHRONOUS, Kind.PREFETCHED, Kind.REPEATED

@@ -1,12 +1,12 @@
 """Weights are sharded, and nothing crosses that need not: counted by the ranks and their transport, not by the plan."""
 
-import golden
 import pytest
-import toys
 import torch
-from toys import TOY
 
+import golden
+import toys
 from asyncdiff_nodes.engine import Plan, WorkerGroup, find_family, meta_copy, trace
+from toys import TOY
 
 UNET_PLAN = golden.plan_of("sd15_N3_S2_W3_noshift_T12_dealias")
 
