@@ -135,21 +135,26 @@ def _psnr(reference: np.ndarray, pictures: np.ndarray) -> float:
 
 
 def _sheet(prompts: list[str], sequential: np.ndarray, asynchronous: np.ndarray, plan: Plan) -> Image.Image:
-    """One row per prompt: sequential, AsyncDiff, amplified difference."""
-    size, gap, label, head = sequential.shape[1] * _ZOOM, 8, 110, 24
+    """One column per prompt: sequential, AsyncDiff, amplified difference."""
+    size, gap, label, head = sequential.shape[1] * _ZOOM, 8, 90, 24
     font = ImageFont.load_default(13)
-    sheet = Image.new("RGB", (label + 3 * (size + gap), head + len(prompts) * (size + gap)), "white")
+    sheet = Image.new("RGB", (label + len(prompts) * (size + gap), head + 3 * (size + gap)), "white")
     draw = ImageDraw.Draw(sheet)
-    titles = ("sequential", f"AsyncDiff N={plan.segments} S={plan.stride}", f"difference x{_GAIN}")
-    for column, title in enumerate(titles):
-        draw.text((label + column * (size + gap), 4), title, fill="black", font=font)
-    for row, prompt in enumerate(prompts):
+    difference = np.clip(np.abs(asynchronous - sequential) * _GAIN, 0, 1)
+    rows = {
+        "sequential": sequential,
+        f"AsyncDiff\nN={plan.segments} S={plan.stride}": asynchronous,
+        f"difference\nx{_GAIN}": difference,
+    }
+    for row, (title, pictures) in enumerate(rows.items()):
         top = head + row * (size + gap)
-        draw.multiline_text((4, top + size // 2 - 8), prompt.replace(" ", "\n"), fill="black", font=font)
-        difference = np.clip(np.abs(asynchronous[row] - sequential[row]) * _GAIN, 0, 1)
-        for column, picture in enumerate((sequential[row], asynchronous[row], difference)):
+        draw.multiline_text((4, top + size // 2 - 16), title, fill="black", font=font)
+        for column, picture in enumerate(pictures):
+            left = label + column * (size + gap)
+            if row == 0:
+                draw.text((left, 4), prompts[column], fill="black", font=font)
             tile = Image.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8))
-            sheet.paste(tile.resize((size, size), Image.Resampling.NEAREST), (label + column * (size + gap), top))
+            sheet.paste(tile.resize((size, size), Image.Resampling.NEAREST), (left, top))
     return sheet
 
 
