@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.multiprocessing as mp
@@ -34,6 +34,13 @@ class Baseline:
         """Seconds of each block, measured before the first call. Ask once, first: it says that the process is ready."""
         return self._receive()
 
+    def start(self) -> None:
+        """Start one call."""
+        try:
+            self._conn.send("run")
+        except OSError:
+            self._died()
+
     def wait(self) -> float:
         """Seconds of the call that was started last."""
         return self._receive()
@@ -41,13 +48,12 @@ class Baseline:
     def _receive(self) -> Any:
         try:
             return self._conn.recv()
-        except EOFError:
-            self._process.join(5)
-            raise WorkerError(f"the unrouted model's process ended with code {self._process.exitcode}", rank=-1) from None
+        except (EOFError, OSError):
+            self._died()
 
-    def start(self) -> None:
-        """Start one call."""
-        self._conn.send("run")
+    def _died(self) -> NoReturn:
+        self._process.join(5)
+        raise WorkerError(f"the unrouted model's process ended with code {self._process.exitcode}", rank=-1) from None
 
     def close(self) -> None:
         """End the process."""
