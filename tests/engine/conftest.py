@@ -51,38 +51,58 @@ def true_graph():
     return get
 
 
+MOST_RANKS = 12  # of shared groups at a time: each holds some 200 MB
+
+
+def pytest_collection_modifyitems(items):
+    """Run the tests of one shared group one after the other, so that it is started once and few live at a time."""
+
+    def shared(item):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if "golden_group" in item.fixturenames and "name" in params:
+            return golden.RUNS[params["name"]]["layout"], golden.plan_of(params["name"])
+        if "toy_group" in item.fixturenames and "plan" in params:
+            return "toy", params["plan"]
+        return item.nodeid
+
+    first = {}
+    for position, item in enumerate(items):
+        first.setdefault(shared(item), position)
+    items.sort(key=lambda item: first[shared(item)])
+
+
 @pytest.fixture(scope="session")
-def running():
-    """Groups by (model, plan), one thread per rank."""
-    groups: dict[tuple[str, Plan], WorkerGroup] = {}
-    yield groups
-    for group in groups.values():
+def start():
+    """(model, plan, module) -> a shared group, one thread per rank; those not used for the longest time make room."""
+    running: dict[tuple[str, Plan], WorkerGroup] = {}
+
+    def get(model: str, plan: Plan, module: torch.nn.Module, **options) -> WorkerGroup:
+        group = running.pop((model, plan), None)
+        while running and plan.world_size + sum(p.world_size for _, p in running) > MOST_RANKS:
+            running.pop(next(iter(running))).close()
+        if group is None:
+            group = WorkerGroup(module, plan, ["cpu"] * plan.world_size, threads_per_rank=1, **options)
+        running[model, plan] = group
+        return group
+
+    yield get
+    for group in running.values():
         group.close()
 
 
 @pytest.fixture(scope="session")
-def golden_group(running):
+def golden_group(start):
     """(layout, plan) -> a group of the golden UNet."""
-
-    def get(layout: str, plan: Plan) -> WorkerGroup:
-        if (layout, plan) not in running:
-            devices = ["cpu"] * plan.world_size
-            running[layout, plan] = WorkerGroup(golden.unet(layout), plan, devices, threads_per_rank=1)
-        return running[layout, plan]
-
-    return get
+    return lambda layout, plan: start(layout, plan, golden.unet(layout))
 
 
 @pytest.fixture(scope="session")
-def toy_group(running):
+def toy_group(start):
     """plan -> a group of the random network whose seed is the plan's place in ``toys.PLANS``, and that network."""
 
     def get(plan: Plan) -> tuple[WorkerGroup, toys.ToyNet]:
         net = toys.random_net(toys.PLANS.index(plan))
-        if ("toy", plan) not in running:
-            devices = ["cpu"] * plan.world_size
-            running["toy", plan] = WorkerGroup(net, plan, devices, threads_per_rank=1, family=toys.TOY)
-        return running["toy", plan], net
+        return start("toy", plan, net, family=toys.TOY), net
 
     return get
 

@@ -11,7 +11,7 @@ TIMESTEPS = [980, 860, 740, 620, 500, 380, 260, 140, 20]
 
 
 @pytest.mark.parametrize("steps", [8, 9])
-@pytest.mark.parametrize("plan", toys.PLANS, ids=repr)
+@pytest.mark.parametrize("plan", toys.PLANS, ids=toys.label)
 def test_group_computes_what_the_simulator_does(plan, steps, toy_group):
     group, net = toy_group(plan)
     group.begin(TIMESTEPS[:steps])
@@ -25,7 +25,7 @@ def test_group_computes_what_the_simulator_does(plan, steps, toy_group):
     assert (routed[plan.warmup :] - sequential[plan.warmup :]).abs().max() > 1e-4, "or this test proves nothing"
 
 
-@pytest.mark.parametrize("plan", toys.PLANS, ids=repr)
+@pytest.mark.parametrize("plan", toys.PLANS, ids=toys.label)
 def test_second_run_equals_the_first_and_runs_may_be_abandoned(plan, toy_group):
     group, _ = toy_group(plan)
     group.begin(TIMESTEPS)
@@ -37,7 +37,7 @@ def test_second_run_equals_the_first_and_runs_may_be_abandoned(plan, toy_group):
     assert torch.equal(toys.denoise(group, TIMESTEPS), first)
 
 
-@pytest.mark.parametrize("plan", toys.PLANS, ids=repr)
+@pytest.mark.parametrize("plan", toys.PLANS, ids=toys.label)
 def test_interleaved_streams_do_not_touch_each_other(plan, toy_group):
     group, _ = toy_group(plan)
     group.begin(TIMESTEPS)

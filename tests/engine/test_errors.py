@@ -17,10 +17,8 @@ from asyncdiff_nodes.engine import (
     WorkerGroup,
     find_family,
 )
-from toys import TOY, ToyBlock
+from toys import BATCHES, PLAIN, TOY, ToyBlock
 
-BATCHES = toys.PLANS[3]  # stride 2
-PLAIN = toys.PLANS[0]
 TIMESTEPS = [900, 700, 500, 300, 100, 1]
 
 

@@ -48,14 +48,14 @@ def test_ddim_loop_at_automatic_cuts(golden_group):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "plan"), OTHERS, ids=str)
+@pytest.mark.parametrize(("layout", "plan"), OTHERS, ids=[f"{layout}-{toys.label(plan)}" for layout, plan in OTHERS])
 def test_ddim_loop_of_all_other_combinations(layout, plan, golden_group):
     group = golden_group(layout, plan)
     assert group.placement.wrapped == (plan.cuts is None)
     assert_exact(layout, plan, group)
 
 
-@pytest.mark.parametrize("plan", toys.PLANS, ids=repr)
+@pytest.mark.parametrize("plan", toys.PLANS, ids=toys.label)
 def test_random_network(plan, toy_group):
     group, net = toy_group(plan)
     timesteps = [900, 700, 500, 300][: plan.warmup]

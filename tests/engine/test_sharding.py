@@ -8,8 +8,6 @@ import toys
 from asyncdiff_nodes.engine import Plan, WorkerGroup, find_family, meta_copy, trace
 from toys import TOY
 
-UNET_PLAN = golden.plan_of("sd15_N3_S2_W3_noshift_T12_dealias")
-
 
 def owner_of(weight, owners):
     """Segment of the block that the weight lies in, None for glue."""
@@ -67,21 +65,23 @@ def check_bytes(stats, graph, plan, owners, calls):
     assert stats.bytes_sent == per_call * len(calls)
 
 
-def test_unet_with_replicas(golden_group):
-    unet, group = golden.unet("sd15"), golden_group("sd15", UNET_PLAN)
+@pytest.mark.parametrize("name", ["sd15_N3_S2_W3_noshift_T12_dealias"])
+def test_unet_with_replicas(name, golden_group):
+    plan = golden.plan_of(name)
+    unet, group = golden.unet("sd15"), golden_group("sd15", plan)
     group.begin(golden.scheduler(12).timesteps)
     golden.sample(group, "sd15", 12)
     stats = group.stats()
     skeleton, family = meta_copy(unet), find_family(unet)
     latents = golden.inputs("sd15")["latents"]
     graph = trace(skeleton, family, (torch.cat([latents, latents]), 1), golden.conditioning("sd15"))
-    owners = segments_by_cuts(graph, UNET_PLAN.cuts)
+    owners = segments_by_cuts(graph, plan.cuts)
     assert set(owners.values()) == {0, 1, 2}
-    check_weights(unet, graph, UNET_PLAN, owners, stats.ranks)
-    check_bytes(stats, graph, UNET_PLAN, owners, calls=[0, 1, 2, 3, 5, 7, 9, 11])
+    check_weights(unet, graph, plan, owners, stats.ranks)
+    check_bytes(stats, graph, plan, owners, calls=[0, 1, 2, 3, 5, 7, 9, 11])
 
 
-@pytest.mark.parametrize("plan", [p for p in toys.PLANS if p.cuts], ids=repr)
+@pytest.mark.parametrize("plan", [p for p in toys.PLANS if p.cuts], ids=toys.label)
 def test_random_network(plan, toy_group):
     group, net = toy_group(plan)
     timesteps = [900, 800, 700, 600, 500, 400]
@@ -97,7 +97,7 @@ def test_random_network(plan, toy_group):
 
 
 def test_begin_forgets_the_records_of_the_run_before(toy_group):
-    group, _ = toy_group(toys.PLANS[0])
+    group, _ = toy_group(toys.PLAIN)
     group.begin()
     toys.denoise(group, [9, 8, 7])
     assert {r.call for r in group.stats().records} == {0, 1, 2}
@@ -111,7 +111,7 @@ def test_begin_forgets_the_records_of_the_run_before(toy_group):
 
 def test_drift_is_the_relative_change_of_what_arrived(toy_group):
     """Against the blocks' own outputs, in synchronous calls."""
-    plan = toys.PLANS[0]
+    plan = toys.PLAIN
     group, net = toy_group(plan)
     group.begin()
     x, kwargs = toys.inputs(3)
