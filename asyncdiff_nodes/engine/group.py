@@ -85,6 +85,8 @@ class WorkerGroup:
         whole = isinstance(threads_per_rank, int) and not isinstance(threads_per_rank, bool)
         if threads_per_rank is not None and (not whole or threads_per_rank < 1):
             raise DeviceError(f"threads_per_rank={threads_per_rank!r}: give a whole number of 1 or more, or None")
+        if empty := next((name for name, tensor in tensors_of(module) if tensor.is_meta), None):
+            raise UnsupportedModelError(f"weight {empty} is on the meta device: load the model before splitting it")
         self.plan = plan
         self.devices = tuple(str(device) for device in parsed)
         self._family = family or find_family(module)
@@ -227,8 +229,6 @@ class WorkerGroup:
             )
             self._ranks.send(share.rank, boot, deadline=deadline)
         for name, tensor, segment in weights:
-            if tensor.is_meta:
-                raise UnsupportedModelError(f"weight {name} is on the meta device: load the model before splitting it")
             tensor = wire.dense_on_cpu(tensor)
             for share in shares:
                 if segment in (None, share.segment):

@@ -114,6 +114,7 @@ class SplitModel:
         stream = self._streams[key]
         start, sent = self._watch.mark(), self._transport.bytes_sent
         self._waits = []
+        self._transport.begin_call()
         for name, sender in self._share.sources.items():
             stream.inboxes[name].expect(self._arrival(sender, stream.layouts[name][0]))
         output = None

@@ -62,7 +62,9 @@ class Transport:
         self.bytes_sent = 0
         self._device = devices[rank]
         self._links: dict[tuple[int, int], Any] = {}
-        self._sending: dict[int, list[tuple[Any, torch.Tensor]]] = {}
+        # sends of this call and of the one before, with their buffers
+        self._sending: list[tuple[Any, torch.Tensor]] = []
+        self._sent: list[tuple[Any, torch.Tensor]] = []
         self._staged: queue.SimpleQueue | None = None
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # its bootstrap listener, too, stays on loopback
         store = dist.FileStore(store_path, -1)
@@ -81,16 +83,19 @@ class Transport:
         self._rank = rank
         self._nccl_peers = {r for r in range(len(devices)) if uses_nccl(devices[r], self._device)}
 
+    def begin_call(self) -> None:
+        """Free the buffers of the call before the last: whoever reads its values took them to begin the last one."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent, self._sending = self._sending, []
+
     def send(self, receiver: int, value: torch.Tensor, meta: TensorMeta) -> None:
         """Start sending ``value`` in layout ``meta``. Its memory may be changed as soon as this returns."""
         link = self._links[self._rank, receiver]
         self.bytes_sent += meta.nbytes
         if self._device.type != "cuda" or receiver in self._nccl_peers:
             copy = empty(meta, self._near(receiver)).copy_(value)
-            works = self._sending.setdefault(receiver, [])
-            works.append((link.send([flat(copy)], 1, 0), copy))
-            while len(works) > 32:  # long done in practice: the receiver needed it a call ago
-                works.pop(0)[0].wait()
+            self._sending.append((link.send([flat(copy)], 1, 0), copy))
             return
         if self._staged is None:
             self._staged = queue.SimpleQueue()
