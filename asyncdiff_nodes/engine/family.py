@@ -21,12 +21,15 @@ class Family:
         timestep: position and keyword of the timestep in the model's ``forward``.
         example_inputs: ``(module, latent_size, batch) -> (args, kwargs)``, tensors on the meta device; ``None`` for the
             size means the model's own. Used to plan before the first call.
+        trace_inputs: ``(args, kwargs) -> (args, kwargs)``, what a trace passes instead of a call's own inputs, where the
+            forward cannot run on the meta device with these; ``None`` changes nothing.
     """
 
     name: str
     block_names: Callable[[nn.Module], list[str]]
     timestep: tuple[int, str]
     example_inputs: Callable[[nn.Module, int | None, int], tuple[tuple[Any, ...], dict[str, Any]]]
+    trace_inputs: Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
 
 
 def find_family(module: nn.Module) -> Family:

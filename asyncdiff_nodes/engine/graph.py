@@ -173,6 +173,8 @@ def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: di
         if any(other != name and name.startswith(other + ".") for other in listed):
             raise UnsupportedModelError(f"family {family.name}: block {name} lies within another block")
     args, kwargs = tree_map(_to_meta, (args, kwargs))
+    if family.trace_inputs is not None:
+        args, kwargs = family.trace_inputs(args, kwargs)
 
     order: list[str] = []
     outputs: dict[str, tuple[tuple[TensorMeta, ...], Any]] = {}

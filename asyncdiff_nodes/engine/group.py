@@ -6,7 +6,7 @@ import os
 import pickle
 import time
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from . import backends, wire
 from .devices import parse_devices
-from .errors import DeviceError, InputChangedError, ScheduleError, UnsupportedModelError
+from .errors import DeviceError, InputChangedError, PlanError, ScheduleError, UnsupportedModelError
 from .family import Family, find_family
 from .graph import BlockGraph, meta_copy, tensors_of, trace
 from .inputs import Inputs, difference
@@ -45,6 +45,7 @@ class WorkerGroup:
 
     Args:
         module: the model, in evaluation mode, on any device. It is not changed, and its weights may be freed afterwards.
+            If ``weights`` are given, only its structure counts, and it may be on the meta device.
         plan: how to split; ``Plan()`` is two segments at automatic cuts.
         devices: one device string per rank, ``plan.segments + plan.stride - 1`` of them; a device may be named repeatedly.
         threads_per_rank: intra-op threads of a rank; ``None`` shares the parent's threads among the ranks.
@@ -52,6 +53,9 @@ class WorkerGroup:
         costs: cost of each block, for automatic cuts; see :func:`~.plan.place`.
         family: how to split this kind of model; found by its class if ``None``.
         example_inputs: ``(args, kwargs)`` of a typical call, for automatic cuts; the family's own if ``None``.
+        weights: name and value of every parameter and buffer, in place of the module's own; each is read once, when it is sent.
+        prepare: picklable; called in every rank before the model's classes are imported.
+        on_placed: called with the placement before any process starts, for example to make room on the devices.
         start_timeout, call_timeout: seconds until all ranks must be ready, and until a call must be answered.
         poll: called again and again while waiting; what it raises interrupts the call, after which ``begin`` starts afresh.
 
@@ -71,6 +75,9 @@ class WorkerGroup:
         costs: Sequence[float] | None = None,
         family: Family | None = None,
         example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+        weights: Iterable[tuple[str, torch.Tensor]] | None = None,
+        prepare: Callable[[], None] | None = None,
+        on_placed: Callable[[Placement], None] | None = None,
         start_timeout: float = 300.0,
         call_timeout: float = 300.0,
         poll: Callable[[], None] | None = None,
@@ -85,9 +92,12 @@ class WorkerGroup:
         whole = isinstance(threads_per_rank, int) and not isinstance(threads_per_rank, bool)
         if threads_per_rank is not None and (not whole or threads_per_rank < 1):
             raise DeviceError(f"threads_per_rank={threads_per_rank!r}: give a whole number of 1 or more, or None")
-        if empty := next((name for name, tensor in tensors_of(module) if tensor.is_meta), None):
-            raise UnsupportedModelError(f"weight {empty} is on the meta device: load the model before splitting it")
+        if weights is None:
+            weights = tensors_of(module)
+            if empty := next((name for name, tensor in tensors_of(module) if tensor.is_meta), None):
+                raise UnsupportedModelError(f"weight {empty} is on the meta device: load the model before splitting it")
         self.plan = plan
+        self._run_plan = plan
         self.devices = tuple(str(device) for device in parsed)
         self._family = family or find_family(module)
         self._skeleton = meta_copy(module)
@@ -102,33 +112,48 @@ class WorkerGroup:
         self._call_timeout = call_timeout
         skeleton = _pickled(self._skeleton)
 
+        if on_placed is not None:
+            on_placed(self.placement)
         threads = threads_per_rank or max(1, torch.get_num_threads() // plan.world_size)
         ranks = Ranks(plan.world_size, poll)
         self._ranks = ranks
         self._finalizer = weakref.finalize(self, ranks.close)
+        deadline = time.monotonic() + start_timeout
         try:
-            self._boot(module, skeleton, threads, time.monotonic() + start_timeout)
+            self._boot(skeleton, prepare, threads, deadline)
+            self._send_weights(weights, deadline)
+            self._connect(deadline)
         except BaseException:
             self.close()
             raise
 
     # -- use ---------------------------------------------------------------------------------------------------------
 
-    def begin(self, timesteps: Sequence[float] | torch.Tensor | None = None) -> None:
+    def begin(self, timesteps: Sequence[float] | torch.Tensor | None = None, plan: Plan | None = None) -> None:
         """Start a new denoising run: every stream starts over with its warm-up.
 
         Args:
             timesteps: [T], the timestep of every call of a stream, in order; needed for stride > 1.
+            plan: the plan of this run, if not the group's. Warm-up, time shift and forecast may differ, and the stride may be
+                smaller (the ranks that it does not need then only listen); the segments are the group's.
+
+        Raises:
+            PlanError: the plan needs other ranks than the group has.
         """
+        plan = plan or self.plan
+        own = self.plan
+        if (plan.segments, plan.cuts or own.cuts) != (own.segments, own.cuts) or plan.stride > own.stride:
+            raise PlanError(f"{plan} does not fit a group that was started with {own}: segments and cuts must be the same")
         if isinstance(timesteps, torch.Tensor):
             timesteps = timesteps.detach().flatten().tolist()
         if timesteps is not None and not len(timesteps):
             raise ScheduleError("begin: timesteps is empty; give the timestep of every call, or None")
         self._schedule = None if timesteps is None else [float(t) for t in timesteps]
+        self._run_plan = plan
         self._run += 1
         self._streams.clear()
         self._results.clear()
-        self._send_all([(("reset",), [])] * self.plan.world_size, time.monotonic() + self._call_timeout)
+        self._send_all([(("reset", plan.forecast), [])] * own.world_size, time.monotonic() + self._call_timeout)
 
     def __call__(self, *args: Any, stream: Hashable = None, **kwargs: Any) -> Any:
         """One call of the model, routed.
@@ -145,7 +170,7 @@ class WorkerGroup:
         """
         inputs = Inputs.take(args, kwargs, self._family.timestep)
         state = self._stream(stream, inputs)
-        call = call_at(self.plan, state.calls, None if self._schedule is None else len(self._schedule))
+        call = call_at(self._run_plan, state.calls, None if self._schedule is None else len(self._schedule))
         self._check_timestep(call, inputs)
 
         deadline = time.monotonic() + self._call_timeout
@@ -158,6 +183,18 @@ class WorkerGroup:
         leaves, structure = state.last_result
         # copies: a caller may change its result in place, and last_result may be needed again
         return unflatten([leaf.to(inputs.device, copy=True) for leaf in leaves], structure)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace weights in the ranks; later calls use the new ones. If this fails half-way, the group is closed.
+
+        Args:
+            weights: names and values; each is read once, when it is sent.
+        """
+        try:
+            self._send_weights(weights, time.monotonic() + self._call_timeout)
+        except BaseException:
+            self.close()
+            raise
 
     def stats(self) -> RunStats:
         """Telemetry of the last run, from all ranks."""
@@ -199,43 +236,49 @@ class WorkerGroup:
 
     # -- start -------------------------------------------------------------------------------------------------------
 
-    def _boot(self, module: nn.Module, skeleton: bytes, threads: int, deadline: float) -> None:
-        plan, names = self.plan, self.placement.graph.names
+    def _boot(self, skeleton: bytes, prepare: Callable[[], None] | None, threads: int, deadline: float) -> None:
+        plan = self.plan
         shares = [self._share(rank) for rank in range(plan.world_size)]
         pairs = tuple(sorted({(sender, share.rank) for share in shares for sender in share.sources.values()}))
-        owner = {name: self.placement.segments[i] for i, name in enumerate(names)}
-
-        def segment_of(weight: str) -> int | None:
-            """Owner of a weight by name; None for glue, which every rank holds."""
-            parts = weight.split(".")
-            return next((owner[p] for i in range(1, len(parts)) if (p := ".".join(parts[:i])) in owner), None)
-
-        weights = [(name, tensor, segment_of(name)) for name, tensor in tensors_of(module)]
         for share in shares:
-            mine = sum(segment in (None, share.segment) for _, _, segment in weights)
             boot = Boot(
                 share=share,
                 devices=self.devices,
                 pairs=pairs,
                 store_path=os.path.join(self._ranks.folder, "rendezvous"),
                 skeleton=skeleton,
-                forecast=plan.forecast,
+                prepare=prepare,
                 threads=threads,
                 numerics=backends.snapshot(),
                 timestep=self._family.timestep,
                 timeout=self._call_timeout,
-                weights=mine,
-                replicated_bytes=sum(tensor.nbytes for _, tensor, segment in weights if segment is None),
+                replicated_bytes=self.placement.graph.glue_bytes,
             )
             self._ranks.send(share.rank, boot, deadline=deadline)
-        for name, tensor, segment in weights:
+        self._send_all([(("reset", plan.forecast), [])] * plan.world_size, deadline)
+
+    def _send_weights(self, weights: Iterable[tuple[str, torch.Tensor]], deadline: float) -> None:
+        """One at a time, so that no more than a few are ever in memory twice."""
+        for name, tensor in weights:
+            segment = self._owner(name)
             tensor = wire.dense_on_cpu(tensor)
-            for share in shares:
-                if segment in (None, share.segment):
-                    self._ranks.send(share.rank, name, (tensor,), deadline=deadline)
+            for rank in range(self.plan.world_size):
+                if segment in (None, self.plan.segment_of_rank(rank)):
+                    self._ranks.send(rank, ("weight", name), (tensor,), deadline=deadline)
+
+    def _owner(self, weight: str) -> int | None:
+        """The segment of a weight by name; None for glue, which every rank holds."""
+        parts = weight.split(".")
+        prefixes = {".".join(parts[:i]) for i in range(1, len(parts))}
+        graph = self.placement.graph
+        return next((self.placement.segments[i] for i, name in enumerate(graph.names) if name in prefixes), None)
+
+    def _connect(self, deadline: float) -> None:
+        world = self.plan.world_size
+        self._send_all([(("connect",), [])] * world, deadline)
         ready: set[int] = set()
-        while len(ready) < plan.world_size:
-            rank, header, _ = self._ranks.next_message(deadline, f"ranks {sorted(set(range(plan.world_size)) - ready)} to start")
+        while len(ready) < world:
+            rank, header, _ = self._ranks.next_message(deadline, f"ranks {sorted(set(range(world)) - ready)} to start")
             if header[0] == "ready":
                 ready.add(rank)
 
@@ -278,7 +321,7 @@ class WorkerGroup:
         return self._streams.setdefault(key, _Stream(signature, self._graphs[signature]))
 
     def _check_timestep(self, call: Call, inputs: Inputs) -> None:
-        if self.plan.stride == 1:
+        if self._run_plan.stride == 1:
             return  # its timesteps are those of the calls themselves
         given, expected = inputs.timestep_number(), self._schedule[call.index]
         if abs(given - expected) > 1e-3 * max(1.0, abs(expected)):
@@ -290,7 +333,7 @@ class WorkerGroup:
     def _timestep_for(self, state: _Stream, call: Call, index: int, inputs: Inputs) -> Any:
         if index == call.index:
             return inputs.timestep
-        if self.plan.stride == 1:
+        if self._run_plan.stride == 1:
             return state.last_timestep  # time_shift
         return inputs.timestep_like(self._schedule[index])
 
@@ -300,15 +343,18 @@ class WorkerGroup:
         layouts = None if state.sent is not None else tuple((block.outputs, block.structure) for block in state.graph.blocks)
         synchronous, results = call.kind is Kind.SYNCHRONOUS, dict(call.results)
         messages = []
-        for rank, index in enumerate(call.timestep_indices):
-            t = self._timestep_for(state, call, index, inputs)
+        indices = call.timestep_indices
+        for rank in range(self.plan.world_size):
+            # the replicas only listen in synchronous calls, and where this run's stride is smaller than the group's
+            computes = rank < len(indices) and not (synchronous and rank >= self.plan.segments)
+            t = self._timestep_for(state, call, indices[rank] if computes else call.index, inputs)
             is_tensor = isinstance(t, torch.Tensor)
             message = CallMessage(
                 run=self._run,
                 stream=key,
                 index=call.index,
                 synchronous=synchronous,
-                computes=not (synchronous and rank >= self.plan.segments),
+                computes=computes,
                 leaves=tuple(leaves),
                 structure=inputs.structure,
                 timestep=("tensor", len(tensors)) if is_tensor else ("value", t),

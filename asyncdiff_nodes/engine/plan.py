@@ -117,6 +117,10 @@ class Placement(Mapping[str, int]):
         costs = [sum(self.costs[i] for i in self.owned(d)) for d in range(self.plan.segments)]
         return tuple(cost / sum(costs) for cost in costs)
 
+    def weight_bytes(self, segment: int) -> int:
+        """Bytes of the weights that one rank of ``segment`` holds, those that every rank holds included."""
+        return self.graph.glue_bytes + sum(self.graph.blocks[i].weight_bytes for i in self.owned(segment))
+
     def received_bytes(self, segment: int) -> int:
         """Bytes that one rank of ``segment`` receives per computing call."""
         return sum(self.graph.blocks[i].output_bytes for i in self.incoming(segment))

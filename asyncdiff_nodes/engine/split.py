@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .graph import TensorMeta, tensors_of
-from .stub import Inbox, Stub
+from .stub import Inbox, make_stub
 from .telemetry import CallRecord, Stopwatch
 from .transport import Transport
 from .trees import flatten, unflatten
@@ -48,11 +48,11 @@ class _Stream:
 class SplitModel:
     """Runs the model's own forward with stubs for foreign blocks; see :class:`Share`."""
 
-    def __init__(self, module: nn.Module, share: Share, order: int, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, share: Share, device: torch.device) -> None:
         """Put stubs into ``module`` (on the meta device); weights follow with :meth:`load`."""
         self._module = module.eval()
         self._share = share
-        self._order = order
+        self._order = 0
         self._device = device
         self._streams: dict[Hashable, _Stream] = {}
         self._placeholders: dict[TensorMeta, torch.Tensor] = {}
@@ -62,19 +62,18 @@ class SplitModel:
         # (facts, start, end, waits, drifts), the times as marks that are read when somebody asks
         self._log: deque[tuple[dict[str, Any], Any, Any, list[tuple[Any, Any]], dict[str, Any]]] = deque(maxlen=20_000)
         for name in share.blocks:
-            if name in share.owned:
-                if name in share.sinks:
-                    module.get_submodule(name).register_forward_hook(partial(self._produced, name))
-            else:
-                parent, _, child = name.rpartition(".")
-                setattr(module.get_submodule(parent), child, Stub(partial(self._fetch, name)))
+            block = module.get_submodule(name)
+            if name not in share.owned:
+                make_stub(block, partial(self._fetch, name))
+            elif name in share.sinks:
+                block.register_forward_hook(partial(self._produced, name))
 
     def connect(self, transport: Transport) -> None:
         """Use ``transport`` for every later call."""
         self._transport = transport
 
     def load(self, name: str, value: torch.Tensor) -> None:
-        """Attach the parameter or buffer ``name``."""
+        """Attach the parameter or buffer ``name``, for the first time or in place of the one before."""
         owner, _, leaf = name.rpartition(".")
         module = self._module.get_submodule(owner)
         value = value.to(self._device)
@@ -90,8 +89,12 @@ class SplitModel:
         """Names of parameters and buffers that no value was loaded for."""
         return [name for name, tensor in tensors_of(self._module) if tensor.is_meta]
 
-    def reset(self) -> None:
-        """Forget every stream and record. Values on their way are received first, to keep the links in step."""
+    def reset(self, order: int) -> None:
+        """Forget every stream and record; later ones forecast with ``order``.
+
+        Values on their way are received first, to keep the links in step.
+        """
+        self._order = order
         for stream in self._streams.values():
             for inbox in stream.inboxes.values():
                 inbox.settle()

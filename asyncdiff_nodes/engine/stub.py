@@ -1,4 +1,4 @@
-"""Stale values: what a rank keeps of other segments, and the stub that hands it to the model's own forward."""
+"""Stale values: what a rank keeps of other segments, and the stubs that hand it to the model's own forward."""
 
 from __future__ import annotations
 
@@ -59,13 +59,11 @@ class Inbox:
         return (change / sum(a.float().square().sum() for a in old).clamp_min(1e-30)).sqrt()
 
 
-class Stub(nn.Module):
-    """Takes the place of a block that another rank owns, and hands back what ``fetch`` returns for it."""
+def make_stub(block: nn.Module, fetch: Callable[[], Any]) -> None:
+    """Make a stub of ``block``, which another rank owns: it hands back what ``fetch`` returns, whatever its arguments.
 
-    def __init__(self, fetch: Callable[[], Any]) -> None:
-        super().__init__()
-        self._fetch = fetch
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The stand-in value, whatever the arguments."""
-        return self._fetch()
+    It loses its weights and children but keeps its class, since a model's forward may choose arguments by class.
+    """
+    for members in (block._parameters, block._buffers, block._modules):
+        members.clear()
+    block.forward = lambda *args, **kwargs: fetch()

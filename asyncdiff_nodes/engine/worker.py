@@ -8,7 +8,7 @@ import pickle
 import signal
 import threading
 import traceback
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -29,8 +29,8 @@ class Boot:
 
     Attributes:
         skeleton: the pickled module tree on the meta device.
+        prepare: called before the skeleton is unpickled.
         timestep: position and keyword of the timestep in its forward.
-        weights: how many messages with one weight each follow.
         replicated_bytes: bytes of the weights that every rank holds.
     """
 
@@ -39,12 +39,11 @@ class Boot:
     pairs: tuple[tuple[int, int], ...]
     store_path: str
     skeleton: bytes
-    forecast: int
-    threads: int | None
+    prepare: Callable[[], None] | None
+    threads: int
     numerics: dict[str, Any]
     timestep: tuple[int, str]
     timeout: float
-    weights: int
     replicated_bytes: int
 
 
@@ -105,22 +104,16 @@ class _Rank:
         self._conn = conn
         boot: Boot = wire.receive(conn)[0]
         self._boot = boot
-        devices = [torch.device(name) for name in boot.devices]
-        self._device = devices[boot.share.rank]
-        if boot.threads is not None:
-            torch.set_num_threads(boot.threads)
-        backends.restore(boot.numerics)
+        self._devices = [torch.device(name) for name in boot.devices]
+        self._device = self._devices[boot.share.rank]
+        torch.set_num_threads(boot.threads)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # for NCCL and events
-        self._model = SplitModel(pickle.loads(boot.skeleton), boot.share, boot.forecast, self._device)
+        if boot.prepare is not None:
+            boot.prepare()
+        backends.restore(boot.numerics)
+        self._model = SplitModel(pickle.loads(boot.skeleton), boot.share, self._device)
         self._inputs: dict[Hashable, list[Any]] = {}
-        for _ in range(boot.weights):
-            name, (value,) = wire.receive(conn)
-            self._model.load(name, value)
-        if missing := self._model.missing():
-            raise RuntimeError(f"no value was received for {missing[:5]}")
-        self._model.connect(Transport(boot.share.rank, devices, boot.pairs, boot.store_path, boot.timeout))
-        wire.send(conn, ("ready",))
 
     @torch.inference_mode()
     def serve(self) -> None:
@@ -129,12 +122,24 @@ class _Rank:
             if verb == "call":
                 self._call(rest[0], tensors)
             elif verb == "reset":
-                self._model.reset()
+                self._model.reset(rest[0])
                 self._inputs.clear()
+            elif verb == "weight":
+                self._model.load(rest[0], tensors[0])
+            elif verb == "connect":
+                self._connect()
             elif verb == "report":
                 wire.send(self._conn, ("report", rest[0], self._report()))
             elif verb == "close":
                 return
+
+    def _connect(self) -> None:
+        """All weights are in: link up with the other ranks and tell the parent."""
+        if missing := self._model.missing():
+            raise RuntimeError(f"no value was received for {missing[:5]}")
+        boot = self._boot
+        self._model.connect(Transport(boot.share.rank, self._devices, boot.pairs, boot.store_path, boot.timeout))
+        wire.send(self._conn, ("ready",))
 
     def _call(self, message: CallMessage, tensors: list[torch.Tensor]) -> None:
         known = self._inputs.get(message.stream, [])
