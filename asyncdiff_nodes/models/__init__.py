@@ -2,8 +2,9 @@
 
 from asyncdiff_nodes.engine.family import Family
 
-from . import unet2d
+from . import comfy_unet, unet2d
 
 FAMILIES: dict[str, Family] = {
     "UNet2DConditionModel": unet2d.FAMILY,
+    "UNetModel": comfy_unet.FAMILY,
 }

@@ -1,0 +1,16 @@
+"""ComfyUI-AsyncDiff as ComfyUI loads it: from ``custom_nodes/``, under whatever name the folder has."""
+
+import sys
+from pathlib import Path
+
+# Worker processes import the package by its own name, and the host loads packs under the names of their folders.
+_ROOT = str(Path(__file__).resolve().parent)
+if _ROOT not in sys.path:
+    sys.path.append(_ROOT)
+
+
+async def comfy_entrypoint():  # noqa: ANN201  (its class belongs to the host)
+    """Called by ComfyUI to learn the pack's nodes."""
+    from asyncdiff_nodes.nodes import AsyncDiffExtension
+
+    return AsyncDiffExtension()

@@ -1,0 +1,1 @@
+"""The side that faces ComfyUI. Only this package imports ``comfy``; import its modules inside a running host only."""

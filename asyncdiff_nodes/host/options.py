@@ -1,0 +1,93 @@
+"""What the artist chose, checked against this machine and turned into a plan."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from asyncdiff_nodes.engine import AsyncDiffError, Plan, PlanError
+from asyncdiff_nodes.engine.devices import parse_devices
+
+PRESETS = ("Exact", "Balanced", "Fast", "Custom")
+ALWAYS = 1_000_000  # a warm-up longer than any run: every step is synchronous
+
+
+class OneDeviceError(AsyncDiffError, ValueError):
+    """There is no second device to share the work with."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The widgets of the *AsyncDiff Options* node; the defaults are those of a sampler without it.
+
+    Attributes:
+        preset: ``Exact`` (every step synchronous), ``Balanced``, ``Fast``, or ``Custom``, which uses the fields after ``cuts``.
+        devices: ``auto`` for every CUDA device, or a list such as ``cuda:0, cuda:2`` or ``cpu, cpu``.
+        cuts: block names where the segments begin, separated by commas; empty for automatic ones.
+        segments: number of segments, 0 for as many as the devices allow.
+        stride, warmup, time_shift, forecast: see :class:`~asyncdiff_nodes.engine.Plan`.
+    """
+
+    preset: str = "Balanced"
+    devices: str = "auto"
+    cuts: str = ""
+    segments: int = 0
+    stride: int = 1
+    warmup: int = 3
+    time_shift: bool = False
+    forecast: bool = True
+
+    def resolve(self) -> tuple[Plan, tuple[str, ...]]:
+        """The plan, and one device per rank.
+
+        Raises:
+            OneDeviceError: fewer than two devices.
+            PlanError, DeviceError: a value that is out of range, or a device that this machine does not have.
+        """
+        if self.preset not in PRESETS:
+            raise PlanError(f"preset={self.preset!r}: choose one of {', '.join(PRESETS)}")
+        devices = self._devices()
+        count = len(devices)
+        knobs: dict[str, Any] = {"cuts": tuple(_words(self.cuts)) or None}
+        if self.preset == "Custom":
+            if self.segments < 0:
+                raise PlanError(f"segments={self.segments} is out of range: choose 2 or more, or 0 for automatic")
+            segments = self.segments or count - self.stride + 1
+            if segments < 2:
+                raise PlanError(
+                    f"stride={self.stride} needs at least {self.stride + 1} devices, and there are {count}: lower stride"
+                )
+            knobs |= {"stride": self.stride, "warmup": self.warmup, "time_shift": self.time_shift, "forecast": int(self.forecast)}
+        elif self.preset == "Fast":
+            stride = 2 if count > 2 else 1
+            segments, knobs["stride"], knobs["warmup"] = count - stride + 1, stride, 1
+        else:
+            segments, knobs["warmup"] = count, 3 if self.preset == "Balanced" else ALWAYS
+        plan = Plan(segments=segments, **knobs)
+        if plan.world_size > count:
+            raise PlanError(
+                f"segments={plan.segments} with stride={plan.stride} needs {plan.world_size} devices (segments + stride - 1), "
+                f"and there are {count}: {', '.join(devices)}"
+            )
+        return plan, devices[: plan.world_size]
+
+    def _devices(self) -> tuple[str, ...]:
+        names = _words(self.devices)
+        if names in ([], ["auto"]):
+            names = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+            if len(names) < 2:
+                found = "this machine has only one visible GPU" if names else "this machine has no CUDA device"
+                raise OneDeviceError(
+                    f"{found}. If it has more, start ComfyUI so that it sees them (on Windows: --cuda-device all), "
+                    "or name them in AsyncDiff Options, devices"
+                )
+        elif len(names) < 2:
+            raise OneDeviceError(f"devices={self.devices!r} names only one device: name two or more, or 'auto'")
+        return tuple(str(device) for device in parse_devices(names))
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in re.split(r"[\s,;]+", text.strip()) if word]

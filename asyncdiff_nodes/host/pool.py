@@ -1,0 +1,173 @@
+"""The worker groups that are alive, kept between prompts and reused with as little work as is correct."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from asyncdiff_nodes.engine import Placement, Plan, WorkerGroup
+
+from .memory import RankMemory
+from .skeleton import family_of, fingerprint_of, skeleton_of
+from .weights import patched_names, weights_of
+from .worker import HostSettings
+
+log = logging.getLogger(__name__)
+
+MAX_GROUPS = 2  # a base model and its refiner
+_START_TIMEOUT = 900.0  # seconds; a large checkpoint on a slow disk
+
+
+@dataclass(eq=False)
+class Held:
+    """A group and what is in it.
+
+    Attributes:
+        model: the host's model whose weights the ranks have.
+        version: the host's id of the patches in these weights.
+        patched: names of the patched weights.
+        fingerprint: of the network without its weights.
+    """
+
+    group: WorkerGroup
+    model: weakref.ref
+    version: Any
+    patched: frozenset[str]
+    fingerprint: str
+    memory: list[RankMemory]
+
+    def fits(self, plan: Plan, devices: Sequence[str], fingerprint: str) -> bool:
+        """Whether ``plan`` can run in this group once it has the right weights."""
+        own = self.group.plan
+        same = (own.segments, own.cuts, own.world_size) == (plan.segments, plan.cuts, plan.world_size)
+        return same and self.group.devices == tuple(devices) and self.fingerprint == fingerprint
+
+
+class Pool:
+    """The groups of this process, the latest used last."""
+
+    def __init__(self) -> None:
+        self._held: list[Held] = []
+        # The host looks at the entries of ended groups until it is done with its own lists: they must not vanish before.
+        self._retired: list[RankMemory] = []
+
+    def acquire(
+        self,
+        patcher: ModelPatcher,
+        plan: Plan,
+        devices: Sequence[str],
+        shape: Sequence[int],
+        load: Callable[[list[Any]], None],
+        poll: Callable[[], None],
+    ) -> WorkerGroup:
+        """A group that computes ``patcher``'s diffusion model as ``plan`` says.
+
+        Args:
+            shape: [B, C, h, w] of the latent.
+            load: has the host load models (here: the ranks) and make room for them.
+            poll: see :class:`~asyncdiff_nodes.engine.WorkerGroup`.
+
+        Raises:
+            UnsupportedModelError: the model cannot be split.
+            AsyncDiffError: see :class:`~asyncdiff_nodes.engine.WorkerGroup`.
+        """
+        self._retired.clear()
+        self._held = [held for held in self._held if not held.group.closed]
+        skeleton = skeleton_of(patcher)
+        if held := self._find(patcher, plan, devices):
+            load(held.memory)
+        if held is None or held.group.closed:  # closed: the host needed its memory for what it loaded
+            return self._start(patcher, plan, devices, shape, skeleton, load, poll).group
+        self._held.remove(held)
+        self._held.append(held)
+        self._update(held, patcher, skeleton)
+        return held.group
+
+    def release(self, keep: int = 0) -> None:
+        """End all groups but the ``keep`` latest used."""
+        while len(self._held) > keep:
+            self._end(self._held[0])
+
+    def _find(self, patcher: ModelPatcher, plan: Plan, devices: Sequence[str]) -> Held | None:
+        """The group that needs least work: same model, then one whose model is gone, then the oldest if there is no room."""
+        fingerprint = fingerprint_of(patcher)
+        fitting = [held for held in self._held if held.fits(plan, devices, fingerprint)]
+        same = [held for held in fitting if held.model() is patcher.model]
+        gone = [held for held in fitting if held.model() is None]
+        oldest = fitting if len(self._held) >= MAX_GROUPS else []
+        return next(iter([*same, *gone, *oldest]), None)
+
+    def _start(
+        self,
+        patcher: ModelPatcher,
+        plan: Plan,
+        devices: Sequence[str],
+        shape: Sequence[int],
+        skeleton: torch.nn.Module,
+        load: Callable[[list[Any]], None],
+        poll: Callable[[], None],
+    ) -> Held:
+        self.release(keep=MAX_GROUPS - 1)
+        family = family_of(skeleton)
+        memory: list[RankMemory] = []
+        started: list[weakref.ref[Held]] = []  # weak, so that what is ended is gone at once
+
+        def release() -> None:
+            if started and (held := started[0]()) is not None:
+                self._end(held)
+
+        def make_room(placement: Placement) -> None:
+            for rank, device in enumerate(devices):
+                size = placement.weight_bytes(plan.segment_of_rank(rank))
+                memory.append(RankMemory(torch.device(device), size, release))
+            self._retired.extend(memory)  # in case the start fails
+            load(memory)
+            log.info("AsyncDiff: starting %d ranks on %s", plan.world_size, ", ".join(devices))
+
+        group = WorkerGroup(
+            skeleton,
+            plan,
+            devices,
+            family=family,
+            example_inputs=family.example_inputs(skeleton, tuple(shape[-2:]), 2 * shape[0]),
+            weights=weights_of(patcher, skeleton),
+            prepare=HostSettings.current(),
+            on_placed=make_room,
+            start_timeout=_START_TIMEOUT,
+            poll=poll,
+        )
+        model, patched = weakref.ref(patcher.model), patched_names(patcher)
+        held = Held(group, model, patcher.patches_uuid, patched, fingerprint_of(patcher), memory)
+        started.append(weakref.ref(held))
+        self._held.append(held)
+        return held
+
+    def _update(self, held: Held, patcher: ModelPatcher, skeleton: torch.nn.Module) -> None:
+        """Send the weights in which the model differs from what the ranks have."""
+        patched = patched_names(patcher)
+        if held.model() is not patcher.model:
+            names = None
+        elif held.version != patcher.patches_uuid:
+            names = held.patched | patched
+        else:
+            return
+        log.info("AsyncDiff: sending %s weights to the running ranks", "all" if names is None else f"{len(names)} changed")
+        held.group.load_weights(weights_of(patcher, skeleton, names))
+        held.model, held.version, held.patched = weakref.ref(patcher.model), patcher.patches_uuid, patched
+
+    def _end(self, held: Held) -> None:
+        held.group.close()
+        for rank in held.memory:
+            rank.forget()
+        self._retired.extend(held.memory)
+        if held in self._held:
+            self._held.remove(held)
+
+
+POOL = Pool()

@@ -1,0 +1,200 @@
+"""The hooks on a model: while it is sampled, the calls of its network go to a worker group.
+
+The host's own sampler loop runs as always; see docs/architecture.md for what each hook does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.sampler_helpers
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+
+from asyncdiff_nodes.engine import Plan, ScheduleError, UnsupportedModelError, WorkerGroup
+
+from .options import OneDeviceError, Options
+from .patches import call_obstacle, obstacle, shippable
+from .pool import POOL
+from .report import RunRecord, publish
+
+log = logging.getLogger(__name__)
+
+KEY = "asyncdiff"
+
+
+def attach(patcher: ModelPatcher, options: Options | None = None) -> ModelPatcher:
+    """A clone of ``patcher`` whose network is denoised by a worker group, wherever it is sampled.
+
+    Raises:
+        PlanError, DeviceError: an option that is out of range, or a device that this machine does not have.
+    """
+    options = options or Options()
+    with contextlib.suppress(OneDeviceError):  # the host's own path will do
+        options.resolve()
+    clone = patcher.clone()
+    route = Route(options)
+    for kind, hook in (
+        (WrappersMP.OUTER_SAMPLE, route.outer_sample),
+        (WrappersMP.PREPARE_SAMPLING, route.prepare_sampling),
+        (WrappersMP.DIFFUSION_MODEL, route.diffusion_model),
+    ):
+        clone.remove_wrappers_with_key(kind, KEY)
+        clone.add_wrapper_with_key(kind, KEY, hook)
+    return clone
+
+
+class Route:
+    """The three hooks of one model; between samplings it holds nothing but its options."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._sampling: Sampling | None = None
+
+    def outer_sample(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
+        """Around one sampling: set up, and tear down however it ends."""
+        outer, self._sampling = self._sampling, Sampling(self._options, executor.class_obj.model_patcher, sigmas=args[3])
+        try:
+            result = executor(*args, **kwargs)
+            self._sampling.finish()
+            return result
+        finally:
+            self._sampling = outer
+
+    def prepare_sampling(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
+        """Where the host would load the network onto its own device: the ranks get it instead."""
+        if self._sampling is not None and (prepared := self._sampling.prepare(*args, **kwargs)) is not None:
+            return prepared
+        return executor(*args, **kwargs)
+
+    def diffusion_model(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
+        """One call of the network."""
+        if self._sampling is None or self._sampling.group is None:
+            return executor(*args, **kwargs)
+        # the hooks of other nodes after ours still apply; only the network at the end of the chain is ours
+        inner = executor.wrappers[executor.idx + 1 :]
+
+        def routed(*args: Any, **kwargs: Any) -> Any:
+            return self._sampling.call(executor.original, *args, **kwargs)
+
+        return WrapperExecutor.new_class_executor(routed, executor.class_obj, inner).execute(*args, **kwargs)
+
+
+class Sampling:
+    """One run of the host's sampler on a worker group.
+
+    Attributes:
+        group: None while, and wherever, the host computes the network itself.
+    """
+
+    def __init__(self, options: Options, patcher: ModelPatcher, sigmas: torch.Tensor) -> None:
+        self.group: WorkerGroup | None = None
+        self._options = options
+        self._patcher = patcher
+        self._sigmas = sigmas
+        self._plan: Plan | None = None
+        self._loaded_here = False
+        self._notes: list[str] = []
+
+    def prepare(
+        self,
+        patcher: ModelPatcher,
+        noise_shape: Sequence[int],
+        conds: dict[str, Any],
+        model_options: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> tuple[Any, Any, list[Any]] | None:
+        """Get a group ready, and the host's other models. None: the host's own path, for the reason that was noted."""
+        if reason := obstacle(patcher, model_options or {}):
+            return self._note(reason)
+        try:
+            plan, devices = self._options.resolve()
+            helpers = comfy.sampler_helpers
+            others, extra = helpers.get_additional_models(conds, patcher.model_dtype())
+            others += helpers.get_additional_models_from_model_options(model_options)
+            others += patcher.get_nested_additional_models()
+            need, least = (size + extra for size in helpers.estimate_memory(patcher, noise_shape, conds))
+
+            def load(ranks: list[Any]) -> None:
+                comfy.model_management.load_models_gpu([*others, *ranks], memory_required=need, minimum_memory_required=least)
+
+            group = POOL.acquire(
+                patcher, plan, devices, noise_shape, load, comfy.model_management.throw_exception_if_processing_interrupted
+            )
+        except OneDeviceError as error:
+            return self._note(str(error))
+        except UnsupportedModelError as error:
+            return self._note(f"this model cannot be split: {error}")
+        self._prepare_model(patcher)
+        self._plan = plan
+        group.begin(patcher.get_model_object("model_sampling").timestep(self._sigmas[:-1]), plan)
+        self.group = group
+        return patcher.model, conds, others
+
+    def call(
+        self,
+        network: Any,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor | None = None,
+        y: torch.Tensor | None = None,
+        control: dict[str, Any] | None = None,
+        transformer_options: dict[str, Any] | None = None,
+        **extra: Any,
+    ) -> torch.Tensor:
+        """One call of the network, [B, C, h, w] like ``x``; by the group if that can be."""
+        options = transformer_options or {}
+        if reason := call_obstacle(options):
+            self._note(reason)
+            self._load_here(x)
+            return network(x, timesteps, context, y, control, options, **extra)
+        kwargs = {**extra, "context": context, "y": y, "control": control, "transformer_options": shippable(options)}
+        window = getattr(options.get("context_window"), "index_list", None)
+        stream = (tuple(options.get("uuids", ())), tuple(x.shape), _outline(control), str(window))
+        try:
+            return self.group(x, timesteps, stream=stream, **kwargs)
+        except ScheduleError:
+            # more calls than steps (heun, dpm_2, ...), or a schedule that only the sampler knows
+            self._note(f"stride={self._plan.stride} needs one call per step of the schedule; going on with stride=1")
+            self._plan = replace(self._plan, stride=1)
+            self.group.begin(plan=self._plan)
+            return self.group(x, timesteps, stream=stream, **kwargs)
+
+    def finish(self) -> None:
+        """The sampling went well: publish what is known about it."""
+        publish(RunRecord.of(self.group, self._plan, self._notes))
+
+    def _prepare_model(self, patcher: ModelPatcher) -> None:
+        """What loading would have done to the rest of the model: other nodes' object patches, and small parts to the device."""
+        patcher.model_patches_to(patcher.load_device)
+        patcher.model_patches_to(patcher.model_dtype())
+        patcher.unpatch_model(patcher.offload_device, unpatch_weights=False)
+        patcher.patch_model(load_weights=False)
+        for child in patcher.model.children():
+            if child is not patcher.model.diffusion_model:
+                child.to(patcher.load_device)
+
+    def _load_here(self, x: torch.Tensor) -> None:
+        """Have the host load the network after all."""
+        if not self._loaded_here:
+            comfy.model_management.load_models_gpu([self._patcher], memory_required=self._patcher.memory_required(list(x.shape)))
+            self._loaded_here = True
+
+    def _note(self, text: str) -> None:
+        if text not in self._notes:
+            self._notes.append(text)
+            log.warning("AsyncDiff: %s%s", "" if self.group else "not used, ComfyUI samples as usual: ", text)
+
+
+def _outline(control: dict[str, Any] | None) -> str:
+    """Which control residuals there are: a net that starts or stops in mid-run begins new streams."""
+    if control is None:
+        return ""
+    return str({name: [item is not None for item in items] for name, items in control.items()})

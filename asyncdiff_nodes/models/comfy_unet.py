@@ -1,0 +1,46 @@
+"""ComfyUI's ``UNetModel``: SD 1.5, SD 2.x, SDXL base and refiner, inpaint models, and whatever else the host builds from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from asyncdiff_nodes.engine.family import Family
+
+
+def block_names(unet: nn.Module) -> list[str]:
+    """Every layer of the input, middle and output blocks (resnets, transformers, resamplers, first convolution), and the head.
+
+    Time and label embeddings are not listed: they are cheap and computed by every rank.
+    """
+    groups = [
+        (f"{stage}.{index}", layers)
+        for stage in ("input_blocks", "output_blocks")
+        for index, layers in enumerate(getattr(unet, stage))
+    ]
+    if unet.middle_block is not None:
+        groups.append(("middle_block", unet.middle_block))
+    names = [f"{group}.{index}" for group, layers in groups for index in range(len(layers))]
+    return [*names, "id_predictor" if unet.predict_codebook_ids else "out"]
+
+
+def example_inputs(unet: nn.Module, size: Any = None, batch: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs of one call: ``x`` [B, C, h, w] in latent pixels (64 x 64 by default), ``timesteps`` [B], ``context`` [B, 77, D]."""
+    height, width = (size, size) if isinstance(size, int) else size or (64, 64)
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=unet.dtype, device="meta")
+
+    weights = dict(unet.named_parameters())
+    widths = [weights[name].shape[1] for name in weights if name.endswith("attn2.to_k.weight")]
+    kwargs = {"context": empty(batch, 77, widths[0]) if widths else None, "transformer_options": {}}
+    if unet.num_classes == "sequential":
+        kwargs["y"] = empty(batch, weights["label_emb.0.0.weight"].shape[1])
+    elif unet.num_classes is not None:
+        kwargs["y"] = torch.empty(batch, dtype=torch.long, device="meta")
+    return (empty(batch, unet.in_channels, height, width), torch.empty(batch, device="meta")), kwargs
+
+
+FAMILY = Family("UNetModel", block_names, timestep=(1, "timesteps"), example_inputs=example_inputs)

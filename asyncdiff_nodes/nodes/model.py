@@ -1,0 +1,130 @@
+"""The model node, for every other sampler, and the options that all nodes share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+OptionsType = io.Custom("ASYNCDIFF_OPTIONS")
+ADVANCED = {"advanced": True}  # as a keyword, only recent hosts take it
+
+
+class AsyncDiffModel(io.ComfyNode):
+    """MODEL in, MODEL out, denoised by all devices wherever it is sampled."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Model and options."""
+        return io.Schema(
+            node_id="AsyncDiffModel",
+            display_name="AsyncDiff Model",
+            category="AsyncDiff",
+            description=(
+                "A model that all GPUs denoise together, for SamplerCustom, SamplerCustomAdvanced and every other sampler node. "
+                "Place it last, after LoRAs and other model nodes."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The model whose network is split over the devices."),
+                OptionsType.Input("options", optional=True, tooltip="From AsyncDiff Options. Without it: Balanced on all GPUs."),
+            ],
+            outputs=[io.Model.Output(tooltip="The same model, computed by the worker group.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, options: Any = None) -> io.NodeOutput:
+        """Attach the hooks to a clone."""
+        from asyncdiff_nodes.host.route import attach
+
+        return io.NodeOutput(attach(model, options))
+
+
+class AsyncDiffOptions(io.ComfyNode):
+    """Everything that one may want to set."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Widgets are stored by position in saved workflows: new ones go last."""
+        custom = "Used by the preset Custom. "
+        return io.Schema(
+            node_id="AsyncDiffOptions",
+            display_name="AsyncDiff Options",
+            category="AsyncDiff",
+            description="How the model is split over the devices, and how much speed is traded for exactness.",
+            inputs=[
+                io.Combo.Input(
+                    "preset",
+                    options=["Exact", "Balanced", "Fast", "Custom"],
+                    default="Balanced",
+                    tooltip=(
+                        "Balanced: three exact steps, then all devices at once; the picture stays close. Fast: one exact step, "
+                        "and two steps per round with three or more devices; details change. Exact: the picture of KSampler, "
+                        "with the weights shared out but no faster. Custom: the settings below."
+                    ),
+                ),
+                io.String.Input(
+                    "devices",
+                    default="auto",
+                    tooltip="auto: every CUDA GPU. Or a list, one per rank, such as cuda:0, cuda:2 (or cpu, cpu to try it).",
+                ),
+                io.Int.Input(
+                    "segments",
+                    default=0,
+                    min=0,
+                    max=16,
+                    tooltip=custom + "Parts that the network is cut into; 0: as many as the devices allow. More are faster, but "
+                    "each part then works on older values.",
+                ),
+                io.Int.Input(
+                    "stride",
+                    default=1,
+                    min=1,
+                    max=4,
+                    tooltip=custom + "Steps done by one parallel round. 2 is nearly twice as fast again, needs one more device "
+                    "(segments + stride - 1), and changes the picture more.",
+                ),
+                io.Int.Input(
+                    "warmup",
+                    default=3,
+                    min=1,
+                    max=10000,
+                    tooltip=custom + "Exact steps at the beginning, where the composition is decided. Each costs a full step; "
+                    "more keep the picture closer.",
+                ),
+                io.Boolean.Input(
+                    "time_shift",
+                    default=False,
+                    tooltip=custom + "Tell the network the previous step's noise level in parallel steps, as the paper suggests "
+                    "for some models. No effect on speed.",
+                    extra_dict=ADVANCED,
+                ),
+                io.Boolean.Input(
+                    "forecast",
+                    default=True,
+                    tooltip=custom + "Extrapolate values of other devices from their last two instead of reusing the last one. "
+                    "Closer to the exact picture, at no cost in speed.",
+                    extra_dict=ADVANCED,
+                ),
+                io.String.Input(
+                    "cuts",
+                    default="",
+                    tooltip="Where the segments begin: one block name per segment, separated by commas, such as "
+                    "input_blocks.4, output_blocks.3. Empty: balanced automatically.",
+                    extra_dict=ADVANCED,
+                ),
+            ],
+            outputs=[OptionsType.Output(display_name="options")],
+        )
+
+    @classmethod
+    def execute(cls, **widgets: Any) -> io.NodeOutput:
+        """Check them here, so that an error points to this node."""
+        from asyncdiff_nodes.host.options import OneDeviceError, Options
+
+        options = Options(**widgets)
+        try:
+            options.resolve()
+        except OneDeviceError as error:
+            if options.devices.strip() not in ("", "auto"):
+                raise ValueError(str(error)) from error
+        return io.NodeOutput(options)

@@ -1,0 +1,115 @@
+"""The two samplers: KSampler and KSamplerAdvanced, widget by widget, on all devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.samplers
+from comfy_api.latest import io
+
+from .model import ADVANCED, OptionsType
+
+_SEED = {"min": 0, "max": 0xFFFFFFFFFFFFFFFF, "control_after_generate": True}
+
+
+def _common_inputs() -> list[io.Input]:
+    """steps to latent_image, as in both of the host's samplers."""
+    return [
+        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Number of denoising steps."),
+        io.Float.Input(
+            "cfg",
+            default=8.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            tooltip="Classifier-free guidance: higher values follow the prompt more closely, too high ones spoil the picture.",
+        ),
+        io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="The sampling algorithm."),
+        io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How noise is removed, step by step."),
+        io.Conditioning.Input("positive", tooltip="What the picture should show."),
+        io.Conditioning.Input("negative", tooltip="What it should not show."),
+        io.Latent.Input("latent_image", tooltip="The latent to denoise."),
+    ]
+
+
+def _model_input() -> io.Input:
+    return io.Model.Input("model", tooltip="The model that denoises. Its network is split over the devices.")
+
+
+def _options_input() -> io.Input:
+    return OptionsType.Input("options", optional=True, tooltip="From AsyncDiff Options. Without it: Balanced on all GPUs.")
+
+
+class AsyncDiffKSampler(io.ComfyNode):
+    """KSampler on all devices."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and widget order of KSampler, then the options."""
+        denoise_tip = "1 starts from noise alone; lower values keep the structure of the latent (image to image)."
+        return io.Schema(
+            node_id="AsyncDiffKSampler",
+            display_name="KSampler (AsyncDiff)",
+            category="AsyncDiff",
+            description="KSampler whose model is denoised by all GPUs together. With one device it is KSampler.",
+            inputs=[
+                _model_input(),
+                io.Int.Input("seed", default=0, tooltip="Seed of the noise.", **_SEED),
+                *_common_inputs(),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=denoise_tip),
+                _options_input(),
+            ],
+            outputs=[io.Latent.Output(tooltip="The denoised latent.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, options: Any = None, **inputs: Any) -> io.NodeOutput:
+        """Sample with the host's own node."""
+        import nodes
+
+        from asyncdiff_nodes.host.route import attach
+
+        return io.NodeOutput(*nodes.KSampler().sample(attach(model, options), **inputs))
+
+
+class AsyncDiffKSamplerAdvanced(io.ComfyNode):
+    """KSamplerAdvanced on all devices."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and widget order of KSamplerAdvanced, then the options."""
+        steps = {"min": 0, "max": 10000, "extra_dict": ADVANCED}
+        return io.Schema(
+            node_id="AsyncDiffKSamplerAdvanced",
+            display_name="KSampler Advanced (AsyncDiff)",
+            category="AsyncDiff",
+            description="KSampler (Advanced) whose model is denoised by all GPUs together. With one device it is that node.",
+            inputs=[
+                _model_input(),
+                io.Combo.Input(
+                    "add_noise", options=["enable", "disable"], tooltip="Whether to add noise first.", extra_dict=ADVANCED
+                ),
+                io.Int.Input("noise_seed", default=0, tooltip="Seed of the noise.", **_SEED),
+                *_common_inputs(),
+                io.Int.Input("start_at_step", default=0, tooltip="The first step to do.", **steps),
+                io.Int.Input("end_at_step", default=10000, tooltip="The step to stop before.", **steps),
+                io.Combo.Input(
+                    "return_with_leftover_noise",
+                    options=["disable", "enable"],
+                    tooltip="Whether to keep the noise that the skipped last steps would have removed, for another sampler.",
+                    extra_dict=ADVANCED,
+                ),
+                _options_input(),
+            ],
+            outputs=[io.Latent.Output(tooltip="The denoised latent.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, options: Any = None, **inputs: Any) -> io.NodeOutput:
+        """Sample with the host's own node."""
+        import nodes
+
+        from asyncdiff_nodes.host.route import attach
+
+        return io.NodeOutput(*nodes.KSamplerAdvanced().sample(attach(model, options), **inputs))
