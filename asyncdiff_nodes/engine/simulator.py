@@ -74,9 +74,11 @@ class Simulator:
 
         def run(segment: int | None, index: int) -> tuple[Any, dict[str, Any]]:
             t = timestep
-            if index != call.index:
-                value = state["last_t"] if plan.stride == 1 else self._timesteps[index]
-                t = torch.full_like(timestep, float(value)) if isinstance(timestep, torch.Tensor) else type(timestep)(value)
+            if index != call.index and plan.stride == 1:
+                t = state["last_t"]  # time_shift
+            elif index != call.index:
+                value = self._timesteps[index]
+                t = torch.full_like(timestep, value) if isinstance(timestep, torch.Tensor) else type(timestep)(value)
             changed, extra = (args, {**kwargs, keyword: t}) if len(args) <= position else (list(args), kwargs)
             if len(args) > position:
                 changed[position] = t

@@ -1,0 +1,31 @@
+"""Tests that run inside a real ComfyUI: under its Python, with its modules. ``run.py`` beside this file starts them."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+HOST = os.environ.get("ASYNCDIFF_HOST_UNDER_TEST")  # set by run.py
+
+if HOST is None:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    sys.path[:0] = [HOST, str(ROOT)]
+    import comfy.options  # noqa: F401  (before the flags, so that pytest's own command line is not parsed)
+    from comfy.cli_args import args
+
+    args.cpu = True
+
+
+@pytest.fixture(scope="session", autouse=True)
+def host_rules():
+    """One thread, and no gradients, as in the host's own execution."""
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield
+    from asyncdiff_nodes.host.pool import POOL
+
+    POOL.release()

@@ -1,0 +1,48 @@
+"""Run the host tests under an installed ComfyUI's own Python, or say loudly that there is none.
+
+python tests/host/run.py [pytest arguments]
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from asyncdiff_nodes.cli.doctor import find_comfyui
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ["pytest>=8", "pytest-timeout>=2.3"]
+
+
+def host_python(comfyui: Path) -> str | None:
+    """``$COMFYUI_PYTHON``, or that of the virtual environment inside."""
+    inside = [comfyui / venv / name for venv in ("venv", ".venv") for name in ("bin/python", "Scripts/python.exe")]
+    return os.environ.get("COMFYUI_PYTHON") or next((str(path) for path in inside if path.exists()), None)
+
+
+def main() -> int:
+    """Exit status of pytest; 0 where there is no host."""
+    comfyui = find_comfyui()
+    python = host_python(comfyui) if comfyui else None
+    if python is None:
+        what = f"no Python in {comfyui}: set COMFYUI_PYTHON" if comfyui else "no ComfyUI: set COMFYUI_PATH"
+        print(f"{'!' * 79}\nALL HOST TESTS SKIPPED ({what})\n{'!' * 79}")
+        return 0
+    # beside this project's own environment: nothing is installed into the host's
+    tools = Path(sys.prefix) / "host-tools"
+    if not (tools / "pytest").exists():
+        pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "--target", str(tools), *TOOLS], check=True)
+    print(f"Host tests: {comfyui}, {python}")
+    environment = {
+        **os.environ,
+        "ASYNCDIFF_HOST_UNDER_TEST": str(comfyui),
+        "PYTHONPATH": os.pathsep.join([str(tools), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [python, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *(sys.argv[1:] or ["-m", "not slow"])]
+    return subprocess.run([*command, str(ROOT / "tests" / "host")], env=environment, cwd=ROOT, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Law 2 on the host: the asynchronous presets equal the engine's simulator, driven by the same sampler loop."""
+
+import nodes
+import pytest
+import small
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from asyncdiff_nodes.engine import Simulator
+from asyncdiff_nodes.host.options import Options
+from asyncdiff_nodes.host.report import last_run
+from asyncdiff_nodes.host.route import attach
+from asyncdiff_nodes.host.skeleton import family_of, skeleton_of
+
+
+def simulated(model, plan, sigmas_of_run):
+    """``model`` with its network replaced by the simulator, once per sampling."""
+    clone = model.clone()
+    skeleton = skeleton_of(model)
+    family = family_of(skeleton)
+    simulator = Simulator(
+        model.model.diffusion_model, plan, family=family, example_inputs=family.example_inputs(skeleton, (16, 16), 2)
+    )
+
+    def call(executor, x, timesteps, context=None, y=None, control=None, transformer_options=None, **extra):
+        if not simulator._streams:
+            sigmas = transformer_options["sample_sigmas"]
+            simulator.begin(model.get_model_object("model_sampling").timestep(sigmas[:-1]))
+        stream = tuple(transformer_options["uuids"]), tuple(x.shape)
+        options = {"sample_sigmas": None}
+        return simulator(x, timesteps, stream=stream, context=context, y=y, control=control, transformer_options=options, **extra)
+
+    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "simulator", call)
+    return clone, simulator
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "euler_ancestral"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(devices="cpu,cpu"),
+        Options("Fast", "cpu,cpu,cpu"),
+        Options("Custom", "cpu,cpu", warmup=2, forecast=False, time_shift=True),
+    ],
+    ids=["balanced", "fast", "custom"],
+)
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_presets_equal_the_simulator(kind, options, sampler):
+    model = small.model(kind)
+    positive, negative = small.conditioning(kind, 1), small.conditioning(kind, 2)
+
+    def sample(m):
+        return nodes.KSampler().sample(m, 5, 8, 4.0, sampler, "normal", positive, negative, small.latent())[0]["samples"]
+
+    stock = sample(model)
+    routed = sample(attach(model, options))
+    plan = options.resolve()[0]
+    assert last_run().plan == plan and not last_run().notes
+    oracle, simulator = simulated(model, plan, 8)
+    with simulator:
+        expected = sample(oracle)
+    assert (routed - expected).abs().max() <= 1e-5
+    assert (routed - stock).abs().max() > 1e-3  # asynchronous steps are not exact
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm_2", "dpmpp_sde"])
+def test_stride_falls_back_where_a_step_is_not_a_call(sampler):
+    model = attach(small.model("sd15"), Options("Fast", "cpu,cpu,cpu"))
+    prompts = small.conditioning("sd15", 1), small.conditioning("sd15", 2)
+    found = nodes.KSampler().sample(model, 5, 6, 4.0, sampler, "normal", *prompts, small.latent())[0]["samples"]
+    assert found.isfinite().all()
+    assert last_run().plan.stride == 1 and "stride=2" in last_run().notes[0]
+    again = nodes.KSampler().sample(model, 5, 6, 4.0, "euler", "normal", *prompts, small.latent())[0]["samples"]
+    assert again.isfinite().all()
+    assert last_run().plan.stride == 2 and not last_run().notes
+
+
+def test_same_seed_same_picture():
+    model = attach(small.model("sd15"), Options(devices="cpu,cpu"))
+    prompts = small.conditioning("sd15", 1), small.conditioning("sd15", 2)
+    first, second = (
+        nodes.KSampler().sample(model, 5, 8, 4.0, "euler", "normal", *prompts, small.latent())[0]["samples"] for _ in range(2)
+    )
+    assert torch.equal(first, second)

@@ -1,0 +1,147 @@
+"""Law 1 on the host: with preset Exact, latents are bit-identical to the stock KSampler's."""
+
+import comfy.samplers
+import comfy.sd
+import nodes
+import pytest
+import small
+import torch
+from comfy_extras import nodes_custom_sampler as custom
+
+from asyncdiff_nodes.host.options import Options
+from asyncdiff_nodes.host.report import last_run
+from asyncdiff_nodes.host.route import attach
+
+EXACT = Options(preset="Exact", devices="cpu,cpu")
+SAMPLERS = ["euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "ddim", "uni_pc", "lcm", "dpm_2"]
+SCHEDULERS = ["normal", "karras", "exponential", "sgm_uniform"]
+
+
+def ksampler(model, latent, positive, negative, sampler="euler", scheduler="normal", cfg=7.0, steps=4, denoise=1.0):
+    return nodes.KSampler().sample(model, 5, steps, cfg, sampler, scheduler, positive, negative, latent, denoise)[0]["samples"]
+
+
+def assert_exact(model, sample, routed=True):
+    """``sample(model)`` is the same on the host and on two ranks, and the ranks did compute it."""
+    expected = sample(model)
+    found = sample(attach(model, EXACT))
+    assert (last_run().stats is not None) is routed, last_run().line
+    assert torch.equal(found, expected)
+    assert expected.isfinite().all()
+    return expected
+
+
+@pytest.fixture(scope="module", params=small.KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(kind):
+    return small.model(kind)
+
+
+@pytest.mark.parametrize("index", range(len(SAMPLERS)))
+def test_every_sampler_on_every_kind(kind, model, index):
+    # every sampler, scheduler, guidance and batch size, in combinations that differ from kind to kind
+    turn = index + list(small.KINDS).index(kind)
+    scheduler, cfg, batch = SCHEDULERS[turn % 4], (1.0, 7.0)[turn % 2], (1, 3)[turn // 2 % 2]
+    positive, negative = small.conditioning(kind, 1), small.conditioning(kind, 2)
+    assert_exact(model, lambda m: ksampler(m, small.latent(batch), positive, negative, SAMPLERS[index], scheduler, cfg))
+
+
+def test_denoise_and_mask(kind, model):
+    positive, negative = small.conditioning(kind, 1), small.conditioning(kind, 2)
+    mask = torch.zeros(1, 16, 16)
+    mask[:, 4:12, 4:12] = 1.0
+    masked = {**small.latent(), "noise_mask": mask}
+    image_to_image = assert_exact(model, lambda m: ksampler(m, small.latent(), positive, negative, denoise=0.6))
+    inpainted = assert_exact(model, lambda m: ksampler(m, masked, positive, negative, denoise=0.6))
+    assert not torch.equal(image_to_image, inpainted)
+
+
+def test_advanced_in_two_stages(kind, model):
+    positive, negative = small.conditioning(kind, 1), small.conditioning(kind, 2)
+
+    def sample(m):
+        common = (6, 7.0, "dpmpp_2m", "karras", positive, negative)
+        first = nodes.KSamplerAdvanced().sample(m, "enable", 5, *common, small.latent(), 0, 3, "enable")[0]
+        return nodes.KSamplerAdvanced().sample(m, "disable", 5, *common, first, 3, 10000, "disable")[0]["samples"]
+
+    assert_exact(model, sample)
+
+
+@pytest.mark.parametrize("guider", ["cfg", "basic", "dual"])
+def test_custom_sampler_with_guiders(kind, model, guider):
+    positive, negative = small.conditioning(kind, 1), small.conditioning(kind, 2)
+    third = small.conditioning(kind, 3)
+
+    def sample(m):
+        if guider == "cfg":
+            guide = custom.CFGGuider.execute(m, positive, negative, 5.0)[0]
+        elif guider == "basic":
+            guide = custom.BasicGuider.execute(m, positive)[0]
+        else:
+            guide = custom.DualCFGGuider.execute(m, positive, third, negative, 5.0, 3.0, "regular")[0]
+        sigmas = custom.BasicScheduler.execute(m, "sgm_uniform", 4, 1.0)[0]
+        noise = custom.RandomNoise.execute(5)[0]
+        sampler = custom.KSamplerSelect.execute("dpmpp_2m")[0]
+        return custom.SamplerCustomAdvanced.execute(noise, guide, sampler, sigmas, small.latent())[0]["samples"]
+
+    assert_exact(model, sample)
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    return small.model("sd15", seed=9)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return small.conditioning("sd15", 1), small.conditioning("sd15", 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_in_fewer_bits_with_lora(dtype, prompts):
+    model = small.model("sd15", dtype=dtype)
+    changed = comfy.sd.load_lora_for_models(model, None, small.lora(model), 0.7, 0)[0]
+    assert_exact(changed, lambda m: ksampler(m, small.latent(), *prompts))
+
+
+def test_lora(sd15, prompts):
+    plain = assert_exact(sd15, lambda m: ksampler(m, small.latent(), *prompts))
+    for strength in (0.8, 0.3):
+        changed = comfy.sd.load_lora_for_models(sd15, None, small.lora(sd15), strength, 0)[0]
+        assert not torch.equal(plain, assert_exact(changed, lambda m: ksampler(m, small.latent(), *prompts)))
+    assert_exact(sd15, lambda m: ksampler(m, small.latent(), *prompts))
+
+
+def test_areas_and_masks(sd15, prompts):
+    positive, negative = prompts
+    area = nodes.ConditioningSetArea().append(small.conditioning("sd15", 3), 64, 64, 0, 32, 1.0)[0]
+    mask = torch.zeros(1, 16, 16)
+    mask[:, :, 8:] = 1.0
+    masked = nodes.ConditioningSetMask().append(small.conditioning("sd15", 4, tokens=154), mask, "default", 0.8)[0]
+    assert_exact(sd15, lambda m: ksampler(m, small.latent(), positive + area + masked, negative))
+
+
+def test_prompt_in_time_ranges(sd15, prompts):
+    positive, negative = prompts
+    early = nodes.ConditioningSetTimestepRange().set_range(positive, 0.0, 0.5)[0]
+    late = nodes.ConditioningSetTimestepRange().set_range(small.conditioning("sd15", 3), 0.5, 1.0)[0]
+    assert_exact(sd15, lambda m: ksampler(m, small.latent(), early + late, negative, steps=6))
+
+
+def test_control_net(sd15, prompts):
+    hint = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(1))
+    plain = ksampler(sd15, small.latent(), *prompts)
+    for start, end in ((0.0, 1.0), (0.2, 0.7)):
+        positive, negative = nodes.ControlNetApplyAdvanced().apply_controlnet(
+            *prompts, small.control_net(), hint, 0.9, start, end, None
+        )
+        found = assert_exact(sd15, lambda m, p=positive, n=negative: ksampler(m, small.latent(), p, n, steps=6))
+        assert not torch.equal(found, plain)
+
+
+def test_sizes_not_divisible_by_the_downsampling(sd15, prompts):
+    assert_exact(sd15, lambda m: ksampler(m, small.latent(1, 15, 21), *prompts))
