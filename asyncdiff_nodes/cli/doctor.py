@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from asyncdiff_nodes.engine.transport import LOOPBACK
 
+from .comfyui import find_comfyui
 from .report import console, machine
 
 _PACKAGES = ("diffusers", "safetensors", "numpy", "pillow", "rich", "scikit-image", "psutil")
@@ -40,16 +40,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if not problems:
         out.print("Nothing is wrong.")
     return {"found": found, "problems": problems, "failed": any(problem["fatal"] for problem in problems)}
-
-
-def find_comfyui() -> Path | None:
-    """An installed ComfyUI: ``$COMFYUI_PATH``, the parent of ``custom_nodes``, or comfy-cli's default place."""
-    pack = Path(__file__).resolve().parents[2]
-    places = [os.environ.get("COMFYUI_PATH"), pack.parents[1] if pack.parent.name == "custom_nodes" else None]
-    for place in [*filter(None, places), Path.home() / "comfy" / "ComfyUI"]:
-        if (Path(place) / "comfy" / "model_patcher.py").is_file():
-            return Path(place)
-    return None
 
 
 def _found() -> dict[str, Any]:

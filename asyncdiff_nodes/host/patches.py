@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from comfy.model_patcher import ModelPatcher
 
+from .shipping import ShippedPatch, is_plain
 from .weights import PREFIX
 
-# Of the host's own bookkeeping: the network's forward reads none of it without patches.
-_HOST_ONLY = {"wrappers", "callbacks", "patches", "patches_replace", "uuids", "sigmas", "sample_sigmas", "cond_or_uncond"}
+_PATCHES = ("patches", "patches_replace")
+_READ_BY_PATCHES = ("cond_or_uncond", "sigmas")
+# The host's own bookkeeping: without patches, the network's forward reads none of it.
+_HOST_ONLY = {*_PATCHES, *_READ_BY_PATCHES, "wrappers", "callbacks", "uuids", "sample_sigmas", "prefetch_dynamic_vbars"}
 
 
 def obstacle(patcher: ModelPatcher, model_options: dict[str, Any]) -> str | None:
@@ -26,6 +27,8 @@ def obstacle(patcher: ModelPatcher, model_options: dict[str, Any]) -> str | None
             return f"another node computes the weight {key} anew in every call"
     if patcher.injections:
         return f"another node injects modules into the model: {', '.join(map(str, patcher.injections))}"
+    if any("compile" in str(key) for keys in patcher.wrappers.values() for key in keys):
+        return "the model is compiled (torch.compile)"
     if any(patcher.hook_patches.values()):
         return "weight hooks (scheduled or masked LoRA) change the model's weights between its calls"
     return call_obstacle(model_options.get("transformer_options", {}))
@@ -33,22 +36,40 @@ def obstacle(patcher: ModelPatcher, model_options: dict[str, Any]) -> str | None
 
 def call_obstacle(transformer_options: dict[str, Any]) -> str | None:
     """Why a call with these options cannot be routed; None if it can."""
-    found = [name for kind in ("patches", "patches_replace") for name in _patch_names(transformer_options.get(kind, {}))]
-    found += [
+    found = {
+        f"{place} ({_name(patch)})"
+        for kind in _PATCHES
+        for place, patches in transformer_options.get(kind, {}).items()
+        for patch in _values(patches)
+        if ShippedPatch.of(patch) is None
+    }
+    # without patches, the network's own code reads only those of the other options that are functions
+    found |= {
         f"{key} ({_name(value)})" for key, value in transformer_options.items() if key not in _HOST_ONLY and callable(value)
-    ]
-    return f"the model carries patches that run inside the network: {', '.join(sorted(set(found)))}" if found else None
+    }
+    return f"the model carries patches that run inside the network: {', '.join(sorted(found))}" if found else None
 
 
 def shippable(transformer_options: dict[str, Any]) -> dict[str, Any]:
-    """The part of the options that a rank needs: plain data, without the host's own bookkeeping."""
-    return {key: value for key, value in transformer_options.items() if key not in _HOST_ONLY and _is_plain(value)}
+    """The part of the options that a rank needs: plain data and patches by reference, without the host's bookkeeping."""
+    options = {key: value for key, value in transformer_options.items() if key not in _HOST_ONLY and is_plain(value)}
+    for kind in _PATCHES:
+        shipped = {}
+        for place, patches in transformer_options.get(kind, {}).items():
+            if isinstance(patches, dict):
+                shipped[place] = {where: ShippedPatch.of(patch) for where, patch in patches.items()}
+            elif patches:
+                shipped[place] = [ShippedPatch.of(patch) for patch in patches]
+        if shipped:
+            options |= {
+                kind: shipped,
+                **{key: transformer_options[key] for key in _READ_BY_PATCHES if key in transformer_options},
+            }
+    return options
 
 
-def _patch_names(patches: dict[str, Any]) -> Iterator[str]:
-    for place, functions in patches.items():
-        for function in functions.values() if isinstance(functions, dict) else functions:
-            yield f"{place} ({_name(function)})"
+def _values(patches: Any) -> Any:
+    return patches.values() if isinstance(patches, dict) else patches
 
 
 def _name(function: Any) -> str:
@@ -58,11 +79,3 @@ def _name(function: Any) -> str:
     named = function if hasattr(function, "__qualname__") else type(function)
     module = named.__module__.replace("\\", "/").rpartition("/")[2]  # packs are loaded under path-like names
     return f"{module}.{named.__qualname__.split('.<locals>')[0]}"
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
-    if type(value) in (list, tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str | torch.Tensor | torch.dtype)

@@ -155,9 +155,12 @@ class Sampling:
             self._note(reason)
             self._load_here(x)
             return network(x, timesteps, context, y, control, options, **extra)
-        kwargs = {**extra, "context": context, "y": y, "control": control, "transformer_options": shippable(options)}
+        shipped = shippable(options)
+        kwargs = {**extra, "context": context, "y": y, "control": control, "transformer_options": shipped}
         window = getattr(options.get("context_window"), "index_list", None)
-        stream = (tuple(options.get("uuids", ())), tuple(x.shape), _outline(control), str(window))
+        # the same prompt under a guidance patch, a control net that starts in mid-run, a window of frames: streams of their own
+        patches = [shipped.get(kind) for kind in ("patches", "patches_replace")]
+        stream = (tuple(options.get("uuids", ())), tuple(x.shape), _outline(control), repr((patches, window)))
         try:
             return self.group(x, timesteps, stream=stream, **kwargs)
         except ScheduleError:

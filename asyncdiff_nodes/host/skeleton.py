@@ -51,7 +51,8 @@ def skeleton_of(patcher: ModelPatcher) -> nn.Module:
 def fingerprint_of(patcher: ModelPatcher) -> str:
     """Equal for models whose networks differ in their weights only."""
     live = patcher.model.diffusion_model
-    return repr((type(live), _operations(live), sorted(patcher.model.model_config.unet_config.items(), key=str)))
+    config = sorted(patcher.model.model_config.unet_config.items(), key=str)
+    return repr((type(live), _operations(live), patcher.force_cast_weights, config))
 
 
 def family_of(skeleton: nn.Module) -> Family:

@@ -20,6 +20,22 @@ else:
     args.cpu = True
 
 
+@pytest.fixture(scope="session")
+def sd15():
+    """One model for the tests that do not care which, so that they share its ranks."""
+    import small
+
+    return small.model("sd15", seed=9)
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Positive and negative CONDITIONING for ``sd15``."""
+    import small
+
+    return small.conditioning("sd15", 1), small.conditioning("sd15", 2)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def host_rules():
     """One thread, and no gradients, as in the host's own execution."""

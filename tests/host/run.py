@@ -8,22 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from asyncdiff_nodes.cli.doctor import find_comfyui
+from asyncdiff_nodes.cli.comfyui import find_comfyui, find_python
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ["pytest>=8", "pytest-timeout>=2.3"]
 
 
-def host_python(comfyui: Path) -> str | None:
-    """``$COMFYUI_PYTHON``, or that of the virtual environment inside."""
-    inside = [comfyui / venv / name for venv in ("venv", ".venv") for name in ("bin/python", "Scripts/python.exe")]
-    return os.environ.get("COMFYUI_PYTHON") or next((str(path) for path in inside if path.exists()), None)
-
-
 def main() -> int:
     """Exit status of pytest; 0 where there is no host."""
     comfyui = find_comfyui()
-    python = host_python(comfyui) if comfyui else None
+    python = find_python(comfyui) if comfyui else None
     if python is None:
         what = f"no Python in {comfyui}: set COMFYUI_PYTHON" if comfyui else "no ComfyUI: set COMFYUI_PATH"
         print(f"{'!' * 79}\nALL HOST TESTS SKIPPED ({what})\n{'!' * 79}")

@@ -91,16 +91,6 @@ def test_custom_sampler_with_guiders(kind, model, guider):
     assert_exact(model, sample)
 
 
-@pytest.fixture(scope="module")
-def sd15():
-    return small.model("sd15", seed=9)
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    return small.conditioning("sd15", 1), small.conditioning("sd15", 2)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_weights_in_fewer_bits_with_lora(dtype, prompts):
     model = small.model("sd15", dtype=dtype)

@@ -1,0 +1,80 @@
+"""Nodes of the demo model: its MODEL and VAE, and CONDITIONING from its own text encoder."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+CATEGORY = "AsyncDiff"
+
+
+class AsyncDiffDemoLoader(io.ComfyNode):
+    """Outputs the shipped demo model and its VAE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """No inputs, MODEL and VAE."""
+        return io.Schema(
+            node_id="AsyncDiffDemoLoader",
+            display_name="Load AsyncDiff Demo",
+            category=CATEGORY,
+            description=(
+                "A tiny text-to-emoji model that comes with this pack, to try AsyncDiff without a download. It draws 32 x 32 "
+                "pixels: give it EmptyChromaRadianceLatentImage at 32 x 32 and AsyncDiff Demo Text Encode, and sample about "
+                "20 steps at cfg 3."
+            ),
+            inputs=[],
+            outputs=[
+                io.Model.Output(tooltip="The demo model; it works on pixels, 32 x 32."),
+                io.Vae.Output(tooltip="Turns the sampled pixels into an image."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        """Load both from the pack's own files.
+
+        Raises:
+            FileNotFoundError: a file of the pack is missing.
+        """
+        from asyncdiff_nodes.host.demo import load_demo
+
+        return io.NodeOutput(*load_demo())
+
+
+class AsyncDiffDemoTextEncode(io.ComfyNode):
+    """Encodes a prompt for the demo model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """``text`` to CONDITIONING."""
+        return io.Schema(
+            node_id="AsyncDiffDemoTextEncode",
+            display_name="AsyncDiff Demo Text Encode",
+            category=CATEGORY,
+            description="Encodes a prompt for the AsyncDiff demo model, which has a text encoder of its own.",
+            inputs=[
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    default="red heart",
+                    tooltip=(
+                        "The name of one emoji, up to five plain words: 'red heart', 'panda face', 'slice of pizza', 'soccer "
+                        "ball', 'sunflower'. New mixtures of a colour and a common shape often work, such as 'green heart'. "
+                        "Words that it was not trained on mean nothing to it and are named in the log. Leave it empty for "
+                        "the negative prompt."
+                    ),
+                )
+            ],
+            outputs=[io.Conditioning.Output(tooltip="For the demo model only.")],
+        )
+
+    @classmethod
+    def execute(cls, text: str) -> io.NodeOutput:
+        """Encode ``text``.
+
+        Raises:
+            FileNotFoundError: a file of the pack is missing.
+        """
+        from asyncdiff_nodes.host.demo import encode
+
+        return io.NodeOutput(encode(text))

@@ -1,0 +1,165 @@
+"""What becomes of the ranks: reuse, weight updates, cancel, memory; and that none is left behind."""
+
+import gc
+import threading
+import time
+
+import comfy.model_management
+import comfy.sd
+import nodes
+import psutil
+import pytest
+import small
+import torch
+
+from asyncdiff_nodes.engine import WorkerError
+from asyncdiff_nodes.host.options import Options
+from asyncdiff_nodes.host.pool import MAX_GROUPS, POOL
+from asyncdiff_nodes.host.route import attach
+
+EXACT = Options(preset="Exact", devices="cpu,cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_groups_left():
+    POOL.release()
+    yield
+    ranks = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    POOL.release()
+    assert not any(child.is_running() for child in ranks)
+
+
+def sample(model, prompts, latent=None, steps=3):
+    return nodes.KSampler().sample(model, 5, steps, 7.0, "euler", "normal", *prompts, latent or small.latent())[0]["samples"]
+
+
+def pids():
+    return {pid for held in POOL._held for pid in held.group.pids}
+
+
+def with_lora(model, strength):
+    return comfy.sd.load_lora_for_models(model, None, small.lora(model), strength, 0)[0]
+
+
+def test_prompts_share_the_ranks_of_an_unchanged_model(sd15, prompts):
+    sample(attach(sd15, EXACT), prompts)
+    before = pids()
+    sample(attach(sd15, EXACT), prompts)  # a new node execution of the same graph
+    sample(attach(sd15, Options("Balanced", "cpu,cpu")), prompts, steps=5)  # other warm-up
+    sample(attach(sd15, EXACT), prompts, small.latent(2, 24, 16))  # other resolution and batch
+    assert pids() == before and len(before) == 2
+
+
+def test_a_lora_strength_changes_weights_not_processes(sd15, prompts, monkeypatch):
+    sample(attach(sd15, EXACT), prompts)
+    before, sent = pids(), []
+    group = POOL._held[0].group
+    original = group.load_weights
+    monkeypatch.setattr(group, "load_weights", lambda weights: original((sent.append(name) or (name, w)) for name, w in weights))
+    for strength in (0.9, 0.2):
+        changed = with_lora(sd15, strength)
+        assert torch.equal(sample(attach(changed, EXACT), prompts), sample(changed, prompts))
+    patched = {key.removeprefix("diffusion_model.") for key in changed.patches}
+    assert set(sent) == patched and len(patched) < len(list(sd15.model.diffusion_model.parameters()))
+    assert torch.equal(sample(attach(sd15, EXACT), prompts), sample(sd15, prompts))  # and off again
+    assert pids() == before
+
+
+def test_a_switched_checkpoint_reuses_the_processes_of_the_one_that_is_gone(prompts):
+    first = small.model("sd15", seed=21)
+    sample(attach(first, EXACT), prompts)
+    before = pids()
+    comfy.model_management.cleanup_models_gc()
+    del first
+    gc.collect()
+    second = small.model("sd15", seed=22)
+    assert torch.equal(sample(attach(second, EXACT), prompts), sample(second, prompts))
+    assert pids() == before
+
+
+def test_two_models_in_one_graph_keep_a_group_each_and_a_third_replaces_the_oldest(sd15, prompts):
+    kinds = ["sd15_inpaint", "sdxl"]
+    models = {kind: small.model(kind) for kind in kinds}
+    sample(attach(sd15, EXACT), prompts)
+    first = pids()
+    for kind in kinds:
+        pair = small.conditioning(kind, 1), small.conditioning(kind, 2)
+        assert torch.equal(sample(attach(models[kind], EXACT), pair), sample(models[kind], pair))
+        assert len(POOL._held) <= MAX_GROUPS
+    assert not first & pids()
+    assert all(not psutil.pid_exists(pid) for pid in first)
+
+
+@pytest.mark.parametrize("way", ["unload_all_models", "free_memory"])
+def test_the_hosts_unloading_ends_the_ranks(sd15, prompts, way):
+    expected = sample(attach(sd15, EXACT), prompts)
+    processes = [psutil.Process(pid) for pid in pids()]
+    tracked = [m.model.loaded_size() for m in comfy.model_management.current_loaded_models if "Rank" in type(m.model).__name__]
+    weights = sum(p.nbytes for p in sd15.model.diffusion_model.parameters())
+    assert weights <= sum(tracked) < 2 * weights  # what every rank holds is counted on each
+    if way == "unload_all_models":
+        comfy.model_management.unload_all_models()
+    else:
+        comfy.model_management.free_memory(1e30, torch.device("cpu"))
+    assert not any(process.is_running() for process in processes)
+    assert torch.equal(sample(attach(sd15, EXACT), prompts), expected)  # the next prompt starts new ones
+    assert len([m for m in comfy.model_management.current_loaded_models if "Rank" in type(m.model).__name__]) == 2
+
+
+def test_a_dead_rank_breaks_one_prompt_only(sd15, prompts):
+    expected = sample(attach(sd15, EXACT), prompts)
+    psutil.Process(next(iter(pids()))).kill()
+    with pytest.raises(WorkerError, match="killed by signal 9"):
+        sample(attach(sd15, EXACT), prompts)
+    assert torch.equal(sample(attach(sd15, EXACT), prompts), expected)
+
+
+@pytest.mark.parametrize("steps_before", [0, 5])
+def test_cancel_answers_at_once_and_the_ranks_go_on(sd15, prompts, steps_before):
+    """In the warm-up (3 steps) and after it; a large latent makes a step long."""
+    model = attach(sd15, Options("Balanced", "cpu,cpu"))
+    expected = sample(model, prompts, steps=8)
+    before, began = pids(), time.monotonic()
+    pressed = []
+
+    def cancel():
+        while last_steps[0] < steps_before:
+            time.sleep(0.005)
+        time.sleep(0.1)
+        pressed.append(time.monotonic())
+        comfy.model_management.interrupt_current_processing()
+
+    last_steps = [0]
+    import comfy.sample
+
+    def note(step, *_):
+        last_steps[0] = step + 1
+
+    latent = small.latent(1, 48, 48)["samples"]
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        comfy.sample.sample(model, latent, 50, 7.0, "euler", "normal", *prompts, latent, callback=note, seed=1)
+    took = time.monotonic() - pressed[0]
+    thread.join()
+    assert took < 0.5, f"{took:.2f} s"
+    assert time.monotonic() - began < 60
+    assert torch.equal(sample(model, prompts, steps=8), expected)
+    assert pids() == before
+
+
+def test_cancel_while_the_ranks_start(sd15, prompts):
+    threading.Timer(1.0, comfy.model_management.interrupt_current_processing).start()
+    began = time.monotonic()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sample(attach(sd15, EXACT), prompts)
+    assert time.monotonic() - began < 4.0
+    assert not POOL._held
+    assert sample(attach(sd15, EXACT), prompts).isfinite().all()
+
+
+def test_the_network_is_never_loaded_by_the_host(prompts):
+    model = small.model("sd15", seed=31)
+    sample(attach(model, EXACT), prompts)
+    assert model.loaded_size() == 0
+    assert not [m for m in comfy.model_management.current_loaded_models if m.model is model]

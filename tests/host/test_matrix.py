@@ -1,0 +1,180 @@
+"""What is routed, and what the host samples as usual and why: every row of the table in docs/comfyui.md, on real nodes.
+
+The picture is the stock one in either case.
+"""
+
+import re
+from pathlib import Path
+
+import comfy.hooks
+import comfy.model_management
+import nodes
+import pytest
+import small
+import torch
+from comfy_extras import (
+    nodes_differential_diffusion,
+    nodes_easycache,
+    nodes_freelunch,
+    nodes_hypertile,
+    nodes_model_advanced,
+    nodes_model_downscale,
+    nodes_model_merging,
+    nodes_pag,
+    nodes_perpneg,
+    nodes_sag,
+    nodes_tomesd,
+    nodes_torch_compile,
+)
+
+from asyncdiff_nodes.host.options import Options
+from asyncdiff_nodes.host.report import last_run
+from asyncdiff_nodes.host.route import attach
+
+EXACT = Options(preset="Exact", devices="cpu,cpu")
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "comfyui.md"
+
+
+def first(output):
+    """The first output of a node, of either kind."""
+    return output[0]
+
+
+def compiled(model):
+    return first(nodes_torch_compile.TorchCompileModel.execute(model, "eager"))
+
+
+def replaced_module(model):
+    clone = model.clone()
+    clone.add_object_patch("diffusion_model.out", model.model.diffusion_model.out)
+    return clone
+
+
+def hooked(prompts):
+    keys = small.lora(small.model("sd15"))
+    hook = comfy.hooks.create_hook_lora(keys, 0.5, 0.0)
+    return comfy.hooks.set_hooks_for_conditioning(prompts[0], hook), prompts[1]
+
+
+def gligen_like(model):
+    clone = model.clone()
+    clone.set_model_patch(lambda *args: args[0], "middle_patch")
+    return clone
+
+
+def attention_override(model):
+    clone = model.clone()
+    clone.model_options["transformer_options"]["optimized_attention_override"] = lambda attention, *a, **k: attention(*a, **k)
+    return clone
+
+
+# the table: what the artist uses -> the model it makes, and what the note says where it is not routed
+ROUTED = None
+ROWS = {
+    "FreeU": (lambda m: first(nodes_freelunch.FreeU.execute(m, 1.1, 1.2, 0.9, 0.2)), ROUTED),
+    "FreeU_V2": (lambda m: first(nodes_freelunch.FreeU_V2.execute(m, 1.3, 1.4, 0.9, 0.2)), ROUTED),
+    "PerturbedAttentionGuidance": (lambda m: first(nodes_pag.PerturbedAttentionGuidance.execute(m, 3.0)), ROUTED),
+    "PerpNeg": (lambda m: first(nodes_perpneg.PerpNeg.execute(m, small.conditioning("sd15", 7), 1.0)), ROUTED),
+    "RescaleCFG": (lambda m: first(nodes_model_advanced.RescaleCFG().patch(m, 0.7)), ROUTED),
+    "ModelSamplingDiscrete": (
+        lambda m: first(nodes_model_advanced.ModelSamplingDiscrete().patch(m, "v_prediction", True)),
+        ROUTED,
+    ),
+    "ModelComputeDtype": (lambda m: first(nodes_model_advanced.ModelComputeDtype().patch(m, "bf16")), ROUTED),
+    "ModelMergeSimple": (
+        lambda m: first(nodes_model_merging.ModelMergeSimple().merge(m, small.model("sd15", seed=12), 0.4)),
+        ROUTED,
+    ),
+    "DifferentialDiffusion": (lambda m: first(nodes_differential_diffusion.DifferentialDiffusion.execute(m)), ROUTED),
+    "EasyCache": (lambda m: first(nodes_easycache.EasyCacheNode.execute(m, 0.2, 0.15, 0.95, False)), ROUTED),
+    "LazyCache": (lambda m: first(nodes_easycache.LazyCacheNode.execute(m, 0.2, 0.15, 0.95, False)), ROUTED),
+    "SelfAttentionGuidance": (lambda m: first(nodes_sag.SelfAttentionGuidance.execute(m, 0.5, 2.0)), "nodes_sag"),
+    "HyperTile": (lambda m: first(nodes_hypertile.HyperTile.execute(m, 256, 1, 0, False)), "nodes_hypertile"),
+    "TomePatchModel": (lambda m: first(nodes_tomesd.TomePatchModel.execute(m, 0.3)), "nodes_tomesd"),
+    "PatchModelAddDownscale": (
+        lambda m: first(nodes_model_downscale.PatchModelAddDownscale.execute(m, 1, 2.0, 0.0, 0.35, True, "bicubic", "bicubic")),
+        "nodes_model_downscale",
+    ),
+    "TorchCompileModel": (compiled, "torch.compile"),
+    "replaced network modules": (replaced_module, "another node replaced diffusion_model.out"),
+    "attention overrides": (attention_override, "optimized_attention_override"),
+    "other patches inside the network": (gligen_like, "test_matrix.gligen_like"),
+}
+
+
+def sample(model, prompts, steps=4):
+    torch.manual_seed(0)  # for what draws random numbers of its own
+    return nodes.KSampler().sample(model, 5, steps, 7.0, "euler", "normal", *prompts, small.latent())[0]["samples"]
+
+
+@pytest.mark.parametrize("feature", ROWS)
+def test_picture_is_the_stock_one(sd15, prompts, feature):
+    change, reason = ROWS[feature]
+    model = change(sd15)
+    routed = attach(model, EXACT)
+    import random
+
+    random.seed(0)
+    expected = sample(model, prompts)
+    random.seed(0)
+    found = sample(routed, prompts)
+    assert expected.isfinite().all()
+    assert torch.equal(found, expected)
+    if reason is ROUTED:
+        assert last_run().stats is not None and not last_run().notes
+    else:
+        assert last_run().stats is None
+        assert reason in last_run().notes[0]
+    # attached before the other node, the result is the same
+    random.seed(0)
+    assert torch.equal(sample(change(attach(sd15, EXACT)), prompts), expected)
+
+
+def test_weight_hooks(sd15, prompts):
+    pair = hooked(prompts)
+    expected = sample(sd15, pair)
+    assert not torch.equal(expected, sample(sd15, prompts))
+    assert torch.equal(sample(attach(sd15, EXACT), pair), expected)
+    assert "weight hooks" in last_run().notes[0]
+
+
+def test_only_the_patched_conds_run_on_the_host(sd15, prompts):
+    """A patch that comes with one of the prompts (as GLIGEN's does) leaves the others routed."""
+
+    class Gligen:
+        def set_position(self, *_):
+            return lambda x, extra_options: x * 1.01
+
+    model = Gligen()
+    model.model = model
+    positive, negative = prompts
+    with_patch = [[positive[0][0], {**positive[0][1], "gligen": ("position", model, [])}]]
+    import comfy.sampler_helpers
+
+    found = comfy.sampler_helpers.get_additional_models  # the stand-in is no model to load
+    try:
+        comfy.sampler_helpers.get_additional_models = lambda conds, dtype: ([], 0)
+        expected = sample(sd15, (with_patch, negative))
+        routed = sample(attach(sd15, EXACT), (with_patch, negative))
+    finally:
+        comfy.sampler_helpers.get_additional_models = found
+    assert torch.equal(routed, expected)
+    assert last_run().stats is not None and len(last_run().stats.records) > 0
+    assert "middle_patch" in last_run().notes[0]
+
+
+@pytest.mark.parametrize("devices", ["auto", "cpu"])
+def test_one_device_is_the_hosts_own_path(sd15, prompts, devices, caplog):
+    expected = sample(sd15, prompts)
+    assert torch.equal(sample(attach(sd15, Options(devices=devices)), prompts), expected)
+    assert last_run().stats is None
+    assert [r for r in caplog.records if "AsyncDiff: not used" in r.message].__len__() == 1
+    assert "device" in last_run().line
+
+
+def test_table_in_the_docs():
+    """docs/comfyui.md has a row for every feature tested here, with the right verdict."""
+    rows = dict(re.findall(r"^\| `?([^|`]+?)`? \| (routed|as usual)", DOCS.read_text(), re.MULTILINE))
+    verdicts = {name: "routed" if reason is ROUTED else "as usual" for name, (_, reason) in ROWS.items()}
+    missing = {name: verdict for name, verdict in verdicts.items() if rows.get(name) != verdict}
+    assert not missing

@@ -1,0 +1,59 @@
+"""Bad options: an error that names the input, the value and the cure, before anything is started."""
+
+import pytest
+import small
+
+from asyncdiff_nodes.engine import DeviceError, PlanError
+from asyncdiff_nodes.host.options import ALWAYS, OneDeviceError, Options
+from asyncdiff_nodes.host.route import attach
+
+
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        (Options(preset="Turbo"), PlanError, "preset='Turbo'.*Exact, Balanced, Fast, Custom"),
+        (Options(devices="cpu,gpu"), DeviceError, "'gpu' is not a device"),
+        (Options(devices="cpu,cuda:7"), DeviceError, "'cuda:7' does not exist"),
+        (Options("Custom", "cpu,cpu", segments=3), PlanError, "segments=3 with stride=1 needs 3 devices.*there are 2"),
+        (Options("Custom", "cpu,cpu", stride=2), PlanError, "stride=2 needs 3 devices"),
+        (Options("Custom", "cpu,cpu", segments=-1), PlanError, "segments=-1"),
+        (Options("Custom", "cpu,cpu", segments=2, warmup=0), PlanError, "warmup=0"),
+        (Options("Custom", "cpu,cpu", segments=2, stride=9), PlanError, "stride=9"),
+        (Options("Balanced", "cpu,cpu", cuts="input_blocks.3"), PlanError, "1 cuts for 2 segments"),
+    ],
+)
+def test_refused(options, error, words):
+    with pytest.raises(error, match=words):
+        attach(small.model("sd15"), options)
+
+
+def test_unknown_cut_is_named_when_sampling(sd15, prompts):
+    import nodes
+
+    model = attach(sd15, Options(devices="cpu,cpu", cuts="input_blocks.1, decoder.7"))
+    with pytest.raises(PlanError, match=r"unknown cut 'decoder.7'.*output_blocks"):
+        nodes.KSampler().sample(model, 5, 3, 7.0, "euler", "normal", *prompts, small.latent())
+
+
+@pytest.mark.parametrize(
+    "options, segments, stride, warmup, ranks",
+    [
+        (Options(devices="cpu,cpu"), 2, 1, 3, 2),
+        (Options("Fast", "cpu cpu"), 2, 1, 1, 2),
+        (Options("Fast", "cpu;cpu;cpu;cpu"), 3, 2, 1, 4),
+        (Options("Exact", "cpu,cpu,cpu"), 3, 1, ALWAYS, 3),
+        (Options("Custom", "cpu,cpu,cpu", segments=2, stride=1, warmup=5), 2, 1, 5, 2),
+        (Options("Custom", "cpu,cpu,cpu", stride=2), 2, 2, 3, 3),
+    ],
+)
+def test_presets(options, segments, stride, warmup, ranks):
+    plan, devices = options.resolve()
+    assert (plan.segments, plan.stride, plan.warmup) == (segments, stride, warmup)
+    assert devices == ("cpu",) * ranks
+
+
+def test_one_device():
+    with pytest.raises(OneDeviceError, match="--cuda-device all"):
+        Options().resolve()
+    with pytest.raises(OneDeviceError, match="only one device"):
+        Options(devices="cpu").resolve()
