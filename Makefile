@@ -4,16 +4,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo demo-comfy test test-host test-slow lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m asyncdiff_nodes demo
 
+demo-comfy: $(VENV)/installed
+	$(BIN)/python -m asyncdiff_nodes demo-comfy
+
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
+	$(MAKE) test-host
+
+test-host: $(VENV)/installed
+	$(BIN)/python tests/host/run.py -m "not slow"
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python tests/host/run.py -m slow
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "demo": "make pictures with the shipped model, sequentially and with AsyncDiff, side by side",
+    "demo-comfy": "run the demo workflow in an installed ComfyUI and keep the picture",
     "plan": "show where a model would be cut, what crosses the cuts and the predicted speed-up",
     "bench": "measure plans with real processes against the unrouted model",
     "doctor": "check this machine and say what is wrong and how to cure it",
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             name, help=summary, description=summary[0].upper() + summary[1:] + ".",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )  # fmt: skip
-        module = importlib.import_module(f"{__name__}.{name}")
+        module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
         module.add_arguments(command)
         command.add_argument("--json", metavar="FILE", default=None, help="also write the numbers to FILE")
         command.set_defaults(run=module.run)

@@ -63,7 +63,7 @@ class Server:
             raise FileNotFoundError(f"no Python was found in {comfyui}: set COMFYUI_PYTHON to the one that runs it")
         for name in ("custom_nodes", "models", "input", "output", "user"):
             (base / name).mkdir(parents=True, exist_ok=True)
-        for name, folder in (packs or {PACK.name: PACK}).items():
+        for name, folder in (packs or {"ComfyUI-AsyncDiff": PACK}).items():
             link = base / "custom_nodes" / name
             if not link.exists():
                 link.symlink_to(folder, target_is_directory=True)

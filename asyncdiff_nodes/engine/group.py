@@ -124,7 +124,7 @@ class WorkerGroup:
             self._send_weights(weights, deadline)
             self._connect(deadline)
         except BaseException:
-            self.close()
+            ranks.close(grace=0)  # ranks that are still importing would not hear a polite word
             raise
 
     # -- use ---------------------------------------------------------------------------------------------------------

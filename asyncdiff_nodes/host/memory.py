@@ -33,8 +33,8 @@ class RankMemory:
         self._held = 0
 
     def forget(self) -> None:
-        """The group has ended: nothing is held any more."""
-        self._held = 0
+        """The group has ended: nothing is held any more, nor can be loaded."""
+        self._size = self._held = 0
 
     def model_size(self) -> int:
         """Bytes of the rank's weights."""

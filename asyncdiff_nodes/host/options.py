@@ -57,9 +57,7 @@ class Options:
                 raise PlanError(f"segments={self.segments} is out of range: choose 2 or more, or 0 for automatic")
             segments = self.segments or count - self.stride + 1
             if segments < 2:
-                raise PlanError(
-                    f"stride={self.stride} needs at least {self.stride + 1} devices, and there are {count}: lower stride"
-                )
+                raise PlanError(f"stride={self.stride} needs {self.stride + 1} devices or more, and there are {count}: lower it")
             knobs |= {"stride": self.stride, "warmup": self.warmup, "time_shift": self.time_shift, "forecast": int(self.forecast)}
         elif self.preset == "Fast":
             stride = 2 if count > 2 else 1

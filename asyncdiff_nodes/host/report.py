@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from comfy_execution.utils import get_executing_context
@@ -27,8 +27,8 @@ class RunRecord:
 
     notes: tuple[str, ...]
     plan: Plan | None = None
-    placement: Placement | None = None
-    stats: RunStats | None = None
+    placement: Placement | None = field(default=None, repr=False)
+    stats: RunStats | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, group: WorkerGroup | None, plan: Plan | None, notes: Sequence[str]) -> RunRecord:
@@ -137,9 +137,10 @@ def publish(record: RunRecord) -> None:
     global _last
     _last = record
     context = get_executing_context()
-    server = sys.modules.get("server")  # absent where the host's code runs without its server
+    # absent where the host's code runs without its server
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if context is not None and server is not None:
-        server.PromptServer.instance.send_progress_text(f"AsyncDiff: {record.line}", context.node_id)
+        server.send_progress_text(f"AsyncDiff: {record.line}", context.node_id)
 
 
 def _mib(size: float) -> str:

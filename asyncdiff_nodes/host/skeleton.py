@@ -45,6 +45,10 @@ def skeleton_of(patcher: ModelPatcher) -> nn.Module:
             raise UnsupportedModelError(
                 f"its {name} has other {what} than the host's configuration says: {', '.join(changed[:3])}"
             )
+    if patcher.force_cast_weights:  # another node chose the precision of the computation
+        for module in rebuilt.modules():
+            if hasattr(module, "comfy_cast_weights"):
+                module.comfy_cast_weights = True
     return rebuilt
 
 

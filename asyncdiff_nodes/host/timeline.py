@@ -14,10 +14,19 @@ _WAITING = "#e4e7eb"
 
 
 def timeline(record: RunRecord) -> torch.Tensor:
-    """One lane per rank, [1, H, W, 3] in 0..1; an empty one where the host computed everything itself."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: the pack must load without it
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
+    """One lane per rank, [1, H, W, 3] in 0..1; an empty one where the host computed everything itself.
+
+    A call's compute time is drawn as one bar at its end, although waiting may come in between.
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
+    try:  # here, not above: the pack must load without it
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError as error:
+        raise RuntimeError(f"the timeline needs matplotlib ({error}): pip install matplotlib in ComfyUI's Python") from error
     from PIL import Image
 
     ranks = record.stats.ranks if record.stats else ()

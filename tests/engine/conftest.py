@@ -5,36 +5,11 @@ import tempfile
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 import golden
 import toys
+from asyncdiff_nodes.cli.zoo import find_model
 from asyncdiff_nodes.engine import BlockGraph, Plan, WorkerGroup, find_family, trace
-
-# the true architectures; see their model cards
-CONFIGS = {
-    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-    "sd21": {
-        "sample_size": 96,
-        "cross_attention_dim": 1024,
-        "attention_head_dim": (5, 10, 20, 20),
-        "use_linear_projection": True,
-    },
-    "sdxl": {
-        "sample_size": 128,
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
-
 
 @pytest.fixture(scope="session")
 def true_graph():
@@ -42,9 +17,7 @@ def true_graph():
 
     @functools.cache
     def get(name: str) -> BlockGraph:
-        with torch.device("meta"):
-            unet = UNet2DConditionModel(**CONFIGS[name])
-        unet = unet.half().eval()
+        unet = find_model(name).skeleton(torch.float16)
         family = find_family(unet)
         return trace(unet, family, *family.example_inputs(unet, None, 2))
 

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 import comfy.hooks
-import comfy.model_management
+import comfy.model_patcher
+import comfy.samplers
 import nodes
 import pytest
 import small
@@ -138,29 +139,23 @@ def test_weight_hooks(sd15, prompts):
     assert "weight hooks" in last_run().notes[0]
 
 
-def test_only_the_patched_conds_run_on_the_host(sd15, prompts):
-    """A patch that comes with one of the prompts (as GLIGEN's does) leaves the others routed."""
+def test_only_the_patched_calls_run_on_the_host(sd15, prompts):
+    """A guidance that adds a patched call of its own to each step leaves the others routed."""
 
-    class Gligen:
-        def set_position(self, *_):
-            return lambda x, extra_options: x * 1.01
+    def weaker(q, k, v, extra_options, mask=None):
+        return v * 0.5
 
-    model = Gligen()
-    model.model = model
-    positive, negative = prompts
-    with_patch = [[positive[0][0], {**positive[0][1], "gligen": ("position", model, [])}]]
-    import comfy.sampler_helpers
+    def guide(args):
+        options = comfy.model_patcher.set_model_options_patch_replace(args["model_options"].copy(), weaker, "attn1", "middle", 0)
+        (other,) = comfy.samplers.calc_cond_batch(args["model"], [args["cond"]], args["input"], args["sigma"], options)
+        return args["denoised"] + (args["cond_denoised"] - other) * 2.0
 
-    found = comfy.sampler_helpers.get_additional_models  # the stand-in is no model to load
-    try:
-        comfy.sampler_helpers.get_additional_models = lambda conds, dtype: ([], 0)
-        expected = sample(sd15, (with_patch, negative))
-        routed = sample(attach(sd15, EXACT), (with_patch, negative))
-    finally:
-        comfy.sampler_helpers.get_additional_models = found
-    assert torch.equal(routed, expected)
-    assert last_run().stats is not None and len(last_run().stats.records) > 0
-    assert "middle_patch" in last_run().notes[0]
+    guided = sd15.clone()
+    guided.set_model_sampler_post_cfg_function(guide)
+    expected = sample(guided, prompts)
+    assert torch.equal(sample(attach(guided, EXACT), prompts), expected)
+    assert len({record.call for record in last_run().stats.records}) == 4
+    assert "attn1 (test_matrix.test_only_the_patched_calls_run_on_the_host)" in last_run().notes[0]
 
 
 @pytest.mark.parametrize("devices", ["auto", "cpu"])
