@@ -11,6 +11,7 @@ import toys
 from asyncdiff_nodes.cli.zoo import find_model
 from asyncdiff_nodes.engine import BlockGraph, Plan, WorkerGroup, find_family, trace
 
+
 @pytest.fixture(scope="session")
 def true_graph():
     """Model name -> block graph at its true size, batch 2, fp16."""

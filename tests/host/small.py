@@ -39,9 +39,9 @@ KINDS = {
 }
 
 
-def unet_config(kind: str) -> dict:
-    """Configuration of the network of this kind."""
-    return {**_UNET, "adm_in_channels": None, **KINDS[kind][3]}
+def unet_config(kind: str, channels: int = 64) -> dict:
+    """Configuration of the network of this kind, ``channels`` wide."""
+    return {**_UNET, "adm_in_channels": None, **KINDS[kind][3], "model_channels": channels}
 
 
 def randomise(module: torch.nn.Module, seed: int) -> None:
@@ -51,10 +51,12 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
-def model(kind: str = "sd15", seed: int = 0, dtype: torch.dtype = torch.float32) -> comfy.model_patcher.ModelPatcher:
+def model(
+    kind: str = "sd15", seed: int = 0, dtype: torch.dtype = torch.float32, channels: int = 64
+) -> comfy.model_patcher.ModelPatcher:
     """A MODEL."""
     config_class, model_class, model_type, _ = KINDS[kind]
-    config = getattr(comfy.supported_models, config_class)(unet_config(kind))
+    config = getattr(comfy.supported_models, config_class)(unet_config(kind, channels))
     config.set_inference_dtype(dtype, None if dtype is torch.float32 else torch.float32)
     base = getattr(comfy.model_base, model_class)(config, model_type=model_type)
     if base.model_config.unet_config["in_channels"] > 4:
@@ -98,3 +100,11 @@ def lora(patcher: comfy.model_patcher.ModelPatcher, seed: int = 4) -> dict:
             found[f"{key}.lora_up.weight"] = torch.randn(weight.shape[0], 4, *[1] * (weight.ndim - 2), generator=generator) * 0.1
             found[f"{key}.alpha"] = torch.tensor(4.0)
     return found
+
+
+def node(cls: type, *args: object) -> object:
+    """The first output of a node, of either of the host's kinds."""
+    if hasattr(cls, "define_schema"):
+        output = cls.execute(*args)
+        return getattr(output, "result", output)[0]
+    return getattr(cls(), cls.FUNCTION)(*args)[0]

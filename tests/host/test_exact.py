@@ -78,15 +78,15 @@ def test_custom_sampler_with_guiders(kind, model, guider):
 
     def sample(m):
         if guider == "cfg":
-            guide = custom.CFGGuider.execute(m, positive, negative, 5.0)[0]
+            guide = small.node(custom.CFGGuider, m, positive, negative, 5.0)
         elif guider == "basic":
-            guide = custom.BasicGuider.execute(m, positive)[0]
+            guide = small.node(custom.BasicGuider, m, positive)
         else:
-            guide = custom.DualCFGGuider.execute(m, positive, third, negative, 5.0, 3.0, "regular")[0]
-        sigmas = custom.BasicScheduler.execute(m, "sgm_uniform", 4, 1.0)[0]
-        noise = custom.RandomNoise.execute(5)[0]
-        sampler = custom.KSamplerSelect.execute("dpmpp_2m")[0]
-        return custom.SamplerCustomAdvanced.execute(noise, guide, sampler, sigmas, small.latent())[0]["samples"]
+            guide = small.node(custom.DualCFGGuider, m, positive, third, negative, 5.0, 3.0, "regular")
+        sigmas = small.node(custom.BasicScheduler, m, "sgm_uniform", 4, 1.0)
+        noise = small.node(custom.RandomNoise, 5)
+        sampler = small.node(custom.KSamplerSelect, "dpmpp_2m")
+        return small.node(custom.SamplerCustomAdvanced, noise, guide, sampler, sigmas, small.latent())["samples"]
 
     assert_exact(model, sample)
 

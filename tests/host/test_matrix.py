@@ -36,13 +36,8 @@ EXACT = Options(preset="Exact", devices="cpu,cpu")
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "comfyui.md"
 
 
-def first(output):
-    """The first output of a node, of either kind."""
-    return output[0]
-
-
 def compiled(model):
-    return first(nodes_torch_compile.TorchCompileModel.execute(model, "eager"))
+    return small.node(nodes_torch_compile.TorchCompileModel, model, "eager")
 
 
 def replaced_module(model):
@@ -72,28 +67,28 @@ def attention_override(model):
 # the table: what the artist uses -> the model it makes, and what the note says where it is not routed
 ROUTED = None
 ROWS = {
-    "FreeU": (lambda m: first(nodes_freelunch.FreeU.execute(m, 1.1, 1.2, 0.9, 0.2)), ROUTED),
-    "FreeU_V2": (lambda m: first(nodes_freelunch.FreeU_V2.execute(m, 1.3, 1.4, 0.9, 0.2)), ROUTED),
-    "PerturbedAttentionGuidance": (lambda m: first(nodes_pag.PerturbedAttentionGuidance.execute(m, 3.0)), ROUTED),
-    "PerpNeg": (lambda m: first(nodes_perpneg.PerpNeg.execute(m, small.conditioning("sd15", 7), 1.0)), ROUTED),
-    "RescaleCFG": (lambda m: first(nodes_model_advanced.RescaleCFG().patch(m, 0.7)), ROUTED),
+    "FreeU": (lambda m: small.node(nodes_freelunch.FreeU, m, 1.1, 1.2, 0.9, 0.2), ROUTED),
+    "FreeU_V2": (lambda m: small.node(nodes_freelunch.FreeU_V2, m, 1.3, 1.4, 0.9, 0.2), ROUTED),
+    "PerturbedAttentionGuidance": (lambda m: small.node(nodes_pag.PerturbedAttentionGuidance, m, 3.0), ROUTED),
+    "PerpNeg": (lambda m: small.node(nodes_perpneg.PerpNeg, m, small.conditioning("sd15", 7), 1.0), ROUTED),
+    "RescaleCFG": (lambda m: small.node(nodes_model_advanced.RescaleCFG, m, 0.7), ROUTED),
     "ModelSamplingDiscrete": (
-        lambda m: first(nodes_model_advanced.ModelSamplingDiscrete().patch(m, "v_prediction", True)),
+        lambda m: small.node(nodes_model_advanced.ModelSamplingDiscrete, m, "v_prediction", True),
         ROUTED,
     ),
-    "ModelComputeDtype": (lambda m: first(nodes_model_advanced.ModelComputeDtype().patch(m, "bf16")), ROUTED),
+    "ModelComputeDtype": (lambda m: small.node(nodes_model_advanced.ModelComputeDtype, m, "bf16"), ROUTED),
     "ModelMergeSimple": (
-        lambda m: first(nodes_model_merging.ModelMergeSimple().merge(m, small.model("sd15", seed=12), 0.4)),
+        lambda m: small.node(nodes_model_merging.ModelMergeSimple, m, small.model("sd15", seed=12), 0.4),
         ROUTED,
     ),
-    "DifferentialDiffusion": (lambda m: first(nodes_differential_diffusion.DifferentialDiffusion.execute(m)), ROUTED),
-    "EasyCache": (lambda m: first(nodes_easycache.EasyCacheNode.execute(m, 0.2, 0.15, 0.95, False)), ROUTED),
-    "LazyCache": (lambda m: first(nodes_easycache.LazyCacheNode.execute(m, 0.2, 0.15, 0.95, False)), ROUTED),
-    "SelfAttentionGuidance": (lambda m: first(nodes_sag.SelfAttentionGuidance.execute(m, 0.5, 2.0)), "nodes_sag"),
-    "HyperTile": (lambda m: first(nodes_hypertile.HyperTile.execute(m, 256, 1, 0, False)), "nodes_hypertile"),
-    "TomePatchModel": (lambda m: first(nodes_tomesd.TomePatchModel.execute(m, 0.3)), "nodes_tomesd"),
+    "DifferentialDiffusion": (lambda m: small.node(nodes_differential_diffusion.DifferentialDiffusion, m), ROUTED),
+    "EasyCache": (lambda m: small.node(nodes_easycache.EasyCacheNode, m, 0.2, 0.15, 0.95, False), ROUTED),
+    "LazyCache": (lambda m: small.node(nodes_easycache.LazyCacheNode, m, 0.2, 0.15, 0.95, False), ROUTED),
+    "SelfAttentionGuidance": (lambda m: small.node(nodes_sag.SelfAttentionGuidance, m, 0.5, 2.0), "nodes_sag"),
+    "HyperTile": (lambda m: small.node(nodes_hypertile.HyperTile, m, 256, 1, 0, False), "nodes_hypertile"),
+    "TomePatchModel": (lambda m: small.node(nodes_tomesd.TomePatchModel, m, 0.3), "nodes_tomesd"),
     "PatchModelAddDownscale": (
-        lambda m: first(nodes_model_downscale.PatchModelAddDownscale.execute(m, 1, 2.0, 0.0, 0.35, True, "bicubic", "bicubic")),
+        lambda m: small.node(nodes_model_downscale.PatchModelAddDownscale, m, 1, 2.0, 0.0, 0.35, True, "bicubic", "bicubic"),
         "nodes_model_downscale",
     ),
     "TorchCompileModel": (compiled, "torch.compile"),

@@ -1,0 +1,78 @@
+"""Models that the host's own loader detected from a file, and what starting their ranks costs the host in memory."""
+
+import threading
+import time
+
+import comfy.sd
+import nodes
+import psutil
+import pytest
+import small
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from safetensors.torch import save_file
+
+from asyncdiff_nodes.host.options import Options
+from asyncdiff_nodes.host.pool import POOL
+from asyncdiff_nodes.host.report import last_run
+from asyncdiff_nodes.host.route import attach
+
+EXACT = Options(preset="Exact", devices="cpu,cpu")
+# what the host looks at: 320 channels, the width of the context, linear or convolutional projections, the input channels
+FILES = {
+    "SD15": {"context_dim": 768, "num_heads": 8},
+    "SD20": {"context_dim": 1024, "use_linear_in_transformer": True, "num_head_channels": 64},
+    "SD15 inpaint": {"context_dim": 768, "num_heads": 8, "in_channels": 9},
+}
+
+
+def checkpoint(path, changes):
+    config = {**small.unet_config("sd15"), "model_channels": 320, "channel_mult": (1,), "num_res_blocks": [1], **changes}
+    config |= {"transformer_depth": [1], "transformer_depth_output": [1, 1]}
+    network = UNetModel(**config, dtype=torch.float16)
+    small.randomise(network, 5)
+    with torch.inference_mode(False):
+        weights = {f"model.diffusion_model.{name}": value.detach().clone() for name, value in network.state_dict().items()}
+    save_file(weights, path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_detected_by_the_host(tmp_path, name):
+    checkpoint(tmp_path / "model.safetensors", FILES[name])
+    model = comfy.sd.load_diffusion_model(str(tmp_path / "model.safetensors"))
+    assert type(model.model.model_config).__name__ == name.split()[0]
+    kind = "sd2_v" if name == "SD20" else "sd15"
+    prompts = small.conditioning(kind, 1), small.conditioning(kind, 2)
+
+    def sample(m):
+        return nodes.KSampler().sample(m, 5, 3, 7.0, "dpmpp_2m", "karras", *prompts, small.latent())[0]["samples"]
+
+    expected = sample(model)
+    assert torch.equal(sample(attach(model, EXACT)), expected)
+    assert last_run().stats is not None
+
+
+def test_host_memory_stays_below_one_extra_copy(prompts):
+    """While weights with a LoRA on them go to the ranks, the host holds no second copy of the model."""
+    model = small.model("sd15", channels=256)
+    size = sum(parameter.nbytes for parameter in model.model.diffusion_model.parameters())
+    assert size > 150 * 2**20
+    changed = comfy.sd.load_lora_for_models(model, None, small.lora(model), 0.5, 0)[0]
+    process, peak, done = psutil.Process(), [0], threading.Event()
+    before = process.memory_info().rss
+
+    def watch():
+        while not done.is_set():
+            peak[0] = max(peak[0], process.memory_info().rss - before)
+            time.sleep(0.005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        nodes.KSampler().sample(attach(changed, EXACT), 5, 1, 1.0, "euler", "normal", *prompts, small.latent(1, 8, 8))
+    finally:
+        done.set()
+        watcher.join()
+    assert peak[0] < 0.6 * size, f"{peak[0] / size:.2f} of the model's size"
+    held = [rank.weight_bytes for rank in POOL._held[-1].group.stats().ranks]
+    assert all(part < 0.75 * size for part in held)
