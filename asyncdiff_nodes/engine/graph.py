@@ -57,6 +57,8 @@ class Block:
         outputs: layout of each output tensor for the traced inputs.
         structure: how these tensors make up the output; see :mod:`.trees`.
         macs: multiply-accumulates of one call for the traced inputs.
+        reads: positions of the model's own inputs that it depends on other than through blocks, among the leaves of
+            ``(args, kwargs)``.
         weight_bytes: bytes of its parameters and buffers.
     """
 
@@ -65,6 +67,7 @@ class Block:
     structure: Any
     macs: int
     weight_bytes: int
+    reads: frozenset[int] = frozenset()
 
     @property
     def output_bytes(self) -> int:
@@ -132,7 +135,7 @@ def meta_copy(module: nn.Module) -> nn.Module:
 
 
 class _Provenance(TorchDispatchMode):
-    """Remembers for every tensor which blocks' outputs it was made from, outside of blocks."""
+    """Remembers for every tensor which blocks' outputs (i) and model inputs (~i) it was made from, outside of blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,10 +176,9 @@ def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: di
         if any(other != name and name.startswith(other + ".") for other in listed):
             raise UnsupportedModelError(f"family {family.name}: block {name} lies within another block")
     args, kwargs = tree_map(_to_meta, (args, kwargs))
-    if family.trace_inputs is not None:
-        args, kwargs = family.trace_inputs(args, kwargs)
 
     order: list[str] = []
+    reads: list[frozenset[int]] = []
     outputs: dict[str, tuple[tuple[TensorMeta, ...], Any]] = {}
     macs: dict[str, int] = {}
     edges: set[tuple[int, int]] = set()
@@ -188,7 +190,9 @@ def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: di
                 raise UnsupportedModelError(f"family {family.name}: block {name} runs more than once per call")
             provenance.inside = len(order)
             order.append(name)
-            edges.update((source, provenance.inside) for source in provenance.sources((args, kwargs)))
+            sources = provenance.sources((args, kwargs))
+            reads.append(frozenset(~source for source in sources if source < 0))
+            edges.update((source, provenance.inside) for source in sources if source >= 0)
             macs[name] = -flops.get_total_flops()
 
         return hook
@@ -209,15 +213,24 @@ def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: di
         hooks.append(block.register_forward_pre_hook(enter(name), with_kwargs=True))
         hooks.append(block.register_forward_hook(leave(name)))
     try:
+        for position, leaf in enumerate(flatten((args, kwargs))[0]):
+            provenance.mark(leaf, frozenset({~position}))
+        if family.trace_inputs is not None:
+            args, kwargs = family.trace_inputs(args, kwargs)
         with torch.no_grad(), flops, provenance:
             result = skeleton(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
 
-    edges.update((source, len(order) - 1) for source in provenance.sources(result) if source != len(order) - 1)
-    modules = {name: skeleton.get_submodule(name) for name in order}
-    blocks = tuple(Block(name, *outputs[name], macs=macs[name] // 2, weight_bytes=_nbytes(modules[name])) for name in order)
+    last = len(order) - 1
+    sources = provenance.sources(result)
+    reads[last] |= {~source for source in sources if source < 0}
+    edges.update((source, last) for source in sources if 0 <= source < last)
+    blocks = tuple(
+        Block(name, *outputs[name], macs[name] // 2, _nbytes(skeleton.get_submodule(name)), reads[index])
+        for index, name in enumerate(order)
+    )
     return BlockGraph(
         blocks=blocks,
         edges=frozenset(edges),

@@ -18,7 +18,7 @@ from .devices import parse_devices
 from .errors import DeviceError, InputChangedError, PlanError, ScheduleError, UnsupportedModelError
 from .family import Family, find_family
 from .graph import BlockGraph, meta_copy, tensors_of, trace
-from .inputs import Inputs, difference
+from .inputs import Inputs, difference, only
 from .plan import Placement, Plan, place
 from .processes import Ranks
 from .schedule import Call, Kind, call_at
@@ -34,6 +34,7 @@ class _Stream:
 
     signature: Any
     graph: BlockGraph
+    needs: tuple[frozenset[int], ...]  # per segment, positions of the leaves that its ranks read
     calls: int = 0
     sent: list[Any] | None = None  # the leaves that the ranks have
     last_result: Any = None
@@ -318,7 +319,9 @@ class WorkerGroup:
             if (graph.names, graph.edges) != (self.placement.graph.names, self.placement.graph.edges):
                 raise UnsupportedModelError("these inputs take another path through the model than it was split for")
             self._graphs[signature] = graph
-        return self._streams.setdefault(key, _Stream(signature, self._graphs[signature]))
+        graph = self._graphs[signature]
+        reads = [frozenset().union(*(graph.blocks[i].reads for i in self.placement.owned(d))) for d in range(self.plan.segments)]
+        return self._streams.setdefault(key, _Stream(signature, graph, tuple(map(inputs.positions, reads))))
 
     def _check_timestep(self, call: Call, inputs: Inputs) -> None:
         if self._run_plan.stride == 1:
@@ -349,20 +352,21 @@ class WorkerGroup:
             computes = rank < len(indices) and not (synchronous and rank >= self.plan.segments)
             t = self._timestep_for(state, call, indices[rank] if computes else call.index, inputs)
             is_tensor = isinstance(t, torch.Tensor)
+            mine, sent = only(leaves, tensors, state.needs[self.plan.segment_of_rank(rank)])
             message = CallMessage(
                 run=self._run,
                 stream=key,
                 index=call.index,
                 synchronous=synchronous,
                 computes=computes,
-                leaves=tuple(leaves),
+                leaves=tuple(mine),
                 structure=inputs.structure,
-                timestep=("tensor", len(tensors)) if is_tensor else ("value", t),
+                timestep=("tensor", len(sent)) if is_tensor else ("value", t),
                 positional=inputs.positional,
                 layouts=layouts,
                 result=results.get(rank),
             )
-            messages.append((("call", message), [*tensors, wire.dense_on_cpu(t).clone()] if is_tensor else tensors))
+            messages.append((("call", message), [*sent, wire.dense_on_cpu(t).clone()] if is_tensor else sent))
         self._send_all(messages, deadline)
         state.sent = known
 

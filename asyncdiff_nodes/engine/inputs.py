@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from . import wire
+from .graph import TensorMeta
 from .trees import flatten, unflatten
 
-Packed = tuple[str, Any]  # ("same", None), ("value", object) or ("tensor", index into a message's tensors)
+# ("same", None), ("value", object), ("tensor", index into a message's tensors), or ("unused", layout) of a tensor not needed
+Packed = tuple[str, Any]
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Inputs:
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """``(args, kwargs)`` as they were."""
         return join(self.leaves, self.structure, self.timestep, self.place, self.positional)
+
+    def positions(self, reads: frozenset[int]) -> frozenset[int]:
+        """Positions among ``leaves`` of those at ``reads`` among the leaves of :meth:`arguments`."""
+        read = {id(leaf) for position, leaf in enumerate(flatten(self.arguments())[0]) if position in reads}
+        return frozenset(position for position, leaf in enumerate(self.leaves) if id(leaf) in read)
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -90,6 +97,20 @@ class Inputs:
                 tensors.append(leaf.clone())  # the sending threads and the next comparison read it later
                 known.append(tensors[-1])
         return packed, tensors, known
+
+
+def only(packed: list[Packed], tensors: list[torch.Tensor], needed: frozenset[int]) -> tuple[list[Packed], list[torch.Tensor]]:
+    """The part of a message for a rank that needs the tensors at ``needed`` only."""
+    kept: list[Packed] = []
+    sent: list[torch.Tensor] = []
+    for position, (kind, what) in enumerate(packed):
+        if kind == "tensor" and position not in needed:
+            kind, what = "unused", TensorMeta.of(tensors[what])
+        elif kind == "tensor":
+            sent.append(tensors[what])
+            what = len(sent) - 1
+        kept.append((kind, what))
+    return kept, sent
 
 
 def join(

@@ -166,10 +166,11 @@ class SplitModel:
         metas, structure = stream.layouts[name]
         inbox = stream.inboxes.get(name)
         if inbox is None:  # no block of this rank reads it: only its shape matters
-            return unflatten([self._placeholder(meta) for meta in metas], structure)
+            return unflatten([self.placeholder(meta) for meta in metas], structure)
         return unflatten(inbox.current() if synchronous else inbox.predicted(), structure)
 
-    def _placeholder(self, meta: TensorMeta) -> torch.Tensor:
+    def placeholder(self, meta: TensorMeta) -> torch.Tensor:
+        """A tensor of this layout whose values do not matter."""
         # one per layout, not per block: at high resolutions they would add up to more than the segment needs
         if meta not in self._placeholders:
             self._placeholders[meta] = torch.zeros(meta.shape, dtype=meta.dtype, device=self._device)

@@ -161,6 +161,8 @@ class _Rank:
             )
 
     def _leaf(self, kind: str, what: Any, tensors: list[torch.Tensor]) -> Any:
+        if kind == "unused":
+            return self._model.placeholder(what)
         return tensors[what].to(self._device) if kind == "tensor" else what
 
     def _report(self) -> RankReport:

@@ -138,3 +138,41 @@ def test_weight_that_two_blocks_share_reaches_both_owners():
         x, kwargs = toys.inputs(0)
         assert torch.equal(group(x, 5, **kwargs), net(x, 5, **kwargs))
         assert "blocks.1.conv.weight" in group.stats().ranks[1].weights
+
+
+class TwoInputs(toys.ToyNet):
+    """The sample goes into the first block, a control into the last, as residuals of a ControlNet do."""
+
+    def forward(self, sample, timestep, context=None, control=None):
+        hidden, emb = sample, self.embed(sample, timestep)
+        for index, block in enumerate(self.blocks):
+            if index == len(self.blocks) - 1:
+                hidden = hidden + control["output"][0]
+            hidden = block(hidden, emb, context)
+        return hidden
+
+
+def test_inputs_go_only_to_the_ranks_that_read_them(monkeypatch):
+    torch.manual_seed(0)
+    net = TwoInputs([toys.ToyBlock(4, 3) for _ in range(4)]).eval()
+    sample, given = toys.inputs(0)
+    control = {"output": [torch.randn(2, 4, 8, 8)]}
+    inputs = (sample, 5), {"context": given["context"], "control": control}
+    plan = Plan(segments=2, warmup=1, cuts=("blocks.0", "blocks.2"))
+    with WorkerGroup(net, plan, threads_per_rank=1, family=TOY, example_inputs=inputs) as group:
+        sent = {0: [], 1: []}
+        original = group._ranks.send
+
+        def send(rank, header, tensors=(), *, deadline):
+            if header[0] == "call":
+                sent[rank].append([t for t in tensors if t.shape == sample.shape])
+            original(rank, header, tensors, deadline=deadline)
+
+        monkeypatch.setattr(group._ranks, "send", send)
+        group.begin()
+        found = group(sample, 5, **given, control=control)
+        assert torch.equal(found, net(sample, 5, **given, control=control))
+        assert [torch.equal(t, sample) for t in sent[0][0]] == [True]
+        assert [torch.equal(t, control["output"][0]) for t in sent[1][0]] == [True]
+        group(sample + 1, 4, **given, control=control)
+        assert [len(calls[1]) for calls in sent.values()] == [1, 0]  # nor is again what did not change

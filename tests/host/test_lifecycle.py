@@ -153,7 +153,7 @@ def test_cancel_while_the_ranks_start(sd15, prompts):
     began = time.monotonic()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         sample(attach(sd15, EXACT), prompts)
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 2.0
     assert not POOL._held
     assert sample(attach(sd15, EXACT), prompts).isfinite().all()
 
