@@ -44,7 +44,7 @@ def simulated(model, plan, sigmas_of_run):
     ],
     ids=["balanced", "fast", "custom"],
 )
-@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_presets_equal_the_simulator(kind, options, sampler):
     model = small.model(kind)
     positive, negative = small.conditioning(kind, 1), small.conditioning(kind, 2)

@@ -1,5 +1,7 @@
 """Law 1 on the host: with preset Exact, latents are bit-identical to the stock KSampler's."""
 
+import functools
+
 import comfy.samplers
 import comfy.sd
 import nodes
@@ -31,6 +33,27 @@ def assert_exact(model, sample, routed=True):
     return expected
 
 
+@functools.cache
+def model_of(kind):
+    return small.model(kind)
+
+
+def spread():
+    """Every sampler on every kind; scheduler, guidance and batch size turn from case to case. A fifth of it by default."""
+    for row, kind in enumerate(small.KINDS):
+        for column, sampler in enumerate(SAMPLERS):
+            turn = row + column
+            choice = SCHEDULERS[turn % 4], (1.0, 7.0)[turn % 2], (1, 3)[turn // 2 % 2]
+            marks = () if column % 5 == row else pytest.mark.slow
+            yield pytest.param(kind, sampler, *choice, marks=marks, id=f"{kind}-{sampler}")
+
+
+@pytest.mark.parametrize("kind, sampler, scheduler, cfg, batch", spread())
+def test_every_sampler_on_every_kind(kind, sampler, scheduler, cfg, batch):
+    prompts = small.conditioning(kind, 1), small.conditioning(kind, 2)
+    assert_exact(model_of(kind), lambda m: ksampler(m, small.latent(batch), *prompts, sampler, scheduler, cfg))
+
+
 @pytest.fixture(scope="module", params=small.KINDS)
 def kind(request):
     return request.param
@@ -38,16 +61,7 @@ def kind(request):
 
 @pytest.fixture(scope="module")
 def model(kind):
-    return small.model(kind)
-
-
-@pytest.mark.parametrize("index", range(len(SAMPLERS)))
-def test_every_sampler_on_every_kind(kind, model, index):
-    # every sampler, scheduler, guidance and batch size, in combinations that differ from kind to kind
-    turn = index + list(small.KINDS).index(kind)
-    scheduler, cfg, batch = SCHEDULERS[turn % 4], (1.0, 7.0)[turn % 2], (1, 3)[turn // 2 % 2]
-    positive, negative = small.conditioning(kind, 1), small.conditioning(kind, 2)
-    assert_exact(model, lambda m: ksampler(m, small.latent(batch), positive, negative, SAMPLERS[index], scheduler, cfg))
+    return model_of(kind)
 
 
 def test_denoise_and_mask(kind, model):
@@ -91,7 +105,14 @@ def test_custom_sampler_with_guiders(kind, model, guider):
     assert_exact(model, sample)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float16, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, marks=pytest.mark.slow),
+        torch.float8_e4m3fn,
+    ],
+)
 def test_weights_in_fewer_bits_with_lora(dtype, prompts):
     model = small.model("sd15", dtype=dtype)
     changed = comfy.sd.load_lora_for_models(model, None, small.lora(model), 0.7, 0)[0]
