@@ -37,7 +37,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         if history["status"]["status_str"] != "success":
             raise ValueError(f"the demo workflow failed: {history['status']['messages'][-1]}")
         pictures = copy_pictures(history, folder, folder)
-        report = [line for output in history["outputs"].values() for line in output.get("text", [])]
+        reporters = [key for key, node in prompt.items() if node["class_type"] == "AsyncDiffReport"]
+        report = [line for key in reporters for line in history["outputs"][key]["text"]]
         out.print("\n".join(report), markup=False)
         for picture in pictures:
             out.print(f"Picture: {picture}", markup=False)

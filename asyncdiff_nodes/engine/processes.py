@@ -74,7 +74,10 @@ class Ranks:
                 self._conns.append(conn)
                 self._deaths.append(death)
                 process = context.Process(
-                    target=worker_main, args=(rank, child_conn, child_death), name=f"asyncdiff-rank-{rank}", daemon=True
+                    target=worker_main,
+                    args=(rank, child_conn, child_death, self.folder),
+                    name=f"asyncdiff-rank-{rank}",
+                    daemon=True,
                 )
                 with _hidden_main():
                     process.start()

@@ -144,10 +144,11 @@ class SplitModel:
         """Telemetry since the last reset."""
         seconds, found = self._watch.seconds, []
         for facts, start, end, waits, drifts in self._log:
-            wait = sum(seconds(b) - seconds(a) for a, b in waits)
+            spans = tuple((seconds(a), seconds(b)) for a, b in waits)
+            wait = sum(b - a for a, b in spans)
             begin, finish = seconds(start), seconds(end)
-            drift = {name: float(d) for name, d in drifts.items()}
-            found.append(CallRecord(**facts, start=begin, end=finish, compute=finish - begin - wait, wait=wait, drift=drift))
+            times = {"start": begin, "end": finish, "compute": finish - begin - wait, "wait": wait, "waits": spans}
+            found.append(CallRecord(**facts, **times, drift={name: float(d) for name, d in drifts.items()}))
         return found
 
     def _arrival(self, sender: int, metas: Sequence[TensorMeta]) -> Any:

@@ -18,6 +18,7 @@ class CallRecord:
         rank, segment, synchronous: who, what, how.
         start, end: seconds; on the machine's monotonic clock for a CPU rank, since the rank's first call for a GPU.
         compute, wait: seconds of it spent computing, and waiting for values of other ranks.
+        waits: start and end of each of these waits.
         bytes_sent: payload bytes that this rank sent to other ranks.
         drift: producer block -> relative L2 change of its output since the value before, for values received.
     """
@@ -32,6 +33,7 @@ class CallRecord:
     compute: float
     wait: float
     bytes_sent: int
+    waits: tuple[tuple[float, float], ...] = ()
     drift: dict[str, float] = field(default_factory=dict)
 
 

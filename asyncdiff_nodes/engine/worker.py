@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import shutil
 import signal
 import threading
 import traceback
@@ -72,16 +73,17 @@ class CallMessage:
     result: int | None
 
 
-def main(rank: int, conn: Connection, death: Connection) -> None:
+def main(rank: int, conn: Connection, death: Connection, folder: str) -> None:
     """Entry point of the process of ``rank``.
 
     Args:
         conn: duplex pipe for messages; see :mod:`.wire`.
         death: reads end-of-file when the parent is gone, however it died.
+        folder: the group's temporary folder, which the parent removes if it can.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal: the parent decides
     os.umask(0o077)
-    threading.Thread(target=_exit_with_parent, args=(death,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(death, folder), daemon=True).start()
     try:
         _Rank(conn).serve()
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -93,9 +95,10 @@ def main(rank: int, conn: Connection, death: Connection) -> None:
     os._exit(0)
 
 
-def _exit_with_parent(death: Connection) -> None:
+def _exit_with_parent(death: Connection, folder: str) -> None:
     with contextlib.suppress(EOFError, OSError):
         death.recv_bytes()
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 

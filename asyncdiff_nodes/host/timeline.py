@@ -16,8 +16,6 @@ _WAITING = "#e4e7eb"
 def timeline(record: RunRecord) -> torch.Tensor:
     """One lane per rank, [1, H, W, 3] in 0..1; an empty one where the host computed everything itself.
 
-    A call's compute time is drawn as one bar at its end, although waiting may come in between.
-
     Raises:
         RuntimeError: matplotlib is not installed.
     """
@@ -39,9 +37,9 @@ def timeline(record: RunRecord) -> torch.Tensor:
         for synchronous, colour in _COLOURS.items():
             calls = [call for call in rank.records if call.synchronous is synchronous and call.compute > 0]
             spans = [(call.start - origin, call.end - call.start) for call in calls]
-            worked = [(call.end - origin - call.compute, call.compute) for call in calls]
-            axes.broken_barh(spans, (lane - 0.4, 0.8), facecolor=_WAITING)
-            axes.broken_barh(worked, (lane - 0.4, 0.8), facecolor=colour, edgecolor="white", linewidth=0.5)
+            axes.broken_barh(spans, (lane - 0.4, 0.8), facecolor=colour, edgecolor="white", linewidth=0.5)
+            waits = [(start - origin, end - start) for call in calls for start, end in call.waits]
+            axes.broken_barh(waits, (lane - 0.4, 0.8), facecolor=_WAITING)
     axes.set_yticks(range(len(ranks)), [f"rank {rank.rank}, {rank.device}\nsegment {rank.segment + 1}" for rank in ranks])
     axes.invert_yaxis()
     axes.set_xlabel("seconds")

@@ -288,12 +288,13 @@ def script(tmp_path, body):
 FOREVER = "while True: group(x, 10, **kwargs)\n"
 
 
-def test_ranks_end_with_a_killed_parent(tmp_path):
+def test_a_killed_parent_leaves_neither_ranks_nor_files(tmp_path):
     process, pids = script(tmp_path, FOREVER)
     time.sleep(0.5)
     process.kill()
     process.wait()
     assert_gone(pids, within=5.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["program.py"]
 
 
 @needs_posix

@@ -48,7 +48,7 @@ def spread():
             yield pytest.param(kind, sampler, *choice, marks=marks, id=f"{kind}-{sampler}")
 
 
-@pytest.mark.parametrize("kind, sampler, scheduler, cfg, batch", spread())
+@pytest.mark.parametrize("kind, sampler, scheduler, cfg, batch", list(spread()))
 def test_every_sampler_on_every_kind(kind, sampler, scheduler, cfg, batch):
     prompts = small.conditioning(kind, 1), small.conditioning(kind, 2)
     assert_exact(model_of(kind), lambda m: ksampler(m, small.latent(batch), *prompts, sampler, scheduler, cfg))
