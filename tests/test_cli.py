@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -76,11 +77,13 @@ def test_doctor_finds_this_machine(tmp_path, capsys):
 
 
 def test_bench_measures_and_projects(tmp_path):
-    status, result = run(tmp_path, "bench", "--model", "demo", "--size", "32", "--plans", "2,1,1;5,1,1", "--steps", "7")
+    more = (psutil.cpu_count(logical=False) or psutil.cpu_count()) + 1  # segments than there are cores
+    plans = f"2,1,1;{more},1,1"
+    status, result = run(tmp_path, "bench", "--model", "demo", "--size", "32", "--plans", plans, "--steps", "7")
     assert status == 0
     measured, projected = result["rows"]
     assert (measured["plan"], measured["projected"]) == ("2,1,1", False)
-    assert (projected["plan"], projected["projected"]) == ("5,1,1", True)
+    assert (projected["plan"], projected["projected"]) == (f"{more},1,1", True)
     for row in result["rows"]:
         assert row["mib_per_call"] == pytest.approx(row["planned_mib_per_call"])
         assert row["speedup"] == pytest.approx(row["unrouted_s"] / row["step_s"])

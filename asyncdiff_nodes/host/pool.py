@@ -113,6 +113,8 @@ class Pool:
         load: Callable[[list[Any]], None],
         poll: Callable[[], None],
     ) -> Held:
+        for held in [held for held in self._held if held.model() is patcher.model]:
+            self._end(held)  # the same weights under another plan
         self.release(keep=MAX_GROUPS - 1)
         family = family_of(skeleton)
         memory: list[RankMemory] = []

@@ -21,7 +21,8 @@ class RunRecord:
     """One finished sampling.
 
     Attributes:
-        plan, placement, stats: None where the host computed everything itself.
+        plan: None where the host computed everything itself.
+        placement, stats: None there, too, and where the ranks were gone before they could report.
         notes: why something was not done as asked, in sentences.
     """
 
@@ -41,7 +42,7 @@ class RunRecord:
     def line(self) -> str:
         """One line for the node."""
         if self.stats is None:
-            return f"ComfyUI sampled as usual: {'; '.join(self.notes)}"
+            return ("" if self.plan else "ComfyUI sampled as usual: ") + "; ".join(self.notes)
         devices = ", ".join(rank.device for rank in self.stats.ranks)
         gain = f" · {self.speedup:.2f}x" if self.speedup else ""
         return f"{self.plan.segments} segments on {devices}{gain}" + "".join(f" · {note}" for note in self.notes)
@@ -87,7 +88,7 @@ class RunRecord:
         """The whole record in readable lines."""
         lines = [f"Note: {note}" for note in self.notes]
         if self.stats is None:
-            return "\n".join(["AsyncDiff was not used: ComfyUI sampled as usual.", *lines])
+            return "\n".join([*([] if self.plan else ["AsyncDiff was not used: ComfyUI sampled as usual."]), *lines])
         plan, records = self.plan, self._computing()
         streams = {record.stream for record in records}
         calls = {(record.stream, record.call): record.synchronous for record in records}

@@ -18,7 +18,14 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
-from asyncdiff_nodes.engine import Plan, ScheduleError, UnsupportedModelError, WorkerGroup
+from asyncdiff_nodes.engine import (
+    AsyncDiffError,
+    GroupClosedError,
+    Plan,
+    ScheduleError,
+    UnsupportedModelError,
+    WorkerGroup,
+)
 
 from .options import OneDeviceError, Options
 from .patches import call_obstacle, obstacle, shippable
@@ -151,10 +158,14 @@ class Sampling:
     ) -> torch.Tensor:
         """One call of the network, [B, C, h, w] like ``x``; by the group if that can be."""
         options = transformer_options or {}
-        if reason := call_obstacle(options):
+
+        def by_host(reason: str) -> torch.Tensor:
             self._note(reason)
             self._load_here(x)
             return network(x, timesteps, context, y, control, options, **extra)
+
+        if reason := call_obstacle(options):
+            return by_host(reason)
         shipped = shippable(options)
         kwargs = {**extra, "context": context, "y": y, "control": control, "transformer_options": shipped}
         window = getattr(options.get("context_window"), "index_list", None)
@@ -169,10 +180,17 @@ class Sampling:
             self._plan = replace(self._plan, stride=1)
             self.group.begin(plan=self._plan)
             return self.group(x, timesteps, stream=stream, **kwargs)
+        except GroupClosedError:
+            return by_host("ComfyUI took the ranks' memory back in mid-run; going on without them")
 
     def finish(self) -> None:
         """The sampling went well: publish what is known about it."""
-        publish(RunRecord.of(self.group, self._plan, self._notes))
+        try:
+            record = RunRecord.of(self.group, self._plan, self._notes)
+        except AsyncDiffError as error:  # the picture is done: it must not be lost for a report
+            self._note(f"there is no report on this run: {error}")
+            record = RunRecord(tuple(self._notes), self._plan)
+        publish(record)
 
     def _prepare_model(self, patcher: ModelPatcher) -> None:
         """What loading would have done to the rest of the model: other nodes' object patches, and small parts to the device."""

@@ -63,7 +63,7 @@ def test_presets_equal_the_simulator(kind, options, sampler):
     assert (routed - stock).abs().max() > 1e-3  # asynchronous steps are not exact
 
 
-@pytest.mark.parametrize("sampler", ["heun", "dpm_2", "dpmpp_sde"])
+@pytest.mark.parametrize("sampler", ["heun", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dpm_2", "dpmpp_sde"))])
 def test_stride_falls_back_where_a_step_is_not_a_call(sampler):
     model = attach(small.model("sd15"), Options("Fast", "cpu,cpu,cpu"))
     prompts = small.conditioning("sd15", 1), small.conditioning("sd15", 2)

@@ -1,7 +1,5 @@
 """Law 1 on the host: with preset Exact, latents are bit-identical to the stock KSampler's."""
 
-import functools
-
 import comfy.samplers
 import comfy.sd
 import nodes
@@ -16,6 +14,7 @@ from asyncdiff_nodes.host.route import attach
 
 EXACT = Options(preset="Exact", devices="cpu,cpu")
 SAMPLERS = ["euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "ddim", "uni_pc", "lcm", "dpm_2"]
+OTHERS = ["sd15_inpaint", "sd2_v", "sdxl_refiner"]
 SCHEDULERS = ["normal", "karras", "exponential", "sgm_uniform"]
 
 
@@ -33,11 +32,6 @@ def assert_exact(model, sample, routed=True):
     return expected
 
 
-@functools.cache
-def model_of(kind):
-    return small.model(kind)
-
-
 def spread():
     """Every sampler on every kind; scheduler, guidance and batch size turn from case to case. A fifth of it by default."""
     for row, kind in enumerate(small.KINDS):
@@ -48,20 +42,21 @@ def spread():
             yield pytest.param(kind, sampler, *choice, marks=marks, id=f"{kind}-{sampler}")
 
 
-@pytest.mark.parametrize("kind, sampler, scheduler, cfg, batch", list(spread()))
-def test_every_sampler_on_every_kind(kind, sampler, scheduler, cfg, batch):
-    prompts = small.conditioning(kind, 1), small.conditioning(kind, 2)
-    assert_exact(model_of(kind), lambda m: ksampler(m, small.latent(batch), *prompts, sampler, scheduler, cfg))
-
-
-@pytest.fixture(scope="module", params=small.KINDS)
+@pytest.fixture(scope="module", params=["sd15", "sdxl", *(pytest.param(k, marks=pytest.mark.slow) for k in OTHERS)])
 def kind(request):
+    """Of the module's scope, so that the tests of one kind come together and share its ranks."""
     return request.param
 
 
 @pytest.fixture(scope="module")
 def model(kind):
-    return model_of(kind)
+    return small.model(kind)
+
+
+@pytest.mark.parametrize("kind, sampler, scheduler, cfg, batch", list(spread()), indirect=["kind"], scope="module")
+def test_every_sampler_on_every_kind(kind, model, sampler, scheduler, cfg, batch):
+    prompts = small.conditioning(kind, 1), small.conditioning(kind, 2)
+    assert_exact(model, lambda m: ksampler(m, small.latent(batch), *prompts, sampler, scheduler, cfg))
 
 
 def test_denoise_and_mask(kind, model):

@@ -15,16 +15,18 @@ import torch
 from asyncdiff_nodes.engine import WorkerError
 from asyncdiff_nodes.host.options import Options
 from asyncdiff_nodes.host.pool import MAX_GROUPS, POOL
+from asyncdiff_nodes.host.report import last_run
 from asyncdiff_nodes.host.route import attach
 
 EXACT = Options(preset="Exact", devices="cpu,cpu")
 
 
-@pytest.fixture(autouse=True)
-def no_groups_left():
-    POOL.release()
+@pytest.fixture(scope="module", autouse=True)
+def no_ranks_left():
+    """When the pool has released all groups, no process of theirs is left, whatever the tests did."""
     yield
     ranks = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    assert ranks
     POOL.release()
     assert not any(child.is_running() for child in ranks)
 
@@ -34,7 +36,8 @@ def sample(model, prompts, latent=None, steps=3):
 
 
 def pids():
-    return {pid for held in POOL._held for pid in held.group.pids}
+    """Those of the group used last."""
+    return set(POOL._held[-1].group.pids)
 
 
 def with_lora(model, strength):
@@ -77,6 +80,7 @@ def test_a_switched_checkpoint_reuses_the_processes_of_the_one_that_is_gone(prom
     assert pids() == before
 
 
+@pytest.mark.slow
 def test_two_models_in_one_graph_keep_a_group_each_and_a_third_replaces_the_oldest(sd15, prompts):
     kinds = ["sd15_inpaint", "sdxl"]
     models = {kind: small.model(kind) for kind in kinds}
@@ -90,8 +94,10 @@ def test_two_models_in_one_graph_keep_a_group_each_and_a_third_replaces_the_olde
     assert all(not psutil.pid_exists(pid) for pid in first)
 
 
-@pytest.mark.parametrize("way", ["unload_all_models", "free_memory"])
+@pytest.mark.parametrize("way", ["unload_all_models", pytest.param("free_memory", marks=pytest.mark.slow)])
 def test_the_hosts_unloading_ends_the_ranks(sd15, prompts, way):
+    POOL.release()
+    comfy.model_management.unload_all_models()
     expected = sample(attach(sd15, EXACT), prompts)
     processes = [psutil.Process(pid) for pid in pids()]
     tracked = [m.model.loaded_size() for m in comfy.model_management.current_loaded_models if "Rank" in type(m.model).__name__]
@@ -104,6 +110,32 @@ def test_the_hosts_unloading_ends_the_ranks(sd15, prompts, way):
     assert not any(process.is_running() for process in processes)
     assert torch.equal(sample(attach(sd15, EXACT), prompts), expected)  # the next prompt starts new ones
     assert len([m for m in comfy.model_management.current_loaded_models if "Rank" in type(m.model).__name__]) == 2
+
+
+def test_the_ranks_memory_taken_back_in_mid_run_costs_no_picture(sd15, prompts):
+    """Another node may load a model of its own between two steps, and the host end the ranks for it."""
+    import comfy.sample
+
+    expected = sample(sd15, prompts)
+
+    def take_back(step, *_):
+        if step == 0:
+            comfy.model_management.free_memory(1e30, torch.device("cpu"))
+
+    latent = small.latent()["samples"]
+    noise = comfy.sample.prepare_noise(latent, 5)
+    model = attach(sd15, EXACT)
+    found = comfy.sample.sample(model, noise, 3, 7.0, "euler", "normal", *prompts, latent, callback=take_back, seed=5)
+    assert torch.equal(found, expected)
+    assert "took the ranks' memory back" in last_run().notes[0]
+    assert torch.equal(sample(model, prompts), expected) and not last_run().notes
+
+
+def test_another_plan_for_the_same_model_replaces_its_ranks(sd15, prompts):
+    sample(attach(sd15, EXACT), prompts)
+    before = pids()
+    sample(attach(sd15, Options("Exact", "cpu,cpu,cpu")), prompts)
+    assert len(pids()) == 3 and not any(psutil.pid_exists(pid) for pid in before)
 
 
 def test_a_dead_rank_breaks_one_prompt_only(sd15, prompts):
@@ -135,7 +167,7 @@ def test_cancel_answers_at_once_and_the_ranks_go_on(sd15, prompts, steps_before)
     def note(step, *_):
         last_steps[0] = step + 1
 
-    latent = small.latent(1, 48, 48)["samples"]
+    latent = small.latent(1, 40, 40)["samples"]
     thread = threading.Thread(target=cancel)
     thread.start()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
@@ -149,6 +181,7 @@ def test_cancel_answers_at_once_and_the_ranks_go_on(sd15, prompts, steps_before)
 
 
 def test_cancel_while_the_ranks_start(sd15, prompts):
+    POOL.release()
     threading.Timer(1.0, comfy.model_management.interrupt_current_processing).start()
     began = time.monotonic()
     with pytest.raises(comfy.model_management.InterruptProcessingException):

@@ -103,7 +103,10 @@ def sample(model, prompts, steps=4):
     return nodes.KSampler().sample(model, 5, steps, 7.0, "euler", "normal", *prompts, small.latent())[0]["samples"]
 
 
-@pytest.mark.parametrize("feature", ROWS)
+SLOW = ("TorchCompileModel", "ModelComputeDtype", "LazyCache", "FreeU_V2", "TomePatchModel", "PatchModelAddDownscale")
+
+
+@pytest.mark.parametrize("feature", [pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in ROWS])
 def test_picture_is_the_stock_one(sd15, prompts, feature):
     change, reason = ROWS[feature]
     model = change(sd15)
