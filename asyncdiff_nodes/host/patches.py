@@ -22,7 +22,7 @@ def obstacle(patcher: ModelPatcher, model_options: dict[str, Any]) -> str | None
     for key in patcher.object_patches:
         if key.startswith(PREFIX.rstrip(".")):
             return f"another node replaced {key} (as torch.compile does)"
-    for key in patcher.weight_wrapper_patches if hasattr(patcher, "weight_wrapper_patches") else ():
+    for key in patcher.weight_wrapper_patches:
         if key.startswith(PREFIX):
             return f"another node computes the weight {key} anew in every call"
     if patcher.injections:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from comfy_api.latest import io
@@ -122,9 +123,6 @@ class AsyncDiffOptions(io.ComfyNode):
         from asyncdiff_nodes.host.options import OneDeviceError, Options
 
         options = Options(**widgets)
-        try:
+        with contextlib.suppress(OneDeviceError):  # the sampler says so, and is the host's own
             options.resolve()
-        except OneDeviceError as error:
-            if options.devices.strip() not in ("", "auto"):
-                raise ValueError(str(error)) from error
         return io.NodeOutput(options)

@@ -381,7 +381,6 @@ BAD = [
     (options("Custom", segments=3), "segments=3"),
     (options("Custom", stride=2), "stride=2"),
     (options(cuts="input_blocks.99,output_blocks.3"), "input_blocks.99"),
-    (options(devices="cpu"), "devices='cpu'"),
 ]
 
 
@@ -401,7 +400,7 @@ def test_an_unknown_preset_is_refused_when_it_is_queued(page):
     assert page.run(routed_only()).done
 
 
-@pytest.mark.parametrize("way", ["no options", "auto", "model node"])
+@pytest.mark.parametrize("way", ["no options", "auto", "one named", "model node"])
 def test_without_a_second_device_the_host_samples_and_says_why(page, way):
     """One line in the log and one on the node; the latent is KSampler's."""
     prompt = twins()
@@ -409,17 +408,20 @@ def test_without_a_second_device_the_host_samples_and_says_why(page, way):
         del prompt["routed"]["inputs"]["options"]
     elif way == "auto":
         prompt["options"] = options("Balanced", "auto")
+    elif way == "one named":
+        prompt["options"] = options("Balanced", "cpu")
     else:
         prompt["attached"] = node("AsyncDiffModel", model=["source", 0])
         prompt["routed"] = {**prompt["plain"], "inputs": {**prompt["plain"]["inputs"], "model": ["attached", 0]}}
+    why = "devices='cpu' names only one device" if way == "one named" else "this machine has no CUDA device"
     before = set(page.ranks())
     run = page.run(prompt)
     assert run.done, run.history["status"]
     assert torch.equal(page.samples("plain"), page.samples("routed"))
     ((name, text),) = run.texts
-    assert name == "routed" and text.startswith("AsyncDiff: ComfyUI sampled as usual: this machine has no CUDA device"), text
+    assert name == "routed" and text.startswith(f"AsyncDiff: ComfyUI sampled as usual: {why}"), text
     lines = [line for line in run.log.splitlines() if "AsyncDiff" in line]
-    assert len(lines) == 1 and "this machine has no CUDA device" in lines[0], lines
+    assert len(lines) == 1 and why in lines[0], lines
     assert set(page.ranks()) == before
 
 
