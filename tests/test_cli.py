@@ -76,6 +76,7 @@ def test_doctor_finds_this_machine(tmp_path, capsys):
     assert "Will be used" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bench_measures_and_projects(tmp_path):
     more = (psutil.cpu_count(logical=False) or psutil.cpu_count()) + 1  # segments than there are cores
     plans = f"2,1,1;{more},1,1"

@@ -56,7 +56,7 @@ def test_prompts_share_the_ranks_of_an_unchanged_model(sd15, prompts):
 def test_a_lora_strength_changes_weights_not_processes(sd15, prompts, monkeypatch):
     sample(attach(sd15, EXACT), prompts)
     before, sent = pids(), []
-    group = POOL._held[0].group
+    group = POOL._held[-1].group
     original = group.load_weights
     monkeypatch.setattr(group, "load_weights", lambda weights: original((sent.append(name) or (name, w)) for name, w in weights))
     for strength in (0.9, 0.2):

@@ -439,6 +439,7 @@ def test_the_report_is_text_and_a_picture(page):
         assert len(timeline.getcolors(1 << 20)) > 20
 
 
+@pytest.mark.slow
 def test_a_copy_under_another_name_works_and_a_killed_server_leaves_no_rank(tmp_path):
     """As cloned, or unpacked from an archive."""
     name = "ComfyUI_AsyncDiff-main"
