@@ -3,6 +3,7 @@
 The picture is the stock one in either case.
 """
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -70,6 +71,7 @@ ROWS = {
     "FreeU": (lambda m: small.node(nodes_freelunch.FreeU, m, 1.1, 1.2, 0.9, 0.2), ROUTED),
     "FreeU_V2": (lambda m: small.node(nodes_freelunch.FreeU_V2, m, 1.3, 1.4, 0.9, 0.2), ROUTED),
     "PerturbedAttentionGuidance": (lambda m: small.node(nodes_pag.PerturbedAttentionGuidance, m, 3.0), ROUTED),
+    "NAGuidance": (lambda m: small.node(importlib.import_module("comfy_extras.nodes_nag").NAGuidance, m, 3.0, 0.5, 2.0), ROUTED),
     "PerpNeg": (lambda m: small.node(nodes_perpneg.PerpNeg, m, small.conditioning("sd15", 7), 1.0), ROUTED),
     "RescaleCFG": (lambda m: small.node(nodes_model_advanced.RescaleCFG, m, 0.7), ROUTED),
     "ModelSamplingDiscrete": (
@@ -103,6 +105,8 @@ def sample(model, prompts, steps=4):
     return nodes.KSampler().sample(model, 5, steps, 7.0, "euler", "normal", *prompts, small.latent())[0]["samples"]
 
 
+if importlib.util.find_spec("comfy_extras.nodes_nag") is None:  # a host older than this node
+    del ROWS["NAGuidance"]
 SLOW = ("TorchCompileModel", "ModelComputeDtype", "LazyCache", "FreeU_V2", "TomePatchModel", "PatchModelAddDownscale")
 
 
