@@ -11,6 +11,11 @@ OptionsType = io.Custom("ASYNCDIFF_OPTIONS")
 ADVANCED = {"advanced": True}  # as a keyword, only recent hosts take it
 
 
+def options_input() -> io.Input:
+    """The optional input that the samplers and the model node have last."""
+    return OptionsType.Input("options", optional=True, tooltip="From AsyncDiff Options. Without it: Balanced on all GPUs.")
+
+
 class AsyncDiffModel(io.ComfyNode):
     """MODEL in, MODEL out, denoised by all devices wherever it is sampled."""
 
@@ -27,7 +32,7 @@ class AsyncDiffModel(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model whose network is split over the devices."),
-                OptionsType.Input("options", optional=True, tooltip="From AsyncDiff Options. Without it: Balanced on all GPUs."),
+                options_input(),
             ],
             outputs=[io.Model.Output(tooltip="The same model, computed by the worker group.")],
         )

@@ -7,7 +7,7 @@ from typing import Any
 import comfy.samplers
 from comfy_api.latest import io
 
-from .model import ADVANCED, OptionsType
+from .model import ADVANCED, options_input
 
 _SEED = {"min": 0, "max": 0xFFFFFFFFFFFFFFFF, "control_after_generate": True}
 
@@ -37,10 +37,6 @@ def _model_input() -> io.Input:
     return io.Model.Input("model", tooltip="The model that denoises. Its network is split over the devices.")
 
 
-def _options_input() -> io.Input:
-    return OptionsType.Input("options", optional=True, tooltip="From AsyncDiff Options. Without it: Balanced on all GPUs.")
-
-
 class AsyncDiffKSampler(io.ComfyNode):
     """KSampler on all devices."""
 
@@ -58,7 +54,7 @@ class AsyncDiffKSampler(io.ComfyNode):
                 io.Int.Input("seed", default=0, tooltip="Seed of the noise.", **_SEED),
                 *_common_inputs(),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=denoise_tip),
-                _options_input(),
+                options_input(),
             ],
             outputs=[io.Latent.Output(tooltip="The denoised latent.")],
         )
@@ -100,7 +96,7 @@ class AsyncDiffKSamplerAdvanced(io.ComfyNode):
                     tooltip="Whether to keep the noise that the skipped last steps would have removed, for another sampler.",
                     extra_dict=ADVANCED,
                 ),
-                _options_input(),
+                options_input(),
             ],
             outputs=[io.Latent.Output(tooltip="The denoised latent.")],
         )
