@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo demo-comfy test test-host test-slow lint format clean
+.PHONY: demo demo-comfy test test-host test-slow screenshots lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m asyncdiff_nodes demo
@@ -22,6 +22,10 @@ test-host: $(VENV)/installed
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python tests/host/run.py -m slow
+
+# all pictures of the documentation; ONLY="thumbnails" for some
+screenshots: $(VENV)/installed
+	$(BIN)/python tests/host/run.py --screenshots $(ONLY)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

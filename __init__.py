@@ -8,6 +8,8 @@ _ROOT = str(Path(__file__).resolve().parent)
 if _ROOT not in sys.path:
     sys.path.append(_ROOT)
 
+WEB_DIRECTORY = "./js"
+
 
 async def comfy_entrypoint():  # noqa: ANN201  (its class belongs to the host)
     """Called by ComfyUI to learn the pack's nodes."""

@@ -1,9 +1,12 @@
 """Run the host tests under an installed ComfyUI's own Python, or say loudly that there is none.
 
 python tests/host/run.py [pytest arguments]
+
+python tests/host/run.py --screenshots [modules of tools/screenshots]
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +14,7 @@ from pathlib import Path
 from asyncdiff_nodes.cli.comfyui import find_comfyui, find_python
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ["pytest>=8", "pytest-timeout>=2.3"]
+TOOLS = ["pytest>=8", "pytest-timeout>=2.3", "playwright>=1.49"]
 
 
 def main() -> int:
@@ -24,7 +27,7 @@ def main() -> int:
         return 0
     # beside this project's own environment: nothing is installed into the host's
     tools = Path(sys.prefix) / "host-tools"
-    if not (tools / "pytest").exists():
+    if not all((tools / name).exists() for name in ("pytest", "playwright")):
         pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "--target", str(tools), *TOOLS], check=True)
     print(f"Host tests: {comfyui}, {python}")
@@ -34,8 +37,15 @@ def main() -> int:
         "PYTHONPATH": os.pathsep.join([str(tools), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": "1",
     }
-    command = [python, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *(sys.argv[1:] or ["-m", "not slow"])]
-    return subprocess.run([*command, str(ROOT / "tests" / "host")], env=environment, cwd=ROOT, check=False).returncode
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--screenshots"]:
+        command = [python, str(ROOT / "tools" / "screenshots"), *arguments[1:]]
+    else:
+        if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+            print(f"{'!' * 79}\nALL BROWSER TESTS SKIPPED (no Chromium)\n{'!' * 79}")
+        command = [python, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *(arguments or ["-m", "not slow"])]
+        command.append(str(ROOT / "tests" / "host"))
+    return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
 
 
 if __name__ == "__main__":

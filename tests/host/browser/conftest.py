@@ -1,0 +1,44 @@
+"""One server and one browser for all tests of the page; a page for each file of tests."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+HOST = os.environ.get("ASYNCDIFF_HOST_UNDER_TEST")
+
+if HOST is None:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    from frontend import CHROMIUM, Frontend, launch, serve
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A ComfyUI that sees no GPU, with this pack and the test pack."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("CUDA_VISIBLE_DEVICES", "")
+        with serve(Path(HOST), sys.executable, tmp_path_factory.mktemp("page"), Path(__file__).parents[1] / "pack") as server:
+            yield server
+
+
+@pytest.fixture(scope="session")
+def chromium(server):
+    """The browser."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = launch(playwright.chromium)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def frontend(server, chromium):
+    """A page that the tests of one file share."""
+    frontend = Frontend(server, chromium)
+    yield frontend
+    frontend.close()

@@ -1,0 +1,101 @@
+"""One page of a real ComfyUI in Chromium, driven by Playwright: what a user does, in a few verbs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Browser, BrowserType, ConsoleMessage
+
+from asyncdiff_nodes.cli.comfyui import PACK, Server
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# no GPU, no network but loopback, nothing in the background
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+PACK_FOLDER = "ComfyUI-AsyncDiff"
+
+
+def launch(kind: BrowserType) -> Browser:
+    """The browser that this machine has."""
+    return kind.launch(executable_path=CHROMIUM, args=FLAGS)
+
+
+class Frontend:
+    """A page that shows ComfyUI.
+
+    Attributes:
+        page: Playwright's.
+        troubles: errors of the page, and console errors and warnings that name this pack's files.
+    """
+
+    def __init__(self, server: Server, browser: Browser, width: int = 1440, height: int = 900, **settings: Any) -> None:
+        """Open the page with ``settings`` (of the host, by id with ``_`` for ``.``) in place of what it has stored."""
+        self.server = server
+        chosen = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Workflow.WarnBeforeReload": False}
+        server.post("/settings", chosen | {name.replace("_", "."): value for name, value in settings.items()})
+        self.page = browser.new_context(viewport={"width": width, "height": height}).new_page()
+        self.page.set_default_timeout(30_000)
+        self.troubles: list[str] = []
+        self.page.on("pageerror", lambda error: self.troubles.append(f"page error: {error}"))
+        self.page.on("console", self._listen)
+        self.open()
+
+    def _listen(self, message: ConsoleMessage) -> None:
+        ours = PACK_FOLDER in f"{message.location.get('url', '')} {message.text}" or "asyncdiff" in message.text.lower()
+        if message.type in ("error", "warning") and ours:
+            self.troubles.append(f"{message.type}: {message.text}")
+
+    def open(self) -> None:
+        """Load the page, for the first time or again, until the graph can be used."""
+        self.page.goto(f"{self.server.url}/")
+        self.page.wait_for_function("window.app?.graph && window.app.extensionManager?.workflow?.activeWorkflow", timeout=60_000)
+
+    def load(self, workflow: Path | dict[str, Any]) -> None:
+        """Show a workflow in UI form."""
+        content = workflow if isinstance(workflow, dict) else json.loads(workflow.read_text(encoding="utf-8"))
+        self.page.evaluate("workflow => window.app.loadGraphData(workflow)", content)
+
+    def prompt(self) -> dict[str, Any]:
+        """The graph in the form that the server runs, converted by the page."""
+        return self.page.evaluate("async () => (await window.app.graphToPrompt()).output")
+
+    def serialize(self) -> dict[str, Any]:
+        """The graph in the form that the page saves."""
+        return self.page.evaluate("() => JSON.parse(JSON.stringify(window.app.graph.serialize()))")
+
+    def queue(self) -> str:
+        """Queue the graph as the Run button does; returns the id of the prompt."""
+        with self.page.expect_response(
+            lambda answer: answer.url.endswith("/prompt") and answer.request.method == "POST"
+        ) as found:
+            self.page.evaluate("() => { window.app.queuePrompt(0, 1) }")
+        answer = found.value.json()
+        assert "prompt_id" in answer, answer
+        return answer["prompt_id"]
+
+    def run(self, seconds: float = 120.0) -> dict[str, Any]:
+        """Queue the graph and wait; returns its history."""
+        prompt, wait = self.queue(), 0.0
+        while not (history := self.server.get(f"/history/{prompt}")):
+            self.page.wait_for_timeout(100)  # Playwright's events are handled meanwhile
+            assert (wait := wait + 0.1) < seconds, f"the prompt did not end; the log ends with:\n{self.server.log[-3000:]}"
+        return history[prompt]
+
+    def execute(self, command: str) -> None:
+        """Run a command as from the menu or the keyboard."""
+        self.page.evaluate("async id => { await window.app.extensionManager.command.execute(id) }", command)
+
+    def close(self) -> None:
+        """Close the page; anything that our files complained about is an error."""
+        self.page.context.close()
+        assert not self.troubles, self.troubles
+
+
+def serve(comfyui: Path, python: str, base: Path, test_pack: Path | None = None, *flags: str) -> Server:
+    """A server with this pack under the name that users see, for pages."""
+    packs = {PACK_FOLDER: PACK} | ({"asyncdiff tests": test_pack} if test_pack else {})
+    return Server(
+        comfyui, python, base, packs, ["--cpu", "--preview-method", "latent2rgb", "--use-pytorch-cross-attention", *flags]
+    )
