@@ -1,3 +1,37 @@
 import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { Client } from "./client.js";
+// import { commands } from "./commands.js";
+import { translate } from "./messages.js";
+import { Panel } from "./panel.js";
+import { SETTINGS } from "./settings.js";
+import { showErrors } from "./toasts.js";
 
-app.registerExtension({ name: "AsyncDiff" });
+const STYLE = new URL("./asyncdiff.css", import.meta.url).href;
+const replacing = {};
+const panel = new Panel({
+  client: new Client(api, () => app.extensionManager.setting.get("AsyncDiff.Refresh")),
+  copy: (text) => navigator.clipboard.writeText(text),
+});
+
+app.registerExtension({
+  name: "AsyncDiff",
+  settings: SETTINGS,
+  ...replacing,
+  bottomPanelTabs: [
+    {
+      id: "asyncdiff",
+      title: "AsyncDiff",
+      type: "custom",
+      render: (element) => panel.show(element),
+      destroy: () => panel.hide(),
+    },
+  ],
+  async setup() {
+    const link = Object.assign(document.createElement("link"), { rel: "stylesheet", href: STYLE });
+    document.head.append(link);
+    showErrors(api, app);
+    const texts = await api.getCustomNodesI18n();
+    translate(texts[app.extensionManager.setting.get("Comfy.Locale")]?.asyncdiff);
+  },
+});

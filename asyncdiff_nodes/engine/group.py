@@ -6,6 +6,7 @@ import os
 import pickle
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from .plan import Placement, Plan, place
 from .processes import Ranks
 from .schedule import Call, Kind, call_at
 from .split import Share
-from .telemetry import RunStats
+from .telemetry import CallRecord, RunStats
 from .trees import unflatten
 from .worker import Boot, CallMessage
 
@@ -110,6 +111,8 @@ class WorkerGroup:
         self._schedule: list[float] | None = None
         self._streams: dict[Hashable, _Stream] = {}
         self._results: dict[tuple[Hashable, int], Any] = {}
+        self._records: deque[CallRecord] = deque(maxlen=20_000)
+        self._on_record: Callable[[CallRecord], None] | None = None
         self._call_timeout = call_timeout
         skeleton = _pickled(self._skeleton)
 
@@ -130,13 +133,19 @@ class WorkerGroup:
 
     # -- use ---------------------------------------------------------------------------------------------------------
 
-    def begin(self, timesteps: Sequence[float] | torch.Tensor | None = None, plan: Plan | None = None) -> None:
+    def begin(
+        self,
+        timesteps: Sequence[float] | torch.Tensor | None = None,
+        plan: Plan | None = None,
+        on_record: Callable[[CallRecord], None] | None = None,
+    ) -> None:
         """Start a new denoising run: every stream starts over with its warm-up.
 
         Args:
             timesteps: [T], the timestep of every call of a stream, in order; needed for stride > 1.
             plan: the plan of this run, if not the group's. Warm-up, time shift and forecast may differ, and the stride may be
                 smaller (the ranks that it does not need then only listen); the segments are the group's.
+            on_record: called with each rank's record of each call of this run, in the thread of the caller, while it waits.
 
         Raises:
             PlanError: the plan needs other ranks than the group has.
@@ -154,7 +163,9 @@ class WorkerGroup:
         self._run += 1
         self._streams.clear()
         self._results.clear()
-        self._send_all([(("reset", plan.forecast), [])] * own.world_size, time.monotonic() + self._call_timeout)
+        self._records.clear()
+        self._on_record = on_record
+        self._send_all([(("reset", self._run, plan.forecast), [])] * own.world_size, time.monotonic() + self._call_timeout)
 
     def __call__(self, *args: Any, stream: Hashable = None, **kwargs: Any) -> Any:
         """One call of the model, routed.
@@ -213,7 +224,7 @@ class WorkerGroup:
                 self._accept(header, tensors)
         graph = next((s.graph for s in self._streams.values()), self.placement.graph)
         planned = Placement(graph, self.plan, self.placement.starts).bytes_per_call
-        return RunStats(planned, tuple(reports[rank] for rank in sorted(reports)))
+        return RunStats(planned, tuple(reports[rank].having(self._records) for rank in sorted(reports)))
 
     def close(self) -> None:
         """End all ranks. Safe to call again."""
@@ -256,7 +267,7 @@ class WorkerGroup:
                 replicated_bytes=self.placement.graph.glue_bytes,
             )
             self._ranks.send(share.rank, boot, deadline=deadline)
-        self._send_all([(("reset", plan.forecast), [])] * plan.world_size, deadline)
+        self._send_all([(("reset", self._run, plan.forecast), [])] * plan.world_size, deadline)
 
     def _send_weights(self, weights: Iterable[tuple[str, torch.Tensor]], deadline: float) -> None:
         """One at a time, so that no more than a few are ever in memory twice."""
@@ -386,11 +397,15 @@ class WorkerGroup:
         return self._results.pop((key, index))
 
     def _accept(self, header: Any, tensors: list[torch.Tensor]) -> None:
-        """Keep a result of this run; what an interrupted run left behind is dropped."""
+        """Keep a result or a record of this run; what an interrupted run left behind is dropped."""
         verb, *rest = header
         if verb == "result" and rest[0] == self._run:
             _, key, index, structure = rest
             self._results[key, index] = tensors, structure
+        elif verb == "record" and rest[0] == self._run:
+            self._records.append(rest[1])
+            if self._on_record is not None:
+                self._on_record(rest[1])
 
 
 def _pickled(skeleton: nn.Module) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,7 +60,7 @@ class SplitModel:
         self._watch = Stopwatch(device)
         self._waits: list[tuple[Any, Any]] = []
         # (facts, start, end, waits, drifts), the times as marks that are read when somebody asks
-        self._log: deque[tuple[dict[str, Any], Any, Any, list[tuple[Any, Any]], dict[str, Any]]] = deque(maxlen=20_000)
+        self._log: deque[tuple[dict[str, Any], Any, Any, list[tuple[Any, Any]], dict[str, Any]]] = deque()
         for name in share.blocks:
             block = module.get_submodule(name)
             if name not in share.owned:
@@ -100,6 +100,7 @@ class SplitModel:
                 inbox.settle()
         self._streams.clear()
         self._log.clear()
+        self._watch.restart()
 
     def set_layouts(self, key: Hashable, layouts: Sequence[Layout]) -> None:
         """Output layouts of all blocks for the inputs of this stream; before its first call."""
@@ -140,16 +141,16 @@ class SplitModel:
         self._log.append((facts, start, self._watch.mark(), self._waits, drifts))
         return output
 
-    def records(self) -> list[CallRecord]:
-        """Telemetry since the last reset."""
-        seconds, found = self._watch.seconds, []
-        for facts, start, end, waits, drifts in self._log:
+    def records(self, wait: bool = False) -> Iterator[CallRecord]:
+        """Telemetry of calls that the device has finished, each call once; with ``wait`` of all calls."""
+        seconds = self._watch.seconds
+        while self._log and (wait or self._watch.reached(self._log[0][2])):
+            facts, start, end, waits, drifts = self._log.popleft()
             spans = tuple((seconds(a), seconds(b)) for a, b in waits)
-            wait = sum(b - a for a, b in spans)
+            waited = sum(b - a for a, b in spans)
             begin, finish = seconds(start), seconds(end)
-            times = {"start": begin, "end": finish, "compute": finish - begin - wait, "wait": wait, "waits": spans}
-            found.append(CallRecord(**facts, **times, drift={name: float(d) for name, d in drifts.items()}))
-        return found
+            times = {"start": begin, "end": finish, "compute": finish - begin - waited, "wait": waited, "waits": spans}
+            yield CallRecord(**facts, **times, drift={name: float(d) for name, d in drifts.items()})
 
     def _arrival(self, sender: int, metas: Sequence[TensorMeta]) -> Any:
         coming = [self._transport.receive(sender, meta) for meta in metas]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ class CallRecord:
     Attributes:
         stream, call: the stream's key and the 0-based call in the run.
         rank, segment, synchronous: who, what, how.
-        start, end: seconds; on the machine's monotonic clock for a CPU rank, since the rank's first call for a GPU.
+        start, end: seconds on the machine's monotonic clock.
         compute, wait: seconds of it spent computing, and waiting for values of other ranks.
         waits: start and end of each of these waits.
         bytes_sent: payload bytes that this rank sent to other ranks.
@@ -53,12 +54,16 @@ class RankReport:
     segment: int
     weights: dict[str, int]
     replicated_bytes: int
-    records: tuple[CallRecord, ...]
+    records: tuple[CallRecord, ...] = ()
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights held."""
         return sum(self.weights.values())
+
+    def having(self, records: Iterable[CallRecord]) -> RankReport:
+        """This report with those of ``records`` that are of its rank."""
+        return replace(self, records=tuple(record for record in records if record.rank == self.rank))
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,17 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._origin = self.mark() if self._cuda else None
+        self.restart()
+
+    def restart(self) -> None:
+        """Set the device's clock by the machine's; earlier marks are void. Waits for a GPU's queue."""
+        if self._cuda:  # from time to time: the driver counts in single precision from the origin on
+            torch.cuda.synchronize()
+            self._zero, self._origin = time.monotonic(), self.mark()
+
+    def reached(self, mark: Any) -> bool:
+        """Whether the device has come to ``mark``."""
+        return mark.query() if self._cuda else True
 
     def mark(self) -> Any:
         """A point in time in the device's order of work."""
@@ -109,4 +124,4 @@ class Stopwatch:
         if not self._cuda:
             return mark
         mark.synchronize()
-        return self._origin.elapsed_time(mark) / 1e3
+        return self._zero + self._origin.elapsed_time(mark) / 1e3

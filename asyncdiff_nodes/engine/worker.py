@@ -117,6 +117,7 @@ class _Rank:
         backends.restore(boot.numerics)
         self._model = SplitModel(pickle.loads(boot.skeleton), boot.share, self._device)
         self._inputs: dict[Hashable, list[Any]] = {}
+        self._run = 0
 
     @torch.inference_mode()
     def serve(self) -> None:
@@ -125,13 +126,15 @@ class _Rank:
             if verb == "call":
                 self._call(rest[0], tensors)
             elif verb == "reset":
-                self._model.reset(rest[0])
+                self._run, order = rest
+                self._model.reset(order)
                 self._inputs.clear()
             elif verb == "weight":
                 self._model.load(rest[0], tensors[0])
             elif verb == "connect":
                 self._connect()
             elif verb == "report":
+                self._send_records(wait=True)
                 wire.send(self._conn, ("report", rest[0], self._report()))
             elif verb == "close":
                 return
@@ -162,6 +165,11 @@ class _Rank:
                 ("result", message.run, message.stream, message.result, structure),
                 [wire.dense_on_cpu(leaf) for leaf in leaves],
             )
+        self._send_records()
+
+    def _send_records(self, wait: bool = False) -> None:
+        for record in self._model.records(wait):
+            wire.send(self._conn, ("record", self._run, record))
 
     def _leaf(self, kind: str, what: Any, tensors: list[torch.Tensor]) -> Any:
         if kind == "unused":
@@ -177,5 +185,4 @@ class _Rank:
             segment=share.segment,
             weights=self._model.weights(),
             replicated_bytes=self._boot.replicated_bytes,
-            records=tuple(self._model.records()),
         )

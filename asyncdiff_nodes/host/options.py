@@ -11,6 +11,8 @@ import torch
 from asyncdiff_nodes.engine import AsyncDiffError, Plan, PlanError
 from asyncdiff_nodes.engine.devices import parse_devices
 
+from .settings import setting
+
 PRESETS = ("Exact", "Balanced", "Fast", "Custom")
 ALWAYS = 1_000_000  # a warm-up longer than any run: every step is synchronous
 
@@ -21,11 +23,11 @@ class OneDeviceError(AsyncDiffError, ValueError):
 
 @dataclass(frozen=True)
 class Options:
-    """The widgets of the *AsyncDiff Options* node; the defaults are those of a sampler without it.
+    """The widgets of the *AsyncDiff Options* node.
 
     Attributes:
         preset: ``Exact`` (every step synchronous), ``Balanced``, ``Fast``, or ``Custom``, which uses the fields after ``cuts``.
-        devices: ``auto`` for every CUDA device, or a list such as ``cuda:0, cuda:2`` or ``cpu, cpu``.
+        devices: ``auto`` for those of the settings (by default every CUDA device), or a list such as ``cuda:0, cuda:2``.
         cuts: block names where the segments begin, separated by commas; empty for automatic ones.
         segments: number of segments, 0 for as many as the devices allow.
         stride, warmup, time_shift, forecast: see :class:`~asyncdiff_nodes.engine.Plan`.
@@ -73,7 +75,10 @@ class Options:
         return plan, devices[: plan.world_size]
 
     def _devices(self) -> tuple[str, ...]:
-        names = _words(self.devices)
+        names, given = _words(self.devices), f"devices={self.devices!r}"
+        if names in ([], ["auto"]):
+            stored = setting("Devices")
+            names, given = _words(stored), f"Settings, AsyncDiff, Devices: {stored!r}"
         if names in ([], ["auto"]):
             names = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
             if len(names) < 2:
@@ -83,7 +88,7 @@ class Options:
                     "or name them in AsyncDiff Options, devices"
                 )
         elif len(names) < 2:
-            raise OneDeviceError(f"devices={self.devices!r} names only one device: name two or more, or 'auto'")
+            raise OneDeviceError(f"{given} names only one device: name two or more, or 'auto'")
         return tuple(str(device) for device in parse_devices(names))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from comfy.model_patcher import ModelPatcher
 from asyncdiff_nodes.engine import Placement, Plan, WorkerGroup
 
 from .memory import RankMemory
+from .settings import setting
 from .skeleton import family_of, fingerprint_of, skeleton_of
 from .weights import patched_names, weights_of
 from .worker import HostSettings
@@ -56,6 +59,23 @@ class Pool:
         self._held: list[Held] = []
         # The host looks at the entries of ended groups until it is done with its own lists: they must not vanish before.
         self._retired: list[RankMemory] = []
+        self._lock = threading.RLock()
+        self._timer: threading.Timer | None = None
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """While a sampling goes on: nobody else ends a group. Afterwards they are kept for as long as the settings say."""
+        with self._lock:
+            minutes = setting("KeepMinutes")
+            if self._timer is not None:
+                self._timer.cancel()
+            try:
+                yield
+            finally:
+                if minutes:
+                    self._timer = threading.Timer(60 * minutes, self.release_idle)
+                    self._timer.daemon = True
+                    self._timer.start()
 
     def acquire(
         self,
@@ -93,6 +113,22 @@ class Pool:
         """End all groups but the ``keep`` latest used."""
         while len(self._held) > keep:
             self._end(self._held[0])
+
+    def release_idle(self) -> int | None:
+        """End all groups, from any thread; returns the number of ranks, or None while a sampling goes on."""
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
+            ranks = sum(len(held.memory) for held in self._held if not held.group.closed)
+            self.release()
+            return ranks
+        finally:
+            self._lock.release()
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Devices, and bytes of the weights, of each group that is alive."""
+        alive = [held for held in self._held if not held.group.closed]
+        return [{"devices": held.group.devices, "weights": sum(rank.model_size() for rank in held.memory)} for held in alive]
 
     def _find(self, patcher: ModelPatcher, plan: Plan, devices: Sequence[str]) -> Held | None:
         """The group that needs least work: same model, then one whose model is gone, then the oldest if there is no room."""

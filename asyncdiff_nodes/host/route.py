@@ -27,10 +27,12 @@ from asyncdiff_nodes.engine import (
     WorkerGroup,
 )
 
+from .live import Progress
 from .options import OneDeviceError, Options
 from .patches import call_obstacle, obstacle, shippable
 from .pool import POOL
 from .report import RunRecord, publish
+from .settings import setting
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +42,13 @@ KEY = "asyncdiff"
 def attach(patcher: ModelPatcher, options: Options | None = None) -> ModelPatcher:
     """A clone of ``patcher`` whose network is denoised by a worker group, wherever it is sampled.
 
+    Args:
+        options: the user's settings if None.
+
     Raises:
         PlanError, DeviceError: an option that is out of range, or a device that this machine does not have.
     """
-    options = options or Options()
+    options = options or Options(preset=setting("Preset"))
     with contextlib.suppress(OneDeviceError):  # the host's own path will do
         options.resolve()
     clone = patcher.clone()
@@ -67,13 +72,17 @@ class Route:
 
     def outer_sample(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         """Around one sampling: set up, and tear down however it ends."""
-        outer, self._sampling = self._sampling, Sampling(self._options, executor.class_obj.model_patcher, sigmas=args[3])
-        try:
-            result = executor(*args, **kwargs)
-            self._sampling.finish()
-            return result
-        finally:
-            self._sampling = outer
+        with POOL.in_use():
+            outer, self._sampling = self._sampling, Sampling(self._options, executor.class_obj.model_patcher, sigmas=args[3])
+            try:
+                result = executor(*args, **kwargs)
+                self._sampling.finish()
+                return result
+            except BaseException as error:
+                self._sampling.fail(error)
+                raise
+            finally:
+                self._sampling = outer
 
     def prepare_sampling(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         """Where the host would load the network onto its own device: the ranks get it instead."""
@@ -108,7 +117,8 @@ class Sampling:
         self._sigmas = sigmas
         self._plan: Plan | None = None
         self._loaded_here = False
-        self._notes: list[str] = []
+        self._progress = Progress(steps=len(sigmas) - 1)
+        self._notes = self._progress.notes
 
     def prepare(
         self,
@@ -141,8 +151,9 @@ class Sampling:
             return self._note(f"this model cannot be split: {error}")
         self._prepare_model(patcher)
         self._plan = plan
-        group.begin(patcher.get_model_object("model_sampling").timestep(self._sigmas[:-1]), plan)
+        group.begin(patcher.get_model_object("model_sampling").timestep(self._sigmas[:-1]), plan, self._progress.add)
         self.group = group
+        self._progress.sampling(group, plan)
         return patcher.model, conds, others
 
     def call(
@@ -172,13 +183,15 @@ class Sampling:
         # the same prompt under a guidance patch, a control net that starts in mid-run, a window of frames: streams of their own
         patches = [shipped.get(kind) for kind in ("patches", "patches_replace")]
         stream = (tuple(options.get("uuids", ())), tuple(x.shape), _outline(control), repr((patches, window)))
+        self._progress.call(stream)
         try:
             return self.group(x, timesteps, stream=stream, **kwargs)
         except ScheduleError:
             # more calls than steps (heun, dpm_2, ...), or a schedule that only the sampler knows
             self._note(f"stride={self._plan.stride} needs one call per step of the schedule; going on with stride=1")
             self._plan = replace(self._plan, stride=1)
-            self.group.begin(plan=self._plan)
+            self.group.begin(plan=self._plan, on_record=self._progress.add)
+            self._progress.sampling(self.group, self._plan)
             return self.group(x, timesteps, stream=stream, **kwargs)
         except GroupClosedError:
             return by_host("ComfyUI took the ranks' memory back in mid-run; going on without them")
@@ -191,6 +204,14 @@ class Sampling:
             self._note(f"there is no report on this run: {error}")
             record = RunRecord(tuple(self._notes), self._plan)
         publish(record)
+        self._progress.enter("done")
+
+    def fail(self, error: BaseException) -> None:
+        """The sampling was cancelled or went wrong."""
+        cancelled = isinstance(error, comfy.model_management.InterruptProcessingException)
+        if not cancelled:
+            self._notes.append(str(error))
+        self._progress.enter("cancelled" if cancelled else "failed")
 
     def _prepare_model(self, patcher: ModelPatcher) -> None:
         """What loading would have done to the rest of the model: other nodes' object patches, and small parts to the device."""
@@ -211,6 +232,7 @@ class Sampling:
     def _note(self, text: str) -> None:
         if text not in self._notes:
             self._notes.append(text)
+            self._progress.enter("sampling" if self.group else "usual")
             log.warning("AsyncDiff: %s%s", "" if self.group else "not used, ComfyUI samples as usual: ", text)
 
 

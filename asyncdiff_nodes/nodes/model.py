@@ -13,10 +13,21 @@ ADVANCED = {"advanced": True}  # as a keyword, only recent hosts take it
 
 def options_input() -> io.Input:
     """The optional input that the samplers and the model node have last."""
-    return OptionsType.Input("options", optional=True, tooltip="From AsyncDiff Options. Without it: Balanced on all GPUs.")
+    return OptionsType.Input("options", optional=True, tooltip="From AsyncDiff Options. Without it: what the settings say.")
 
 
-class AsyncDiffModel(io.ComfyNode):
+class ReadsSettings(io.ComfyNode):
+    """A node whose result depends on the settings, too."""
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> str:
+        """Another one after a change of the settings: the host then runs the node again."""
+        from asyncdiff_nodes.host.settings import fingerprint
+
+        return fingerprint()
+
+
+class AsyncDiffModel(ReadsSettings):
     """MODEL in, MODEL out, denoised by all devices wherever it is sampled."""
 
     @classmethod
@@ -45,7 +56,7 @@ class AsyncDiffModel(io.ComfyNode):
         return io.NodeOutput(attach(model, options))
 
 
-class AsyncDiffOptions(io.ComfyNode):
+class AsyncDiffOptions(ReadsSettings):
     """Everything that one may want to set."""
 
     @classmethod
@@ -71,7 +82,8 @@ class AsyncDiffOptions(io.ComfyNode):
                 io.String.Input(
                     "devices",
                     default="auto",
-                    tooltip="auto: every CUDA GPU. Or a list, one per rank, such as cuda:0, cuda:2 (or cpu, cpu to try it).",
+                    tooltip="auto: those of the settings, by default every CUDA GPU. Or a list, one per rank, such as cuda:0, cuda:2 "
+                    "(or cpu, cpu to try it).",
                 ),
                 io.Int.Input(
                     "segments",

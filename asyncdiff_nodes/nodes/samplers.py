@@ -7,7 +7,7 @@ from typing import Any
 import comfy.samplers
 from comfy_api.latest import io
 
-from .model import ADVANCED, options_input
+from .model import ADVANCED, ReadsSettings, options_input
 
 _SEED = {"min": 0, "max": 0xFFFFFFFFFFFFFFFF, "control_after_generate": True}
 
@@ -37,7 +37,7 @@ def _model_input() -> io.Input:
     return io.Model.Input("model", tooltip="The model that denoises. Its network is split over the devices.")
 
 
-class AsyncDiffKSampler(io.ComfyNode):
+class AsyncDiffKSampler(ReadsSettings):
     """KSampler on all devices."""
 
     @classmethod
@@ -69,7 +69,7 @@ class AsyncDiffKSampler(io.ComfyNode):
         return io.NodeOutput(*nodes.KSampler().sample(attach(model, options), **inputs))
 
 
-class AsyncDiffKSamplerAdvanced(io.ComfyNode):
+class AsyncDiffKSamplerAdvanced(ReadsSettings):
     """KSamplerAdvanced on all devices."""
 
     @classmethod

@@ -1,0 +1,101 @@
+"""Numbers about a run, finished or under way, from the records of its ranks."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from asyncdiff_nodes.engine import Plan
+from asyncdiff_nodes.engine.telemetry import CallRecord
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What ``records`` say; everything is None where it was not measured (yet).
+
+    A step is one call of the network on each of the streams that it takes: samplers that call it twice per step count two steps.
+
+    Args:
+        plan: of the run.
+        devices: one per rank.
+    """
+
+    plan: Plan
+    devices: Sequence[str]
+    records: Sequence[CallRecord]
+
+    @cached_property
+    def computing(self) -> list[CallRecord]:
+        """Without the replicas that only listened."""
+        used = self.plan.world_size
+        return [r for r in self.records if r.rank < self.plan.segments or (r.rank < used and not r.synchronous)]
+
+    @cached_property
+    def calls(self) -> dict[tuple[str, int], bool]:
+        """Stream and number of each call, and whether it was synchronous."""
+        return {(record.stream, record.call): record.synchronous for record in self.computing}
+
+    @property
+    def streams_per_step(self) -> float:
+        """Calls that make up a step."""
+        return len(self.calls) / max(1, len({call for _, call in self.calls}))
+
+    @cached_property
+    def step_seconds(self) -> float | None:
+        """Median time of an asynchronous step."""
+        longest: dict[Any, float] = {}
+        for record in self.computing:
+            if not record.synchronous:
+                key = record.stream, record.call
+                longest[key] = max(longest.get(key, 0.0), record.end - record.start)
+        return statistics.median(longest.values()) * self.streams_per_step / self.plan.stride if longest else None
+
+    @property
+    def last_step_seconds(self) -> float | None:
+        """The last step that is known of all ranks, synchronous or not."""
+        ranks = self.plan.segments
+        finished = [max((r.call for r in self.records if r.rank == rank), default=-1) for rank in range(ranks)]
+        spans: dict[str, list[CallRecord]] = {}
+        for record in self.computing:
+            if record.call == min(finished):
+                spans.setdefault(record.stream, []).append(record)
+        if not spans:
+            return None
+        last = next(iter(spans.values()))
+        if last[0].synchronous:
+            return self.streams_per_step * (max(r.end for r in last) - min(r.start for r in last))
+        return self.streams_per_step * max(r.end - r.start for r in last) / self.plan.stride
+
+    @cached_property
+    def sequential_seconds(self) -> float | None:
+        """Median compute time of all segments, one after the other: a step without AsyncDiff.
+
+        Ranks that share a device slow each other down, so only their synchronous calls count, without the first (cold) one.
+        """
+        segments = range(self.plan.segments)
+        found = [[r.compute for r in self.records if r.rank == rank and r.synchronous and r.call > 0] for rank in segments]
+        if not all(found) and len(set(self.devices)) == len(self.devices):
+            found = [[r.compute for r in self.records if r.rank == rank] for rank in segments]
+        return sum(map(statistics.median, found)) * self.streams_per_step if all(found) else None
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times faster an asynchronous step is than its segments one after the other."""
+        return self.sequential_seconds / self.step_seconds if self.step_seconds and self.sequential_seconds else None
+
+    @property
+    def speedup_so_far(self) -> float | None:
+        """The same for the whole run up to now, warm-up included."""
+        if not self.records or not self.sequential_seconds:
+            return None
+        elapsed = max(r.end for r in self.records) - min(r.start for r in self.records)
+        steps = (max(call for _, call in self.calls) + 1) if self.calls else 0
+        return self.sequential_seconds * steps / elapsed if elapsed > 0 else None
+
+    @property
+    def bytes_per_call(self) -> float:
+        """Payload that all ranks together sent to each other per computing call."""
+        return sum(record.bytes_sent for record in self.records) / max(1, len(self.calls))

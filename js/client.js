@@ -1,0 +1,61 @@
+const RENEW = 5000; // milliseconds; the server forgets a page that has not asked for three times as long
+
+/**
+ * The state of the server, and events from it, while somebody looks.
+ *
+ * @param api the page's own client of the server
+ * @param interval () => seconds between two events
+ */
+export class Client {
+  constructor(api, interval) {
+    this._api = api;
+    this._interval = interval;
+    this._event = ({ detail }) => this._onrun(detail);
+    this._ask = () => this.refresh();
+  }
+
+  /** Begin to watch. `onstate` is given the whole state now and then, `onrun` what is new in the run. */
+  open(onstate, onrun) {
+    this._onstate = onstate;
+    this._onrun = onrun;
+    this._api.addEventListener("asyncdiff.run", this._event);
+    this._api.addEventListener("reconnected", this._ask);
+    this._timer = setInterval(this._ask, RENEW);
+    return this.refresh();
+  }
+
+  /** Stop watching: the server stops sending. */
+  close() {
+    clearInterval(this._timer);
+    this._api.removeEventListener("asyncdiff.run", this._event);
+    this._api.removeEventListener("reconnected", this._ask);
+    this._onstate = this._onrun = () => {};
+  }
+
+  /** Ask for the whole state. */
+  async refresh() {
+    if (document.hidden) return;
+    const query = new URLSearchParams({ client: this._api.clientId ?? "", interval: this._interval() });
+    const answer = await this._fetch(`/asyncdiff/state?${query}`);
+    if (answer) this._onstate(answer);
+  }
+
+  /** End the idle workers; returns why not, or nothing. */
+  async stop() {
+    const answer = await this._fetch("/asyncdiff/stop", {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: "{}",
+    });
+    await this.refresh();
+    return answer?.error;
+  }
+
+  async _fetch(path, options) {
+    try {
+      return await (await this._api.fetchApi(path, options)).json();
+    } catch {
+      return undefined; // the server is away: the page says so, and "reconnected" comes when it is back
+    }
+  }
+}

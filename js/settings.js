@@ -1,0 +1,37 @@
+/** What the user can choose under AsyncDiff; the server reads all but Refresh (asyncdiff_nodes/host/settings.py). */
+export const SETTINGS = [
+  {
+    id: "AsyncDiff.Preset",
+    category: ["AsyncDiff", "Sampling", "Preset"],
+    name: "Preset",
+    tooltip: "Of samplers without an AsyncDiff Options node.",
+    type: "combo",
+    options: ["Exact", "Balanced", "Fast"],
+    defaultValue: "Balanced",
+  },
+  {
+    id: "AsyncDiff.Devices",
+    category: ["AsyncDiff", "Sampling", "Devices"],
+    name: "Devices",
+    tooltip: "What auto stands for. auto: every CUDA GPU. Or a list, one per rank, such as cuda:0, cuda:2.",
+    type: "text",
+    defaultValue: "auto",
+  },
+  {
+    id: "AsyncDiff.KeepMinutes",
+    category: ["AsyncDiff", "Workers", "KeepMinutes"],
+    name: "Keep workers warm for, minutes",
+    tooltip: "After the last picture. 0: until ComfyUI unloads its models.",
+    type: "number",
+    attrs: { min: 0, max: 1440, step: 1 },
+    defaultValue: 0,
+  },
+  {
+    id: "AsyncDiff.Refresh",
+    category: ["AsyncDiff", "Panel", "Refresh"],
+    name: "Panel refresh, seconds",
+    type: "number",
+    attrs: { min: 0.1, max: 5, step: 0.1, minFractionDigits: 1, maxFractionDigits: 2 },
+    defaultValue: 0.25,
+  },
+];
