@@ -34,13 +34,13 @@ export class Client {
 
   /** Ask for the whole state. */
   async refresh() {
-    if (document.hidden) return;
+    if (document.hidden) return; // nobody looks
     const query = new URLSearchParams({ client: this._api.clientId ?? "", interval: this._interval() });
     const answer = await this._fetch(`/asyncdiff/state?${query}`);
     if (answer) this._onstate(answer);
   }
 
-  /** End the idle workers; returns why not, or nothing. */
+  /** End the idle workers; the answer is `{ stopped }`, `{ error }`, or undefined where the server is away. */
   async stop() {
     const answer = await this._fetch("/asyncdiff/stop", {
       method: "POST",
@@ -48,7 +48,7 @@ export class Client {
       body: "{}",
     });
     await this.refresh();
-    return answer?.error;
+    return answer;
   }
 
   async _fetch(path, options) {

@@ -115,7 +115,7 @@ export class Panel {
     if (!run) return this._numbers.replaceChildren();
     const whole = show.times(run.speedup_so_far);
     const numbers = [
-      [t("perStep"), show.seconds(run.seconds_now), `${t("sequential")} ${show.seconds(run.sequential)}`],
+      [t("perStep"), show.seconds(run.seconds_now), t("sequential", { value: show.seconds(run.sequential) })],
       [t("speedup"), show.times(run.speedup), t(show.running(run) ? "soFar" : "wholeRun", { value: whole })],
       [t("sent"), show.mebibytes(run.bytes_per_step), t("sentHint")],
     ];
@@ -168,7 +168,8 @@ export class Panel {
   }
 
   async _stopWorkers() {
-    this._answer.textContent = (await this._client.stop()) ?? t("stopped");
+    const answer = await this._client.stop();
+    this._answer.textContent = answer ? (answer.error ?? t("stopped")) : t("away");
   }
 
   async _copyReport() {
