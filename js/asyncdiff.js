@@ -1,14 +1,14 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { Client } from "./client.js";
-// import { commands } from "./commands.js";
+import { commands } from "./commands.js";
 import { translate } from "./messages.js";
 import { Panel } from "./panel.js";
 import { SETTINGS } from "./settings.js";
 import { showErrors } from "./toasts.js";
 
 const STYLE = new URL("./asyncdiff.css", import.meta.url).href;
-const replacing = {};
+const replacing = commands(app);
 const panel = new Panel({
   client: new Client(api, () => app.extensionManager.setting.get("AsyncDiff.Refresh")),
   copy: (text) => navigator.clipboard.writeText(text),
