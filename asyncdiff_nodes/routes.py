@@ -14,7 +14,10 @@ def register(server: Any) -> None:
 
     @server.routes.get("/asyncdiff/state")
     async def state(request: web.Request) -> web.Response:
-        """What is being sampled, or was last. With ``client`` (a websocket's id), its page is sent events for a while."""
+        """What is being sampled, or was last. With ``client`` (a websocket's id), its page is sent events for a while.
+
+        ``interval``: seconds between two events; 0: no more events.
+        """
         from .host import live
         from .host.page import state
 
@@ -23,9 +26,11 @@ def register(server: Any) -> None:
             interval = float(wanted)
         except ValueError:
             interval = math.nan
-        if not 0.05 <= interval <= 60:
-            return _refused(400, f"interval={wanted!r}: give seconds between two events, 0.05 to 60")
-        if client in server.sockets:
+        if interval != 0 and not 0.05 <= interval <= 60:
+            return _refused(400, f"interval={wanted!r}: give seconds between two events, 0.05 to 60, or 0 for none")
+        if interval == 0:
+            live.WATCHERS.dismiss(client)
+        elif client in server.sockets:
             live.WATCHERS.watch(client, interval)
         return web.json_response(await asyncio.to_thread(state))
 

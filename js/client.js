@@ -12,6 +12,7 @@ export class Client {
     this._interval = interval;
     this._event = ({ detail }) => this._onrun(detail);
     this._ask = () => this.refresh();
+    this._leave = () => this._dismiss();
   }
 
   /** Begin to watch. `onstate` is given the whole state now and then, `onrun` what is new in the run. */
@@ -20,24 +21,37 @@ export class Client {
     this._onrun = onrun;
     this._api.addEventListener("asyncdiff.run", this._event);
     this._api.addEventListener("reconnected", this._ask);
+    window.addEventListener("pagehide", this._leave);
     this._timer = setInterval(this._ask, RENEW);
     return this.refresh();
   }
 
   /** Stop watching: the server stops sending. */
   close() {
-    clearInterval(this._timer);
+    if (this._timer === undefined) return;
+    this._timer = clearInterval(this._timer);
+    window.removeEventListener("pagehide", this._leave);
     this._api.removeEventListener("asyncdiff.run", this._event);
     this._api.removeEventListener("reconnected", this._ask);
     this._onstate = this._onrun = () => {};
+    this._dismiss();
   }
 
   /** Ask for the whole state. */
   async refresh() {
     if (document.hidden) return; // nobody looks
-    const query = new URLSearchParams({ client: this._api.clientId ?? "", interval: this._interval() });
-    const answer = await this._fetch(`/asyncdiff/state?${query}`);
-    if (answer) this._onstate(answer);
+    const asked = (this._asked = {});
+    const answer = await this._fetch(this._path(this._interval()));
+    if (answer && asked === this._asked) this._onstate(answer); // not one that was overtaken
+  }
+
+  _path(interval) {
+    return `/asyncdiff/state?${new URLSearchParams({ client: this._api.clientId ?? "", interval })}`;
+  }
+
+  /** No more events, from now on and not only when the server has waited long enough. */
+  _dismiss() {
+    this._fetch(this._path(0), { keepalive: true });
   }
 
   /** End the idle workers; the answer is `{ stopped }`, `{ error }`, or undefined where the server is away. */

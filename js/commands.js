@@ -1,21 +1,72 @@
 import { TO_ASYNCDIFF, TO_STOCK, replaceSamplers } from "./replace.js";
 
+const ICON = "pi pi-arrow-right-arrow-left";
 const REPLACE = {
   id: "AsyncDiff.ReplaceKSamplers",
   label: "Replace KSampler by AsyncDiff",
-  icon: "pi pi-clone",
   types: TO_ASYNCDIFF,
-  done: "now sampled by all devices",
-  none: "no KSampler or KSampler (Advanced)",
+  names: "KSampler or KSampler (Advanced)",
+  otherwise: "For other samplers, put AsyncDiff Model between the model and the sampler.",
 };
 const RESTORE = {
   id: "AsyncDiff.RestoreKSamplers",
   label: "Replace AsyncDiff by KSampler",
-  icon: "pi pi-undo",
   types: TO_STOCK,
-  done: "back",
-  none: "no",
+  names: "KSampler (AsyncDiff) or KSampler Advanced (AsyncDiff)",
+  otherwise: "For AsyncDiff Model, connect the sampler to the model itself, or bypass the node.",
 };
+const ACTIONS = [REPLACE, RESTORE];
 
-/** Commands */
-export function commands(app) {}
+/**
+ * The commands that exchange samplers, for the menu, the context menu of a node and the toolbox of a selection.
+ *
+ * @param app the page's
+ * @returns a part of what app.registerExtension takes
+ */
+export function commands(app) {
+  return {
+    commands: ACTIONS.map((action) => ({
+      id: action.id,
+      label: action.label,
+      icon: ICON,
+      function: () => run(app, action, [...app.canvas.selectedItems]),
+    })),
+    menuCommands: [{ path: ["Extensions", "AsyncDiff"], commands: ACTIONS.map(({ id }) => id) }],
+    getNodeMenuItems(node) {
+      const { selectedItems } = app.canvas;
+      const callback = (action) => () => run(app, action, selectedItems.has(node) ? [...selectedItems] : [node]);
+      return actionsFor(node).map((action) => ({ content: action.label, callback: callback(action) }));
+    },
+    getSelectionToolboxCommands: (item) => actionsFor(item).map(({ id }) => id),
+  };
+}
+
+function actionsFor(item) {
+  return ACTIONS.filter(({ types }) => item.type in types);
+}
+
+async function run(app, action, items) {
+  const { canvas } = app;
+  const ids = items.filter((item) => canvas.graph.getNodeById(item.id) === item).map(({ id }) => id);
+  const { changeTracker } = app.extensionManager.workflow.activeWorkflow;
+  // the end of a change is when the tracker looks at the graph
+  changeTracker.beforeChange();
+  changeTracker.afterChange();
+  const { workflow, count, bySelection } = replaceSamplers(changeTracker.activeState, action.types, canvas.graph.id, ids);
+  if (!count) {
+    const where = bySelection ? "in the selection" : "in this graph";
+    const cure = bySelection ? "Select others, or nothing to replace all." : action.otherwise;
+    return toast(app, "warn", `No ${action.names} ${where}. ${cure}`);
+  }
+  // as if the user had undone the replacement before: the page's own way to show another state and to keep the former one
+  changeTracker.redoQueue.length = 0;
+  changeTracker.redoQueue.push(workflow);
+  await changeTracker.redo();
+  changeTracker.activeState = JSON.parse(JSON.stringify(canvas.graph.rootGraph.serialize()));
+  canvas.selectItems(ids.map((id) => canvas.graph.getNodeById(id)));
+  toast(app, "success", `${count} ${count === 1 ? "sampler" : "samplers"} replaced. Ctrl+Z takes it back.`);
+}
+
+function toast(app, severity, detail) {
+  app.extensionManager.toast.add({ severity, summary: "AsyncDiff", detail, life: severity === "warn" ? 10000 : 5000 });
+}

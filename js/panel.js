@@ -19,10 +19,9 @@ export class Panel {
 
   /** Fill `element` and keep it up to date. */
   show(element) {
-    this.hide();
+    if (this._root) return element.replaceChildren(this._root); // the page may ask again while it is shown
     this._root = build("section", { className: "asyncdiff-panel", ariaLabel: "AsyncDiff" });
     element.replaceChildren(this._root);
-    this._lanes = undefined;
     this._fixed();
     this._resized = new ResizeObserver(() => this._draw());
     this._resized.observe(this._root);
@@ -41,11 +40,9 @@ export class Panel {
   }
 
   _take(state) {
+    if (!this._root?.isConnected) return this.hide(); // another tab took the place without a word
     this._state = state;
-    // a run's answer is on its way for a moment, and events may have said more already
-    if (state.run?.number !== this._run?.number || (state.run?.step ?? 0) >= (this._run?.step ?? 0)) {
-      this._run = state.run ? show.merge(undefined, state.run) : undefined;
-    }
+    this._run = state.run ?? undefined;
     this._update();
   }
 

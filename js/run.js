@@ -4,18 +4,17 @@ import { t } from "./messages.js";
 export const [RANK, CALL, SYNCHRONOUS, START, END, WAITS, DRIFT] = [0, 1, 2, 3, 4, 5, 6];
 
 /**
- * The run with what an event or an answer of the server says of it.
+ * The run with what an event says of it; `run` and `news` have the records from number `first` on.
  *
- * @returns the new run, or undefined if records between the two are missing: then ask for the whole state
+ * @returns undefined if records between the two are missing: then ask for the whole state
  */
 export function merge(run, news) {
-  const same = run?.number === news.number;
   if (news.records === undefined) return news;
-  const known = same ? (run.records ?? []) : [];
-  const gap = news.first - known.length;
-  // the server keeps the beginning of very long runs to itself
-  if (gap > 0 && same && run.records !== undefined) return undefined;
-  return { ...news, records: [...known.slice(0, Math.max(0, news.first)), ...news.records] };
+  const same = run?.number === news.number && run.records !== undefined;
+  const [first, known] = same ? [run.first, run.records] : [0, []];
+  const position = news.first - first;
+  if (position < 0 || position > known.length) return undefined;
+  return { ...news, first, records: [...known.slice(0, position), ...news.records] };
 }
 
 /** Whether the run is under way. */

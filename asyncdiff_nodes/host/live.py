@@ -139,6 +139,10 @@ class Watchers:
         """Send events to the page ``client`` for the next :data:`LEASE` seconds, at most one every ``interval`` seconds."""
         self._pages.setdefault(client, _Page()).renew(interval)
 
+    def dismiss(self, client: str | None) -> None:
+        """Send no more events to the page ``client``."""
+        self._pages.pop(client, None)
+
     def tell(self, progress: Progress, at_once: bool = False) -> None:
         """Send what is new to all that are due."""
         for client, page in list(self._pages.items()):

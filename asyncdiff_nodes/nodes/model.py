@@ -82,8 +82,8 @@ class AsyncDiffOptions(ReadsSettings):
                 io.String.Input(
                     "devices",
                     default="auto",
-                    tooltip="auto: those of the settings, by default every CUDA GPU. Or a list, one per rank, such as cuda:0, cuda:2 "
-                    "(or cpu, cpu to try it).",
+                    tooltip="auto: those of the settings, by default every CUDA GPU. Or a list, one per rank, such as cuda:0, "
+                    "cuda:2 (or cpu, cpu to try it).",
                 ),
                 io.Int.Input(
                     "segments",

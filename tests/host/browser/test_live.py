@@ -78,6 +78,12 @@ def test_events_are_no_more_frequent_than_asked_for(watcher):
     assert [event["phase"] for event in run.of(EVENT)] == ["starting", "sampling", "done"]
 
 
+def test_a_page_that_leaves_is_sent_nothing_more(watcher):
+    watch(watcher)
+    watch(watcher, interval=0)
+    assert not watcher.run(routed_only(chosen=BALANCED)).of(EVENT)
+
+
 def test_a_run_that_is_not_routed_says_why(watcher):
     watch(watcher)
     run = watcher.run(routed_only(chosen=options("Balanced", "cpu")))
@@ -86,7 +92,7 @@ def test_a_run_that_is_not_routed_says_why(watcher):
     assert "ranks" not in run.of(EVENT)[-1]
 
 
-@pytest.mark.parametrize("interval", ["x", "0", "nan", "1e9"])
+@pytest.mark.parametrize("interval", ["x", "0.01", "nan", "1e9"])
 def test_a_bad_interval_is_refused(server, interval):
     status, reason = refusal(server, f"/asyncdiff/state?interval={interval}")
     assert status == 400 and interval in reason

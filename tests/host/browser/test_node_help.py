@@ -1,0 +1,52 @@
+"""The help of a node, opened as a user does: select the node, press the button with the i."""
+
+import pytest
+from frontend import Frontend
+
+# where the title of the only node is on the canvas
+ADD = """name => {
+  const { graph, canvas } = window.app;
+  graph.clear();
+  const node = LiteGraph.createNode(name);
+  graph.add(node);
+  canvas.ds.scale = 1;
+  canvas.ds.offset = [400, 300];
+  canvas.draw(true, true); // only what was drawn can be clicked
+  return { x: 400 + node.pos[0] + 60, y: 300 + node.pos[1] - 15 };
+}"""
+
+
+@pytest.fixture(scope="module")
+def chinese(server, chromium):
+    """A page in Chinese; the pages of other files are English again."""
+    frontend = Frontend(server, chromium, Comfy_Locale="zh")
+    yield frontend
+    server.post("/settings", {"Comfy.Locale": "en"})
+    frontend.close()
+
+
+def open_help(frontend, name):
+    """The help of a node that was put on the canvas, once its picture is there."""
+    title = frontend.page.evaluate(ADD, name)
+    frontend.page.locator("#graph-canvas").click(position=title)  # waits until nothing covers it
+    frontend.page.get_by_test_id("info-button").click()
+    content = frontend.page.locator(".node-help-content")
+    picture = content.get_by_role("img")
+    picture.wait_for()
+    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
+    return content
+
+
+def test_english(frontend):
+    content = open_help(frontend, "AsyncDiffKSampler")
+    assert content.get_by_role("heading", name="KSampler (AsyncDiff)").is_visible()
+    assert content.get_by_role("cell", name="sampler_name").is_visible()
+    # en.md is asked for first; the help in English is that of every language without a file
+    frontend.troubles[:] = [trouble for trouble in frontend.troubles if "404 (Not Found)" not in trouble]
+
+
+def test_chinese(chinese):
+    content = open_help(chinese, "AsyncDiffOptions")
+    assert content.get_by_role("heading", name="AsyncDiff 选项").is_visible()
+    labels = chinese.page.evaluate("() => window.app.graph.nodes[0].widgets.map(widget => widget.label)")
+    assert labels == ["预设", "设备", "分段数", "步幅", "预热", "时间偏移", "预测", "切分点"]

@@ -1,0 +1,223 @@
+"""The panel, the line on the node, and the toasts, while the demo model is really sampled on two CPU ranks."""
+
+import re
+
+import pytest
+from frontend import Frontend
+from playwright.sync_api import expect
+
+from asyncdiff_nodes.cli.comfyui import PACK
+
+WORKFLOW = PACK / "workflows" / "asyncdiff_demo.json"
+TOGGLE = "Workspace.ToggleBottomPanelTab.asyncdiff"
+# per column of the timeline's pixels: is lane 0 computing, is lane 1, and is it in colours of the warm-up
+PIXELS = """() => {
+  const canvas = document.querySelector(".asyncdiff-timeline");
+  const context = canvas.getContext("2d"), ratio = window.devicePixelRatio;
+  const colours = { synchronous: [217, 144, 47], asynchronous: [31, 158, 143] };
+  const kind = (x, lane) => {
+    const pixel = context.getImageData(x, (lane * 44 + 9) * ratio, 1, 1).data;
+    for (const [name, colour] of Object.entries(colours))
+      if (pixel[3] === 255 && colour.every((part, i) => Math.abs(part - pixel[i]) < 12)) return name;
+    return null;
+  };
+  return Array.from({ length: canvas.width }, (_, x) => [kind(x, 0), kind(x, 1)]);
+}"""
+CONTRAST = """selector => {
+  const parse = (colour) => {
+    const c = document.createElement("canvas").getContext("2d"); c.fillStyle = colour; c.fillRect(0, 0, 1, 1);
+    return [...c.getImageData(0, 0, 1, 1).data]; };
+  const luminance = ([r, g, b]) => [r, g, b].map((v) => v / 255)
+    .map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  return [...document.querySelectorAll(selector)].filter((e) => e.textContent.trim() && !e.disabled).map((e) => {
+    let back = e; while (back && parse(getComputedStyle(back).backgroundColor)[3] < 255) back = back.parentElement;
+    const behind = parse(back ? getComputedStyle(back).backgroundColor : "#fff");
+    const [a, b] = [luminance(parse(getComputedStyle(e).color)), luminance(behind)];
+    return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), e.className || e.textContent];
+  });
+}"""
+
+
+def demo(frontend, steps=20, **options):
+    """The demo workflow with ``steps``, another seed than before, and other options."""
+    frontend.load(WORKFLOW)
+    frontend.page.evaluate(
+        """([steps, options]) => {
+          const find = (type) => window.app.graph.nodes.find((node) => node.type === type);
+          const set = (node, name, value) => { node.widgets.find((widget) => widget.name === name).value = value; };
+          const sampler = find("AsyncDiffKSampler");
+          set(sampler, "steps", steps);
+          set(sampler, "seed", Math.floor(Math.random() * 1e9));
+          for (const [name, value] of Object.entries(options)) set(find("AsyncDiffOptions"), name, value);
+        }""",
+        [steps, options],
+    )
+
+
+@pytest.fixture
+def panel(frontend):
+    """The panel, open; closed afterwards."""
+    found = frontend.page.locator(".asyncdiff-panel")
+    if not found.count():
+        frontend.execute(TOGGLE)
+    expect(found).to_be_visible()
+    yield found
+    if found.count():
+        frontend.execute(TOGGLE)
+
+
+def status(panel):
+    return panel.locator(".asyncdiff-status")
+
+
+def wait_until_done(frontend, prompt):
+    while not frontend.server.get(f"/history/{prompt}"):
+        frontend.page.wait_for_timeout(100)
+
+
+def test_before_the_first_run_it_says_what_to_do(frontend, panel):
+    frontend.server.post("/asyncdiff/stop", {})
+    frontend.page.reload()
+    frontend.open()
+    frontend.execute(TOGGLE)
+    expect(panel.locator(".asyncdiff-workers")).to_contain_text("No workers alive. No CUDA GPU is visible to ComfyUI")
+    expect(panel.get_by_role("button", name="Stop workers")).to_be_disabled()
+
+
+def test_bars_follow_each_other_in_the_warm_up_and_lie_side_by_side_afterwards(frontend, panel):
+    demo(frontend, 20)
+    prompt = frontend.queue()
+    expect(status(panel)).to_contain_text(re.compile(r"Sampling · step \d+ of 20 · asynchronous"), timeout=90_000)
+    assert panel.locator(".asyncdiff-lane").count() == 2
+    expect(panel.locator(".asyncdiff-lane").first).to_contain_text(
+        re.compile(r"Rank 0 · CPU.*segment 1 · step \d+ of 20", re.DOTALL)
+    )
+    wait_until_done(frontend, prompt)
+    expect(status(panel)).to_have_text("Last run · step 20 of 20")
+    expect(panel.locator(".asyncdiff-plan")).to_contain_text(
+        re.compile(r"2 x CPU: segment 1 owns \S+ to \S+ \(\d+% of the work\), segment 2 owns")
+    )
+    expect(panel.locator(".asyncdiff-numbers")).to_contain_text(
+        re.compile(r"\d s.*sequential .*\d s.*\d\.\d\dx.*whole run \d\.\d\dx.*MiB", re.DOTALL)
+    )
+    columns = frontend.page.evaluate(PIXELS)
+    warm = [x for x in columns if "synchronous" in x]
+    after = columns[max(i for i, x in enumerate(columns) if "synchronous" in x) + 1 :]
+    assert len(warm) > 20 and len(after) > len(warm)
+    assert sum(None not in x for x in warm) < 0.1 * len(warm), "both ranks compute in the warm-up"
+    assert sum(None not in x for x in after) > 0.4 * len(after), "the ranks do not compute side by side"
+
+
+def test_it_comes_back_after_a_reload_in_mid_run(frontend, panel):
+    demo(frontend, 60)
+    prompt = frontend.queue()
+    expect(status(panel)).to_contain_text(re.compile(r"step \d+ of 60"), timeout=60_000)
+    frontend.open()
+    frontend.execute(TOGGLE)
+    expect(status(panel)).to_contain_text(re.compile(r"Sampling · step \d+ of 60"))
+    wait_until_done(frontend, prompt)
+    expect(status(panel)).to_have_text("Last run · step 60 of 60")
+    kinds = {kind for column in frontend.page.evaluate(PIXELS) for kind in column}
+    assert kinds == {None, "synchronous", "asynchronous"}, "the beginning of the run is missing"
+
+
+def test_it_goes_on_after_the_connection_was_lost(frontend, panel):
+    demo(frontend, 40)
+    prompt = frontend.queue()
+    expect(status(panel)).to_contain_text(re.compile(r"step \d+ of 40"), timeout=60_000)
+    frontend.page.evaluate("() => window.app.api.socket.close()")
+    wait_until_done(frontend, prompt)
+    expect(status(panel)).to_have_text("Last run · step 40 of 40", timeout=15_000)
+
+
+def test_closed_it_asks_for_nothing(frontend, panel):
+    asked = []
+    frontend.page.on("request", lambda request: asked.append(request.url) if "/asyncdiff/" in request.url else None)
+    frontend.page.wait_for_timeout(6000)
+    assert asked, "open, it asks every five seconds"
+    frontend.execute(TOGGLE)
+    asked.clear()
+    frontend.page.wait_for_timeout(6000)
+    assert asked == []
+
+
+def test_the_report_is_copied(frontend, panel):
+    frontend.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    panel.get_by_role("button", name="Copy report").click()
+    expect(panel.locator(".asyncdiff-answer")).to_have_text("Report copied")
+    assert "Plan: 2 segments" in frontend.page.evaluate("() => navigator.clipboard.readText()")
+    # over plain http from another machine, browsers have no clipboard
+    frontend.page.evaluate("() => Object.defineProperty(navigator, 'clipboard', { value: undefined, configurable: true })")
+    panel.get_by_role("button", name="Copy report").click()
+    expect(panel.locator("textarea")).to_have_value(re.compile("Plan: 2 segments"))
+    frontend.page.evaluate("() => { delete navigator.clipboard }")
+
+
+def test_its_buttons_can_be_reached_and_pressed_by_keyboard(frontend, panel):
+    stop, copy = panel.get_by_role("button", name="Stop workers"), panel.get_by_role("button", name="Copy report")
+    demo(frontend, 4)
+    frontend.run()
+    expect(stop).to_be_enabled()
+    stop.focus()
+    frontend.page.keyboard.press("Tab")
+    expect(copy).to_be_focused()
+    frontend.page.keyboard.press("Shift+Tab")
+    frontend.page.keyboard.press("Enter")
+    expect(panel.locator(".asyncdiff-answer")).to_have_text("Workers stopped")
+    expect(panel.locator(".asyncdiff-workers")).to_contain_text("No workers alive")
+    assert frontend.server.get("/asyncdiff/state")["workers"] == []
+
+
+def test_it_fits_a_small_window(frontend, panel):
+    wide = panel.locator(".asyncdiff-timeline").bounding_box()["width"]
+    frontend.page.set_viewport_size({"width": 760, "height": 700})
+    frontend.page.wait_for_timeout(300)
+    assert panel.locator(".asyncdiff-timeline").bounding_box()["width"] < wide
+    assert panel.evaluate("element => element.scrollWidth <= element.clientWidth")
+    assert frontend.page.evaluate(PIXELS), "the timeline is drawn again"
+    frontend.page.set_viewport_size({"width": 1440, "height": 900})
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_it_is_legible_in_every_theme(frontend, panel, theme):
+    frontend.page.evaluate("async theme => { await window.app.extensionManager.setting.set('Comfy.ColorPalette', theme) }", theme)
+    frontend.page.wait_for_timeout(500)
+    for ratio, what in frontend.page.evaluate(CONTRAST, ".asyncdiff-panel :is(p, dt, dd, span, strong, button)"):
+        assert ratio >= 4.5, f"{what}: contrast {ratio:.1f}"
+
+
+@pytest.mark.parametrize("nodes2", [False, True], ids=["classic canvas", "Nodes 2.0"])
+def test_the_sampler_shows_previews_and_a_line_of_its_own(frontend, nodes2):
+    frontend.page.evaluate("async on => { await window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on) }", nodes2)
+    demo(frontend, 8)
+    frontend.page.evaluate("""() => {
+      window.previews = 0;
+      window.app.api.addEventListener("b_preview", (window.count ??= () => { window.previews += 1; }));
+    }""")
+    frontend.run()
+    assert frontend.page.evaluate("() => window.previews") == 8
+    expect(frontend.page.get_by_text(re.compile(r"AsyncDiff: 2 segments on cpu, cpu · \d\.\d\dx")).first).to_be_visible()
+    frontend.page.evaluate("async () => { await window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false) }")
+
+
+def test_an_error_is_a_toast_that_names_the_cure(frontend):
+    demo(frontend, 4, devices="cpu, cuda:9")
+    frontend.run()
+    toast = frontend.page.locator(".p-toast-message", has_text="AsyncDiff").first
+    expect(toast).to_contain_text("cuda:9")
+    frontend.page.keyboard.press("Escape")
+
+
+def test_the_settings_are_there(frontend):
+    get = "id => window.app.extensionManager.setting.get(id)"
+    found = {name: frontend.page.evaluate(get, f"AsyncDiff.{name}") for name in ("Preset", "Devices", "KeepMinutes", "Refresh")}
+    assert found == {"Preset": "Balanced", "Devices": "auto", "KeepMinutes": 0, "Refresh": 0.25}
+
+
+def test_it_speaks_chinese(server, chromium):
+    frontend = Frontend(server, chromium, Comfy_Locale="zh")
+    frontend.execute(TOGGLE)
+    expect(frontend.page.get_by_role("button", name="停止工作进程")).to_be_visible()
+    server.post("/settings", {"Comfy.Locale": "en"})
+    frontend.close()

@@ -1,0 +1,177 @@
+"""The shared workflows: shown by the page, accepted by the server, listed as templates, and run with small models."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import shutil
+import time
+import urllib.request
+from pathlib import Path
+
+import checkpoints
+import pytest
+from frontend import PACK_FOLDER
+from PIL import Image, ImageChops
+
+from asyncdiff_nodes.cli.comfyui import to_prompt
+
+WORKFLOWS = {path.stem: path for path in sorted(checkpoints.WORKFLOWS.glob("*.json"))}
+# asyncdiff_demo is run by the test of its PNG; asyncdiff_sdxl_refiner is not run at all, see checkpoints.NOT_SMALL
+RUN = ["asyncdiff_compare", "asyncdiff_custom_advanced"]
+RUN_SLOWLY = ["asyncdiff_sd15", "asyncdiff_inpaint", "asyncdiff_controlnet_lora", "asyncdiff_turbo"]
+SMALL = {"width": 64, "height": 64, "steps": 5}
+EVENTS = "() => { window.lines = []; app.api.addEventListener('progress_text', event => lines.push(event.detail.text)); }"
+COMPLAINTS = """() => ({
+  unknown: app.graph.nodes.filter(node => !LiteGraph.registered_node_types[node.type]).map(node => node.type),
+  marked: app.graph.nodes.filter(node => node.has_errors).map(node => node.type),
+  shown: [...document.querySelectorAll(".p-dialog, .p-toast-message, [data-testid=error-overlay]")].map(box => box.innerText),
+})"""
+WIDGETS = "() => app.graph.nodes.map(node => [node.id, (node.widgets ?? []).filter(w => w.serialize !== false).length])"
+
+each = pytest.mark.parametrize("name", WORKFLOWS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def files(server):
+    """The models that the workflows name, and ComfyUI's example picture, as small as what is sampled."""
+    models, picture = server.base / "models", server.base / "input" / "example.png"
+    checkpoints.place_small(models)
+    example = Image.open(Path(os.environ["ASYNCDIFF_HOST_UNDER_TEST"]) / "input" / "example.png")
+    example.resize((64, 64), Image.Resampling.NEAREST).save(picture)
+    yield
+    shutil.rmtree(models)
+    picture.unlink()
+
+
+@pytest.fixture(scope="module")
+def infos(server):
+    return server.get("/object_info")
+
+
+def read(name):
+    return json.loads(WORKFLOWS[name].read_text(encoding="utf-8"))
+
+
+def accepted(server, prompt, client="asyncdiff"):
+    """The id of a prompt in which the server finds no fault, not even in a part of it."""
+    answer = server.post("/prompt", {"prompt": prompt, "client_id": client})
+    assert answer["node_errors"] == {}
+    return answer["prompt_id"]
+
+
+def stop(server, prompt_id):
+    """End a prompt that cannot, or need not, be run."""
+    while not server.get(f"/history/{prompt_id}"):
+        server.post("/interrupt", {})
+        time.sleep(0.02)
+
+
+def pictures(server, outputs):
+    """Name without number, and picture."""
+    found = [image for output in outputs.values() for image in output.get("images", []) if image["type"] == "output"]
+    places = [Path(image["subfolder"]) / image["filename"] for image in found]
+    return {str(place)[: -len("_00001_.png")]: Image.open(server.base / "output" / place) for place in places}
+
+
+@each
+def test_the_page_shows_it_without_complaint_and_saves_it_unchanged(frontend, name):
+    saved = read(name)
+    frontend.load(saved)
+    frontend.page.wait_for_timeout(300)  # files are looked for after the graph is shown
+    assert frontend.page.evaluate(COMPLAINTS) == {"unknown": [], "marked": [], "shown": []}
+    again = frontend.serialize()
+    assert again["links"] == saved["links"]
+    for kind in ("type", "title", "pos", "size", "widgets_values"):
+        assert {node["id"]: node.get(kind) for node in again["nodes"]} == {node["id"]: node.get(kind) for node in saved["nodes"]}
+    counts = dict(frontend.page.evaluate(WIDGETS))
+    ours = [node for node in saved["nodes"] if node["type"].startswith("AsyncDiff")]
+    assert {node["id"]: len(node.get("widgets_values") or []) for node in ours} == {
+        node["id"]: counts[node["id"]] for node in ours
+    }
+
+
+@each
+def test_the_server_accepts_what_the_page_makes_of_it(frontend, server, infos, name):
+    frontend.load(WORKFLOWS[name])
+    prompt = frontend.prompt()
+    own = to_prompt(read(name), infos)
+    assert {key: node["class_type"] for key, node in prompt.items()} == {key: node["class_type"] for key, node in own.items()}
+    for key, node in own.items():
+        if node["class_type"].startswith("AsyncDiff"):
+            assert prompt[key]["inputs"] == node["inputs"]
+    stop(server, accepted(server, prompt))
+
+
+@pytest.mark.parametrize("name", RUN + [pytest.param(name, marks=pytest.mark.slow) for name in RUN_SLOWLY])
+def test_it_runs_on_two_ranks(frontend, server, name):
+    frontend.load(WORKFLOWS[name])
+    prompt = frontend.prompt()
+    for node in prompt.values():
+        inputs = node["inputs"]
+        inputs.update({key: value for key, value in SMALL.items() if key in inputs})
+        if node["class_type"] == "AsyncDiffOptions":
+            inputs.update(devices="cpu, cpu", preset="Exact" if name == "asyncdiff_compare" else inputs["preset"])
+    frontend.page.evaluate(EVENTS)
+    history = server.wait(accepted(server, prompt, frontend.page.evaluate("app.api.clientId")))
+    assert history["status"]["status_str"] == "success", history["status"]
+    frontend.page.wait_for_function("lines.length > 0")
+    (line,) = frontend.page.evaluate("lines")
+    assert line.startswith("AsyncDiff: 2 segments on cpu, cpu")
+    made = pictures(server, history["outputs"])
+    assert made and all(picture.size == (64, 64) and len(picture.getcolors(4096)) > 100 for picture in made.values())
+    if name == "asyncdiff_compare":
+        stock, routed = made["asyncdiff_compare/ksampler"], made["asyncdiff_compare/asyncdiff"]
+        assert ImageChops.difference(stock, routed).getbbox() is None
+        (report,) = {text for output in history["outputs"].values() for text in output.get("text", [])}
+        assert report.startswith("Plan: 2 segments")
+
+
+def test_a_picture_brings_its_graph_back(frontend, server):
+    frontend.load(WORKFLOWS["asyncdiff_demo"])
+    before = frontend.serialize()
+    frontend.page.evaluate(EVENTS)
+    history = frontend.run()
+    assert history["status"]["status_str"] == "success", history["status"]
+    assert any(line.startswith("AsyncDiff: 2 segments on cpu, cpu") for line in frontend.page.evaluate("lines"))
+    (picture,) = pictures(server, history["outputs"]).values()
+    frontend.load(WORKFLOWS["asyncdiff_sd15"])
+    content = base64.b64encode(Path(picture.filename).read_bytes()).decode()
+    frontend.page.evaluate(
+        """async content => {
+          const bytes = Uint8Array.from(atob(content), letter => letter.charCodeAt(0));
+          await app.handleFile(new File([bytes], "picture.png", { type: "image/png" }));
+        }""",
+        content,
+    )
+    after = frontend.serialize()
+    assert after["links"] == before["links"]
+    kept = ("id", "type", "title", "pos", "widgets_values")
+    assert [[node.get(key) for key in kept] for node in after["nodes"]] == [
+        [node.get(key) for key in kept] for node in before["nodes"]
+    ]
+
+
+@each
+def test_it_is_a_template_with_a_thumbnail(server, name):
+    assert name in server.get("/workflow_templates")[PACK_FOLDER]
+    with urllib.request.urlopen(f"{server.url}/api/workflow_templates/{PACK_FOLDER}/{name}.jpg") as answer:
+        content = answer.read()
+    assert len(content) < 60_000
+    assert Image.open(io.BytesIO(content)).size == (512, 512)
+
+
+def test_the_template_browser_shows_and_loads_them(frontend):
+    page = frontend.page
+    frontend.execute("Comfy.BrowseTemplates")
+    page.get_by_text(PACK_FOLDER, exact=True).click()
+    for name in WORKFLOWS:
+        card = page.get_by_test_id(f"template-workflow-{name}")
+        card.scroll_into_view_if_needed()
+        card.locator("img").wait_for()
+        page.wait_for_function("image => image.naturalWidth === 512", arg=card.locator("img").element_handle())
+    page.get_by_test_id("template-workflow-asyncdiff_inpaint").click()
+    page.wait_for_function("app.graph.nodes.some(node => node.type === 'InpaintModelConditioning')")
+    assert frontend.serialize()["links"] == read("asyncdiff_inpaint")["links"]
