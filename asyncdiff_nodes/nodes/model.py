@@ -8,7 +8,12 @@ from typing import Any
 from comfy_api.latest import io
 
 OptionsType = io.Custom("ASYNCDIFF_OPTIONS")
-ADVANCED = {"advanced": True}  # as a keyword, only recent hosts take it
+
+
+def advanced(widget: io.Input) -> io.Input:
+    """``widget`` among those that the page hides at first; only recent hosts have a keyword for it."""
+    widget.extra_dict = {**widget.extra_dict, "advanced": True}
+    return widget
 
 
 def options_input() -> io.Input:
@@ -109,26 +114,31 @@ class AsyncDiffOptions(ReadsSettings):
                     tooltip=custom + "Exact steps at the beginning, where the composition is decided. Each costs a full step; "
                     "more keep the picture closer.",
                 ),
-                io.Boolean.Input(
-                    "time_shift",
-                    default=False,
-                    tooltip=custom + "Tell the network the previous step's noise level in parallel steps, as the paper suggests "
-                    "for some models. No effect on speed.",
-                    extra_dict=ADVANCED,
+                advanced(
+                    io.Boolean.Input(
+                        "time_shift",
+                        default=False,
+                        tooltip=custom
+                        + "Tell the network the previous step's noise level in parallel steps, as the paper suggests "
+                        "for some models. No effect on speed.",
+                    )
                 ),
-                io.Boolean.Input(
-                    "forecast",
-                    default=True,
-                    tooltip=custom + "Extrapolate values of other devices from their last two instead of reusing the last one. "
-                    "Closer to the exact picture, at no cost in speed.",
-                    extra_dict=ADVANCED,
+                advanced(
+                    io.Boolean.Input(
+                        "forecast",
+                        default=True,
+                        tooltip=custom
+                        + "Extrapolate values of other devices from their last two instead of reusing the last one. "
+                        "Closer to the exact picture, at no cost in speed.",
+                    )
                 ),
-                io.String.Input(
-                    "cuts",
-                    default="",
-                    tooltip="Where the segments begin: one block name per segment, separated by commas, such as "
-                    "input_blocks.4, output_blocks.3. Empty: balanced automatically.",
-                    extra_dict=ADVANCED,
+                advanced(
+                    io.String.Input(
+                        "cuts",
+                        default="",
+                        tooltip="Where the segments begin: one block name per segment, separated by commas, such as "
+                        "input_blocks.4, output_blocks.3. Empty: balanced automatically.",
+                    )
                 ),
             ],
             outputs=[OptionsType.Output(display_name="options")],

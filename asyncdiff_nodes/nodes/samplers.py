@@ -7,7 +7,7 @@ from typing import Any
 import comfy.samplers
 from comfy_api.latest import io
 
-from .model import ADVANCED, ReadsSettings, options_input
+from .model import ReadsSettings, advanced, options_input
 
 _SEED = {"min": 0, "max": 0xFFFFFFFFFFFFFFFF, "control_after_generate": True}
 
@@ -75,7 +75,7 @@ class AsyncDiffKSamplerAdvanced(ReadsSettings):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Inputs and widget order of KSamplerAdvanced, then the options."""
-        steps = {"min": 0, "max": 10000, "extra_dict": ADVANCED}
+        steps = {"min": 0, "max": 10000}
         return io.Schema(
             node_id="AsyncDiffKSamplerAdvanced",
             display_name="KSampler Advanced (AsyncDiff)",
@@ -83,18 +83,17 @@ class AsyncDiffKSamplerAdvanced(ReadsSettings):
             description="KSampler (Advanced) whose model is denoised by all GPUs together. With one device it is that node.",
             inputs=[
                 _model_input(),
-                io.Combo.Input(
-                    "add_noise", options=["enable", "disable"], tooltip="Whether to add noise first.", extra_dict=ADVANCED
-                ),
+                advanced(io.Combo.Input("add_noise", options=["enable", "disable"], tooltip="Whether to add noise first.")),
                 io.Int.Input("noise_seed", default=0, tooltip="Seed of the noise.", **_SEED),
                 *_common_inputs(),
-                io.Int.Input("start_at_step", default=0, tooltip="The first step to do.", **steps),
-                io.Int.Input("end_at_step", default=10000, tooltip="The step to stop before.", **steps),
-                io.Combo.Input(
-                    "return_with_leftover_noise",
-                    options=["disable", "enable"],
-                    tooltip="Whether to keep the noise that the skipped last steps would have removed, for another sampler.",
-                    extra_dict=ADVANCED,
+                advanced(io.Int.Input("start_at_step", default=0, tooltip="The first step to do.", **steps)),
+                advanced(io.Int.Input("end_at_step", default=10000, tooltip="The step to stop before.", **steps)),
+                advanced(
+                    io.Combo.Input(
+                        "return_with_leftover_noise",
+                        options=["disable", "enable"],
+                        tooltip="Whether to keep the noise that the skipped last steps would have removed, for another sampler.",
+                    )
                 ),
                 options_input(),
             ],

@@ -109,6 +109,27 @@ def test_begin_forgets_the_records_of_the_run_before(toy_group):
     assert all(r.synchronous and r.compute >= 0 and r.wait >= 0 and r.end >= r.start for r in records)
 
 
+def test_records_are_told_while_the_run_goes_on(toy_group):
+    group, _ = toy_group(toys.PLAIN)
+    told, after = [], []
+
+    def tell(record):
+        told.append((record.rank, record.call))
+
+    group.begin(on_record=tell)
+    x, kwargs = toys.inputs(3)
+    for t in (900, 800, 700):
+        group(x, t, **kwargs)
+        after.append(len(told))
+    # a rank's record follows its result, so of a call it is known at the latest in the next
+    assert after[1] >= group.plan.segments and after[2] >= 2 * group.plan.segments
+    records = group.stats().records
+    assert sorted(told) == sorted((r.rank, r.call) for r in records)
+    group.begin()
+    group(x, 600, **kwargs)
+    assert len(told) == len(records)
+
+
 def test_drift_is_the_relative_change_of_what_arrived(toy_group):
     """Against the blocks' own outputs, in synchronous calls."""
     plan = toys.PLAIN
