@@ -27,7 +27,7 @@ class Frontend:
 
     Attributes:
         page: Playwright's.
-        troubles: errors of the page, and console errors and warnings that name this pack's files.
+        troubles: errors of the page and on its console, and warnings, that have to do with this pack.
     """
 
     def __init__(self, server: Server, browser: Browser, width: int = 1440, height: int = 900, **settings: Any) -> None:
@@ -38,14 +38,17 @@ class Frontend:
         self.page = browser.new_context(viewport={"width": width, "height": height}).new_page()
         self.page.set_default_timeout(30_000)
         self.troubles: list[str] = []
-        self.page.on("pageerror", lambda error: self.troubles.append(f"page error: {error}"))
+        self.page.on("pageerror", lambda error: self._blame(f"page error: {error.stack}"))
         self.page.on("console", self._listen)
         self.open()
 
     def _listen(self, message: ConsoleMessage) -> None:
-        ours = PACK_FOLDER in f"{message.location.get('url', '')} {message.text}" or "asyncdiff" in message.text.lower()
-        if message.type in ("error", "warning") and ours:
-            self.troubles.append(f"{message.type}: {message.text}")
+        if message.type in ("error", "warning"):
+            self._blame(f"{message.type}: {message.text} at {message.location.get('url', '')}")
+
+    def _blame(self, trouble: str) -> None:
+        if "asyncdiff" in trouble.lower():
+            self.troubles.append(trouble)
 
     def open(self) -> None:
         """Load the page, for the first time or again, until the graph can be used."""

@@ -1,0 +1,41 @@
+"""What a release consists of: one version in every place, what is installed, what the registry's archive holds."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import asyncdiff_nodes
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def git(*arguments):
+    found = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    return set(found.stdout.split("\n")) - {""}
+
+
+def test_one_version():
+    # as publish.yml finds it
+    assert re.findall(r'^version = "([^"]*)"', read("pyproject.toml"), re.MULTILINE) == [asyncdiff_nodes.__version__]
+    assert re.search(r"^## \[([\d.]+)\]", read("CHANGELOG.md"), re.MULTILINE)[1] == asyncdiff_nodes.__version__
+
+
+def test_torch_is_never_installed():
+    required = re.findall(r"^[\w-]+", read("requirements.txt"), re.MULTILINE)
+    assert "diffusers" in required
+    assert not [name for name in required if name.startswith(("torch", "xformers", "nvidia"))]
+
+
+def test_the_archive_holds_what_runs():
+    files = git("ls-files", "--cached", "--others", "--exclude-standard")
+    ignored = git("ls-files", "--cached", "--others", "--ignored", "--exclude-from=.comfyignore") & files
+    packed = {path: (ROOT / path).stat().st_size for path in files - ignored if (ROOT / path).exists()}
+    folders = {path.split("/")[0] for path in packed if "/" in path}
+    assert folders == {"asyncdiff_nodes", "docs", "js", "locales", "workflows"}
+    assert {"__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md", "CHANGELOG.md"} <= set(packed)
+    assert not [path for path in ignored if path.startswith(("asyncdiff_nodes/", "js/", "locales/", "workflows/"))]
+    assert sum(packed.values()) < 15 * 2**20  # most of it is the demo model
