@@ -39,7 +39,7 @@ class Server:
     Args:
         comfyui, python: as found above.
         base: folder for ``custom_nodes``, ``models``, ``input``, ``output`` and ``user``; made where missing.
-        packs: name in ``custom_nodes`` -> folder to link there; this pack by default.
+        packs: name in ``custom_nodes`` -> folder to link there; this pack if None.
         flags: further command-line flags of the host.
         log: where its output goes.
 
@@ -63,7 +63,7 @@ class Server:
             raise FileNotFoundError(f"no Python was found in {comfyui}: set COMFYUI_PYTHON to the one that runs it")
         for name in ("custom_nodes", "models", "input", "output", "user"):
             (base / name).mkdir(parents=True, exist_ok=True)
-        for name, folder in (packs or {"ComfyUI-AsyncDiff": PACK}).items():
+        for name, folder in ({"ComfyUI-AsyncDiff": PACK} if packs is None else packs).items():
             link = base / "custom_nodes" / name
             if not link.exists():
                 link.symlink_to(folder, target_is_directory=True)

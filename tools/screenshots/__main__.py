@@ -21,10 +21,10 @@ def main() -> None:
     """Run the modules that are named on the command line, or all."""
     names = sys.argv[1:] or sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    host, test_pack = Path(os.environ["ASYNCDIFF_HOST_UNDER_TEST"]), ROOT / "tests" / "host" / "pack"
+    host = Path(os.environ["ASYNCDIFF_HOST_UNDER_TEST"])
     with (
         tempfile.TemporaryDirectory() as base,
-        serve(host, sys.executable, Path(base), test_pack) as server,
+        serve(host, sys.executable, Path(base)) as server,
         sync_playwright() as playwright,
     ):
         browser = launch(playwright.chromium)

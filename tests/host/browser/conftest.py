@@ -11,7 +11,9 @@ HOST = os.environ.get("ASYNCDIFF_HOST_UNDER_TEST")
 if HOST is None:
     collect_ignore_glob = ["test_*.py"]
 else:
-    from frontend import CHROMIUM, Frontend, launch, serve
+    from frontend import CHROMIUM, PACK_FOLDER, Frontend, launch, serve
+
+    from asyncdiff_nodes.cli.comfyui import PACK
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +23,8 @@ def server(tmp_path_factory):
         pytest.skip("no Chromium on this machine")
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("CUDA_VISIBLE_DEVICES", "")
-        with serve(Path(HOST), sys.executable, tmp_path_factory.mktemp("page"), Path(__file__).parents[1] / "pack") as server:
+        packs = {PACK_FOLDER: PACK, "asyncdiff tests": Path(__file__).parents[1] / "pack"}
+        with serve(Path(HOST), sys.executable, tmp_path_factory.mktemp("page"), packs) as server:
             yield server
 
 

@@ -96,9 +96,7 @@ class Frontend:
         assert not self.troubles, self.troubles
 
 
-def serve(comfyui: Path, python: str, base: Path, test_pack: Path | None = None, *flags: str) -> Server:
-    """A server with this pack under the name that users see, for pages."""
-    packs = {PACK_FOLDER: PACK} | ({"asyncdiff tests": test_pack} if test_pack else {})
-    return Server(
-        comfyui, python, base, packs, ["--cpu", "--preview-method", "latent2rgb", "--use-pytorch-cross-attention", *flags]
-    )
+def serve(comfyui: Path, python: str, base: Path, packs: dict[str, Path] | None = None) -> Server:
+    """A server with this pack under the name that users see, or with ``packs``, for pages; it has no GPU."""
+    flags = ["--cpu", "--preview-method", "latent2rgb", "--use-pytorch-cross-attention"]
+    return Server(comfyui, python, base, {PACK_FOLDER: PACK} if packs is None else packs, flags)
