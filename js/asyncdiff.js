@@ -8,6 +8,12 @@ import { SETTINGS } from "./settings.js";
 import { showErrors } from "./toasts.js";
 
 const STYLE = new URL("./asyncdiff.css", import.meta.url).href;
+const PANEL = {
+  id: "AsyncDiff.TogglePanel",
+  label: "Show or hide the AsyncDiff panel",
+  icon: "pi pi-align-left",
+  function: () => app.extensionManager.command.execute("Workspace.ToggleBottomPanelTab.asyncdiff"),
+};
 const replacing = commands(app);
 const panel = new Panel({
   client: new Client(api, () => app.extensionManager.setting.get("AsyncDiff.Refresh")),
@@ -18,6 +24,8 @@ app.registerExtension({
   name: "AsyncDiff",
   settings: SETTINGS,
   ...replacing,
+  commands: [...replacing.commands, PANEL],
+  menuCommands: [...replacing.menuCommands, { path: ["Extensions", "AsyncDiff"], commands: [PANEL.id] }],
   bottomPanelTabs: [
     {
       id: "asyncdiff",

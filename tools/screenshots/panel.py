@@ -1,34 +1,38 @@
-"""The panel in mid-run, in dark and light themes, and after the run: docs/images/panel*.png."""
+"""The panel in mid-run, in the dark and the light theme, and after a run: docs/images/panel*.png."""
 
 import re
-import time
 from pathlib import Path
 
-from frontend import Frontend
+from frontend import Frontend, Server
+from playwright.sync_api import Browser
 
-IMAGES = Path(__file__).resolve().parents[2] / "docs" / "images"
-WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "asyncdiff_demo.json"
+ROOT = Path(__file__).resolve().parents[2]
+IMAGES = ROOT / "docs" / "images"
+# 60 steps, so that there is time to look; the sampler and the pictures are above the panel
+PREPARE = """() => {
+  const { graph, canvas } = window.app;
+  graph.nodes.find((node) => node.type === "AsyncDiffKSampler").widgets.find((widget) => widget.name === "steps").value = 60;
+  canvas.ds.scale = 0.72;
+  const [x, y] = graph.nodes.find((node) => node.type === "AsyncDiffOptions").pos;
+  canvas.ds.offset = [150 - x, 110 - y];
+  canvas.setDirty(true, true);
+}"""
 
 
-def take(server, browser) -> None:
-    """Run the demo workflow with more steps, so that there is time to look."""
+def take(server: Server, browser: Browser) -> None:
+    """Run the demo workflow with warm workers."""
     for theme in ("dark", "light"):
-        frontend = Frontend(server, browser, Comfy_ColorPalette=theme)
-        frontend.load(WORKFLOW)
-        steps = "app.graph.nodes.find(n => n.type === 'AsyncDiffKSampler').widgets.find(w => w.name === 'steps').value = 60"
-        frontend.page.evaluate(steps)
+        frontend = Frontend(server, browser, height=1020, Comfy_ColorPalette=theme)
+        frontend.load(ROOT / "workflows" / "asyncdiff_demo.json")
+        frontend.page.evaluate(PREPARE)
         frontend.execute("Workspace.ToggleBottomPanelTab.asyncdiff")
-        frontend.execute("Comfy.Canvas.FitView")
         if theme == "dark":
-            frontend.run()  # so that the workers are warm
-        prompt = frontend.queue()
-        frontend.page.get_by_text(re.compile("step 1[0-4] of 60")).first.wait_for()
+            frontend.run()
+        frontend.queue()
+        frontend.page.get_by_text(re.compile("step ([6-9]|1[0-4]) of 60 · asynchronous")).wait_for()
         frontend.page.screenshot(path=IMAGES / f"panel-{theme}.png")
-        while not server.get(f"/history/{prompt}"):
-            time.sleep(0.2)
+        frontend.page.get_by_text("Last run").wait_for()
         if theme == "dark":
-            frontend.page.get_by_text("Last run").wait_for()
             frontend.page.wait_for_timeout(500)
             frontend.page.locator(".asyncdiff-panel").screenshot(path=IMAGES / "panel-done.png")
-        print(frontend.troubles)
         frontend.close()
