@@ -99,12 +99,13 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
+        self._device = device
         self.restart()
 
     def restart(self) -> None:
         """Set the device's clock by the machine's; earlier marks are void. Waits for a GPU's queue."""
         if self._cuda:  # from time to time: the driver counts in single precision from the origin on
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
             self._zero, self._origin = time.monotonic(), self.mark()
 
     def reached(self, mark: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The pictures of the shared workflows in ComfyUI's template browser: title and graph, and for the demo what it draws."""
+"""The pictures of the shared workflows in ComfyUI's template browser: graph and title, and for the demo what it draws."""
 
 import base64
 import json
@@ -28,12 +28,13 @@ PLACE = """([x, y]) => {
   app.canvas.setDirty(true, true);
   return app.canvasPosToClientPos([x, y]);
 }"""
+# the title is below, since the template browser lays a badge over the upper left corner
 CARD = """<style>
   body { margin: 0; height: 100vh; box-sizing: border-box; padding: 14px 10px; background: #18181b; color: #fff;
     display: flex; flex-direction: column; justify-content: space-evenly; align-items: center; font: 600 36px Inter, sans-serif; }
   .graph { width: 100%%; min-height: 0; object-fit: contain; }
   .drawn img { width: 114px; margin: 0 3px; border-radius: 6px; }
-</style><div>%s</div><div class="drawn">%s</div><img class="graph" src="%s">"""
+</style><img class="graph" src="%s"><div class="drawn">%s</div><div>%s</div>"""
 
 
 def take(server: Server, browser: Browser) -> None:
@@ -51,7 +52,7 @@ def take(server: Server, browser: Browser) -> None:
         graph = _graph(frontend, workflow["groups"])
         drawn = _drawn(server, frontend.run()) if path.stem == "asyncdiff_demo" else []
         title = note["widgets_values"][0].splitlines()[0].lstrip("# ")
-        card.set_content(CARD % (title, "".join(f'<img src="{picture}">' for picture in drawn), graph))
+        card.set_content(CARD % (graph, "".join(f'<img src="{picture}">' for picture in drawn), title))
         card.screenshot(path=path.with_suffix(".jpg"), type="jpeg", quality=88)
     card.close()
     frontend.close()
