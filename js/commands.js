@@ -52,7 +52,7 @@ async function run(app, action, items) {
   // the end of a change is when the tracker looks at the graph
   changeTracker.beforeChange();
   changeTracker.afterChange();
-  const { workflow, count, bySelection } = replaceSamplers(changeTracker.activeState, action.types, canvas.graph.id, ids);
+  const { workflow, count, bySelection } = replaceSamplers(changeTracker.activeState, action.types, canvas.subgraph?.id, ids);
   if (!count) {
     const where = bySelection ? "in the selection" : "in this graph";
     const cure = bySelection ? "Select others, or nothing to replace all." : action.otherwise;

@@ -6,39 +6,34 @@ export const TO_STOCK = Object.fromEntries(Object.entries(TO_ASYNCDIFF).map((pai
 const OPTIONS = { name: "options", type: "ASYNCDIFF_OPTIONS", shape: 7, link: null }; // 7: the shape of an optional input
 const ROW = 20; // the height of one input on the canvas
 
-/** Whether a type of node is one of the four. */
-export function isSampler(type) {
-  return type in TO_ASYNCDIFF || type in TO_STOCK;
-}
-
 /**
  * Replace samplers in a workflow as the page saves it. What is not said here stays: ids, links, values, looks, and the name
  * that file names such as %KSampler.seed% refer to.
  *
  * @param workflow the root graph with the definitions of its subgraphs; it is not changed
  * @param types TO_ASYNCDIFF or TO_STOCK
- * @param open id of the graph that the user looks at
+ * @param open id of the subgraph that the user looks at; undefined: the root graph
  * @param selected ids of the nodes selected in it. Where no sampler is among them or in their subgraphs, all count.
  * @returns the changed workflow, how many nodes were changed, and whether the selection counted
  */
 export function replaceSamplers(workflow, types, open, selected) {
   const changed = JSON.parse(JSON.stringify(workflow));
-  const graphs = new Map([changed, ...(changed.definitions?.subgraphs ?? [])].map((graph) => [graph.id, graph]));
-  const graph = graphs.get(open);
-  const chosen = samplers(graph, graphs, new Set(selected.map(String)));
-  const found = [...(chosen.size ? chosen : samplers(graph, graphs))].filter(([node]) => node.type in types);
+  const subgraphs = new Map((changed.definitions?.subgraphs ?? []).map((graph) => [graph.id, graph]));
+  const graph = subgraphs.get(open) ?? changed;
+  const chosen = samplers(graph, subgraphs, new Set(selected.map(String)));
+  const found = [...(chosen.size ? chosen : samplers(graph, subgraphs))].filter(([node]) => node.type in types);
   for (const [node, owner] of found) replace(node, owner, types[node.type]);
   return { workflow: changed, count: found.length, bySelection: chosen.size > 0 };
 }
 
-/** The samplers of a graph and of the subgraphs in it, each with the graph it is in; of the root of the search only `ids`. */
-function samplers(graph, graphs, ids) {
+/** The samplers among a graph's nodes, or those with `ids`, and in their subgraphs; each with the graph that it is in. */
+function samplers(graph, subgraphs, ids) {
   const found = new Map();
   for (const node of graph.nodes) {
     if (ids && !ids.has(String(node.id))) continue;
-    if (isSampler(node.type)) found.set(node, graph);
-    const inner = graphs.get(node.type);
-    if (inner) for (const [sampler, owner] of samplers(inner, graphs)) found.set(sampler, owner);
+    if (node.type in TO_ASYNCDIFF || node.type in TO_STOCK) found.set(node, graph);
+    const inner = subgraphs.get(node.type);
+    if (inner) for (const [sampler, owner] of samplers(inner, subgraphs)) found.set(sampler, owner);
   }
   return found;
 }
@@ -61,7 +56,7 @@ function replace(node, graph, type) {
   }
 }
 
-/** Links, complete or loose, that end at a node. Those of the root graph are arrays, those of subgraphs and loose ones objects. */
+/** Links, complete or loose, that end at a node: arrays in the root graph, objects in subgraphs and where they are loose. */
 function linksInto(graph, node) {
   const links = [...(graph.links ?? []), ...(graph.floatingLinks ?? [])];
   return links.filter((link) => String(link.target_id ?? link[3]) === String(node.id));
@@ -70,11 +65,11 @@ function linksInto(graph, node) {
 /** Take away what ends at a node's input; the page drops reroutes that carry nothing any more. */
 function disconnect(graph, node, id, slot) {
   const ending = new Set(linksInto(graph, node).filter((link) => (link.target_slot ?? link[4]) === slot));
-  for (const key of ["links", "floatingLinks"]) graph[key] = graph[key]?.filter((link) => !ending.has(link));
-  for (const output of graph.nodes.flatMap((origin) => origin.outputs ?? [])) drop(output, "links", id);
-  for (const input of graph.inputs ?? []) drop(input, "linkIds", id);
+  for (const key of ["links", "floatingLinks"]) keep(graph, key, (link) => !ending.has(link));
+  for (const output of graph.nodes.flatMap((origin) => origin.outputs ?? [])) keep(output, "links", (other) => other !== id);
+  for (const input of graph.inputs ?? []) keep(input, "linkIds", (other) => other !== id);
 }
 
-function drop(slot, key, id) {
-  if (slot[key]) slot[key] = slot[key].filter((other) => other !== id);
+function keep(owner, key, test) {
+  if (owner[key]) owner[key] = owner[key].filter(test);
 }
