@@ -1,3 +1,4 @@
+import { t } from "./messages.js";
 import { TO_ASYNCDIFF, TO_STOCK, replaceSamplers } from "./replace.js";
 
 const ICON = "pi pi-arrow-right-arrow-left";
@@ -5,15 +6,15 @@ const REPLACE = {
   id: "AsyncDiff.ReplaceKSamplers",
   label: "Replace KSampler by AsyncDiff",
   types: TO_ASYNCDIFF,
-  names: "KSampler or KSampler (Advanced)",
-  otherwise: "For other samplers, put AsyncDiff Model between the model and the sampler.",
+  none: "noStock",
+  otherwise: "otherSamplers",
 };
 const RESTORE = {
   id: "AsyncDiff.RestoreKSamplers",
   label: "Replace AsyncDiff by KSampler",
   types: TO_STOCK,
-  names: "KSampler (AsyncDiff) or KSampler Advanced (AsyncDiff)",
-  otherwise: "For AsyncDiff Model, connect the sampler to the model itself, or bypass the node.",
+  none: "noOurs",
+  otherwise: "otherModel",
 };
 const ACTIONS = [REPLACE, RESTORE];
 
@@ -54,9 +55,8 @@ async function run(app, action, items) {
   changeTracker.afterChange();
   const { workflow, count, bySelection } = replaceSamplers(changeTracker.activeState, action.types, canvas.subgraph?.id, ids);
   if (!count) {
-    const where = bySelection ? "in the selection" : "in this graph";
-    const cure = bySelection ? "Select others, or nothing to replace all." : action.otherwise;
-    return toast(app, "warn", `No ${action.names} ${where}. ${cure}`);
+    const where = t(bySelection ? "inSelection" : "inGraph");
+    return toast(app, "warn", t(action.none, { where, cure: t(bySelection ? "selectOthers" : action.otherwise) }));
   }
   // as if the user had undone the replacement before: the page's own way to show another state and to keep the former one
   changeTracker.redoQueue.length = 0;
@@ -64,7 +64,7 @@ async function run(app, action, items) {
   await changeTracker.redo();
   changeTracker.activeState = JSON.parse(JSON.stringify(canvas.graph.rootGraph.serialize()));
   canvas.selectItems(ids.map((id) => canvas.graph.getNodeById(id)));
-  toast(app, "success", `${count} ${count === 1 ? "sampler" : "samplers"} replaced. Ctrl+Z takes it back.`);
+  toast(app, "success", t(count === 1 ? "replacedOne" : "replaced", { count }));
 }
 
 function toast(app, severity, detail) {

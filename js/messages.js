@@ -1,4 +1,4 @@
-/** Texts of the panel in English; other languages are in locales/LANGUAGE/main.json under "asyncdiff". */
+/** Texts of the panel and of toasts in English; other languages are in locales/LANGUAGE/main.json under "asyncdiff". */
 export const ENGLISH = {
   idle: "No run yet. Queue a graph with an AsyncDiff sampler.",
   starting: "Starting the workers",
@@ -39,6 +39,15 @@ export const ENGLISH = {
   copied: "Report copied",
   copyByHand: "The browser does not allow copying here; the text is below",
   timeline: "Timeline of the ranks: when each was computing",
+  replaced: "{count} samplers replaced. Ctrl+Z takes it back.",
+  replacedOne: "{count} sampler replaced. Ctrl+Z takes it back.",
+  noStock: "No KSampler or KSampler (Advanced) {where}. {cure}",
+  noOurs: "No KSampler (AsyncDiff) or KSampler Advanced (AsyncDiff) {where}. {cure}",
+  inSelection: "in the selection",
+  inGraph: "in this graph",
+  selectOthers: "Select others, or nothing to replace all.",
+  otherSamplers: "For other samplers, put AsyncDiff Model between the model and the sampler.",
+  otherModel: "For AsyncDiff Model, connect the sampler to the model itself, or bypass the node.",
 };
 
 let texts = ENGLISH;
