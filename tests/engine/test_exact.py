@@ -14,7 +14,7 @@ GOLDEN = [
     "sd15_N3_S2_W3_noshift_T12_dealias",
     pytest.param("sd15_N4_S1_W3_noshift_T12", marks=pytest.mark.slow),
     pytest.param("sdxl_N3_S1_W3_noshift_T12", marks=pytest.mark.slow),
-    "sdxl_N2_S2_W3_noshift_T12_dealias",
+    pytest.param("sdxl_N2_S2_W3_noshift_T12_dealias", marks=pytest.mark.slow),
 ]
 WRAPPED = ("sd15", Plan(segments=2, warmup=4))  # the automatic placement
 OTHERS = [

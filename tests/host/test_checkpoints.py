@@ -36,7 +36,8 @@ def checkpoint(path, changes):
     save_file(weights, path)
 
 
-@pytest.mark.parametrize("name", ["SD15", *(pytest.param(name, marks=pytest.mark.slow) for name in list(FILES)[1:])])
+@pytest.mark.slow  # by default, the shared workflows run with such a file
+@pytest.mark.parametrize("name", FILES)
 def test_detected_by_the_host(tmp_path, name):
     checkpoint(tmp_path / "model.safetensors", FILES[name])
     model = comfy.sd.load_diffusion_model(str(tmp_path / "model.safetensors"))

@@ -105,7 +105,7 @@ def test_the_samplers_have_the_hosts_inputs_and_outputs_then_options(infos, name
         assert list(own[key]) == list(stock[key]), key
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_ksampler_and_its_twin_give_identical_latents(page, kind):
     assert_exact(page, twins(kind))
 

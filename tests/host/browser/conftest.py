@@ -45,3 +45,12 @@ def frontend(server, chromium):
     frontend = Frontend(server, chromium)
     yield frontend
     frontend.close()
+
+
+@pytest.fixture(scope="session")
+def chinese(server, chromium):
+    """A page in Chinese; those that open later are in English again."""
+    frontend = Frontend(server, chromium, Comfy_Locale="zh")
+    server.post("/settings", {"Comfy.Locale": "en"})
+    yield frontend
+    frontend.close()

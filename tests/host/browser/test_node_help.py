@@ -1,8 +1,5 @@
 """The help of a node, opened as a user does: select the node, press the button with the i."""
 
-import pytest
-from frontend import Frontend
-
 # where the title of the only node is on the canvas
 ADD = """name => {
   const { graph, canvas } = window.app;
@@ -14,15 +11,6 @@ ADD = """name => {
   canvas.draw(true, true); // only what was drawn can be clicked
   return { x: 400 + node.pos[0] + 60, y: 300 + node.pos[1] - 15 };
 }"""
-
-
-@pytest.fixture(scope="module")
-def chinese(server, chromium):
-    """A page in Chinese; the pages of other files are English again."""
-    frontend = Frontend(server, chromium, Comfy_Locale="zh")
-    yield frontend
-    server.post("/settings", {"Comfy.Locale": "en"})
-    frontend.close()
 
 
 def open_help(frontend, name):
