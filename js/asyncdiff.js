@@ -4,7 +4,7 @@ import { Client } from "./client.js";
 import { commands } from "./commands.js";
 import { translate } from "./messages.js";
 import { Panel } from "./panel.js";
-import { SETTINGS } from "./settings.js";
+import { SETTINGS, refreshSeconds } from "./settings.js";
 import { showErrors } from "./toasts.js";
 
 const STYLE = new URL("./asyncdiff.css", import.meta.url).href;
@@ -16,7 +16,7 @@ const PANEL = {
 };
 const replacing = commands(app);
 const panel = new Panel({
-  client: new Client(api, () => app.extensionManager.setting.get("AsyncDiff.Refresh")),
+  client: new Client(api, () => refreshSeconds(app.extensionManager.setting.get("AsyncDiff.Refresh"))),
   copy: (text) => navigator.clipboard.writeText(text),
 });
 

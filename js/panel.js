@@ -56,7 +56,7 @@ export class Panel {
 
   /** What never changes: the places for everything else, and the buttons. */
   _fixed() {
-    this._status = build("p", { className: "asyncdiff-status", role: "status" });
+    this._status = build("p", { className: "asyncdiff-status" });
     this._plan = build("p", { className: "asyncdiff-plan" });
     this._numbers = build("dl", { className: "asyncdiff-numbers" });
     this._sparkline = build("canvas", { className: "asyncdiff-sparkline", role: "img" });

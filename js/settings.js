@@ -1,3 +1,5 @@
+const REFRESH = { least: 0.1, most: 5, usual: 0.25 };
+
 /** What the user can choose under AsyncDiff; the server reads all but Refresh (asyncdiff_nodes/host/settings.py). */
 export const SETTINGS = [
   {
@@ -31,7 +33,13 @@ export const SETTINGS = [
     category: ["AsyncDiff", "Panel", "Refresh"],
     name: "Panel refresh, seconds",
     type: "number",
-    attrs: { min: 0.1, max: 5, step: 0.1, minFractionDigits: 1, maxFractionDigits: 2 },
-    defaultValue: 0.25,
+    attrs: { min: REFRESH.least, max: REFRESH.most, step: 0.1, minFractionDigits: 1, maxFractionDigits: 2 },
+    defaultValue: REFRESH.usual,
   },
 ];
+
+/** A stored Refresh as the server takes it: settings can be edited by hand. */
+export function refreshSeconds(stored) {
+  const seconds = Number(stored) || REFRESH.usual;
+  return Math.min(REFRESH.most, Math.max(REFRESH.least, seconds));
+}

@@ -7,6 +7,7 @@ to a page that is closed or whose panel is.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from asyncdiff_nodes.prompt_server import prompt_server
 
 from .options import ALWAYS
 from .timing import Timing
+
+log = logging.getLogger(__name__)
 
 EVENT = "asyncdiff.run"
 LEASE = 15.0  # seconds that a page is sent events after it asked
@@ -85,10 +88,11 @@ class Progress:
         if group is None or plan is None:
             return found
         first = max(0, len(records) - _KEPT) if first is None else first
-        timing = Timing(plan, group.devices, records)
+        # of a very long run the warm-up and the latest steps, so that an event costs the same at any time
+        timing = Timing(plan, group.devices, records if len(records) < 1000 else records[:200] + records[-800:])
         return found | {
             "plan": {**asdict(plan), "warmup": None if plan.warmup >= ALWAYS else plan.warmup},
-            "ranks": [self._rank(group, rank) for rank in range(plan.world_size)],
+            "ranks": [self._rank(group, rank) for rank in range(group.plan.world_size)],
             "memory": self._memory_used(group),
             "seconds_now": timing.last_step_seconds,
             "seconds": timing.step_seconds,
@@ -122,8 +126,10 @@ class Progress:
 
     def _memory_used(self, group: WorkerGroup) -> list[Any]:
         """Used and total bytes per rank: of the whole GPU, or of the rank's process on a CPU. Looked up once a second."""
+        if group.closed:
+            return []
         when, found = self._memory
-        if time.monotonic() - when > 1.0 and not group.closed:
+        if time.monotonic() - when > 1.0:
             found = [_memory(device, pid) for device, pid in zip(group.devices, group.pids, strict=True)]
             self._memory = time.monotonic(), found
         return found
@@ -148,16 +154,14 @@ class Watchers:
         for client, page in list(self._pages.items()):
             now = time.monotonic()
             if now > page.until:
-                self._pages.pop(client, None)
+                self.dismiss(client)
             elif at_once or now >= page.due:
-                if page.number != progress.number:
-                    page.number, page.first = progress.number, 0
-                recorded = progress.recorded
-                data = progress.snapshot(page.first)
-                page.due, page.first = now + page.interval, recorded
-                server = prompt_server()
-                if server is not None:
-                    server.send_sync(EVENT, data, client)
+                try:
+                    page.due = now + page.interval
+                    page.send(client, progress)
+                except Exception:  # a picture must not be lost for what is told about it
+                    log.exception("AsyncDiff: the panel is sent nothing more")
+                    self.dismiss(client)
 
 
 WATCHERS = Watchers()
@@ -172,6 +176,15 @@ class _Page:
 
     def renew(self, interval: float) -> None:
         self.until, self.interval = time.monotonic() + LEASE, interval
+
+    def send(self, client: str, progress: Progress) -> None:
+        """What is new to this page."""
+        if self.number != progress.number:
+            self.number, self.first = progress.number, 0
+        first, self.first = self.first, progress.recorded
+        data, server = progress.snapshot(first), prompt_server()
+        if server is not None:
+            server.send_sync(EVENT, data, client)
 
 
 def title(device: str) -> str:
