@@ -11,7 +11,7 @@ from toys import TOY
 # three steps of DDIM are all warm-up for the golden plans with W = 3
 GOLDEN = [
     "sd15_N2_S1_W3_shift_T12",
-    "sd15_N3_S2_W3_noshift_T12_dealias",
+    pytest.param("sd15_N3_S2_W3_noshift_T12_dealias", marks=pytest.mark.slow),
     pytest.param("sd15_N4_S1_W3_noshift_T12", marks=pytest.mark.slow),
     pytest.param("sdxl_N3_S1_W3_noshift_T12", marks=pytest.mark.slow),
     pytest.param("sdxl_N2_S2_W3_noshift_T12_dealias", marks=pytest.mark.slow),

@@ -10,8 +10,6 @@ QUICK = {
     "sd15_N2_S1_W3_shift_T12",
     "sd15_N3_S2_W3_noshift_T12_dealias",
     "sd15_N3_S2_W3_noshift_T13_dealias",
-    "sdxl_N3_S1_W3_noshift_T12",
-    "sdxl_N2_S2_W3_noshift_T12_dealias",
 }
 
 

@@ -94,7 +94,8 @@ def test_two_models_in_one_graph_keep_a_group_each_and_a_third_replaces_the_olde
     assert all(not psutil.pid_exists(pid) for pid in first)
 
 
-@pytest.mark.parametrize("way", ["unload_all_models", pytest.param("free_memory", marks=pytest.mark.slow)])
+@pytest.mark.slow  # by default, test_server does it through the host's route
+@pytest.mark.parametrize("way", ["unload_all_models", "free_memory"])
 def test_the_hosts_unloading_ends_the_ranks(sd15, prompts, way):
     POOL.release()
     comfy.model_management.unload_all_models()
@@ -112,6 +113,7 @@ def test_the_hosts_unloading_ends_the_ranks(sd15, prompts, way):
     assert len([m for m in comfy.model_management.current_loaded_models if "Rank" in type(m.model).__name__]) == 2
 
 
+@pytest.mark.slow
 def test_the_ranks_memory_taken_back_in_mid_run_costs_no_picture(sd15, prompts):
     """Another node may load a model of its own between two steps, and the host end the ranks for it."""
     import comfy.sample
@@ -131,6 +133,7 @@ def test_the_ranks_memory_taken_back_in_mid_run_costs_no_picture(sd15, prompts):
     assert torch.equal(sample(model, prompts), expected) and not last_run().notes
 
 
+@pytest.mark.slow
 def test_another_plan_for_the_same_model_replaces_its_ranks(sd15, prompts):
     sample(attach(sd15, EXACT), prompts)
     before = pids()
@@ -146,7 +149,7 @@ def test_a_dead_rank_breaks_one_prompt_only(sd15, prompts):
     assert torch.equal(sample(attach(sd15, EXACT), prompts), expected)
 
 
-@pytest.mark.parametrize("steps_before", [0, 5])
+@pytest.mark.parametrize("steps_before", [0, pytest.param(5, marks=pytest.mark.slow)])
 def test_cancel_answers_at_once_and_the_ranks_go_on(sd15, prompts, steps_before):
     """In the warm-up (3 steps) and after it; a large latent makes a step long."""
     model = attach(sd15, Options("Balanced", "cpu,cpu"))

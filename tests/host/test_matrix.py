@@ -107,7 +107,15 @@ def sample(model, prompts, steps=4):
 
 if importlib.util.find_spec("comfy_extras.nodes_nag") is None:  # a host older than this node
     del ROWS["NAGuidance"]
-SLOW = ("TorchCompileModel", "ModelComputeDtype", "LazyCache", "FreeU_V2", "TomePatchModel", "PatchModelAddDownscale")
+SLOW = (
+    "FreeU_V2",
+    "LazyCache",
+    "ModelComputeDtype",
+    "PatchModelAddDownscale",
+    "PerturbedAttentionGuidance",
+    "TomePatchModel",
+    "TorchCompileModel",
+)
 
 
 @pytest.mark.parametrize("feature", [pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in ROWS])

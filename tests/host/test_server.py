@@ -110,7 +110,7 @@ def test_ksampler_and_its_twin_give_identical_latents(page, kind):
     assert_exact(page, twins(kind))
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_ksampler_advanced_and_its_twin_in_two_stages_give_identical_latents(page, kind):
     seed = next(SEEDS)
     first = {"add_noise": "enable", "start_at_step": 0, "end_at_step": 3, "return_with_leftover_noise": "enable"}
@@ -167,7 +167,7 @@ def test_prompts_with_another_seed_or_lora_strength_use_the_same_processes(page)
     assert all(not torch.equal(first, second) for first, second in itertools.combinations(latents, 2))
 
 
-@pytest.mark.parametrize("step", [1, 6])  # in the warm-up and after it
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 6])  # in the warm-up and after it
 def test_interrupt_answers_at_once_and_the_next_prompt_is_right(page, step):
     assert_exact(page, twins())
     before = set(page.ranks())

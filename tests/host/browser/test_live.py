@@ -148,6 +148,7 @@ def test_workers_end_when_they_were_kept_for_long_enough(watcher, settings):
     seconds_until_gone(ranks, limit=15.0)
 
 
+@pytest.mark.slow
 def test_watching_costs_less_than_two_per_cent_of_a_step(sd15, prompts):
     """Measured where it happens, in the sampler's thread, on steps of about 0.1 s and events at the highest rate."""
     import nodes

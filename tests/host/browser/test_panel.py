@@ -77,7 +77,6 @@ def wait_until_done(frontend, prompt):
 
 def test_before_the_first_run_it_says_what_to_do(frontend, panel):
     frontend.server.post("/asyncdiff/stop", {})
-    frontend.page.reload()
     frontend.open()
     frontend.execute(TOGGLE)
     expect(panel.locator(".asyncdiff-workers")).to_contain_text("No workers alive. No CUDA GPU is visible to ComfyUI")
@@ -109,14 +108,14 @@ def test_bars_follow_each_other_in_the_warm_up_and_lie_side_by_side_afterwards(f
 
 
 def test_it_comes_back_after_a_reload_in_mid_run(frontend, panel):
-    demo(frontend, 40)
+    demo(frontend, 120)  # longer than a page takes to load
     prompt = frontend.queue()
-    expect(status(panel)).to_contain_text(re.compile(r"step \d+ of 40"), timeout=60_000)
+    expect(status(panel)).to_contain_text(re.compile(r"step \d+ of 120"), timeout=60_000)
     frontend.open()
     frontend.execute(TOGGLE)
-    expect(status(panel)).to_contain_text(re.compile(r"Sampling · step \d+ of 40"))
+    expect(status(panel)).to_contain_text(re.compile(r"Sampling · step \d+ of 120"))
     wait_until_done(frontend, prompt)
-    expect(status(panel)).to_have_text("Last run · step 40 of 40")
+    expect(status(panel)).to_have_text("Last run · step 120 of 120")
     kinds = {kind for column in frontend.page.evaluate(PIXELS) for kind in column}
     assert kinds == {None, "synchronous", "asynchronous"}, "the beginning of the run is missing"
 
