@@ -194,6 +194,7 @@ def test_cancel_while_the_ranks_start(sd15, prompts):
     assert sample(attach(sd15, EXACT), prompts).isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_network_is_never_loaded_by_the_host(prompts):
     model = small.model("sd15", seed=31)
     sample(attach(model, EXACT), prompts)
