@@ -269,7 +269,8 @@ def script(tmp_path, body):
     """Start a program of its own, without a ``__main__`` guard; returns it and its first line of output."""
     path = tmp_path / "program.py"
     head = f"""
-        import sys, tempfile
+        import signal, sys, tempfile
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where these tests run in a shell's background
         sys.path[:0] = [{str(HERE)!r}, {str(HERE.parents[1])!r}]
         tempfile.tempdir = {str(tmp_path)!r}
         import toys
