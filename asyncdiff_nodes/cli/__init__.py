@@ -12,6 +12,7 @@ COMMANDS = {
     "demo-comfy": "run the demo workflow in an installed ComfyUI and keep the picture",
     "plan": "show where a model would be cut, what crosses the cuts and the predicted speed-up",
     "bench": "measure plans with real processes against the unrouted model",
+    "compare": "measure what asynchrony does to the pictures, beside fewer steps at equal cost",
     "doctor": "check this machine and say what is wrong and how to cure it",
 }
 

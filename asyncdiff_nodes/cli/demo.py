@@ -98,13 +98,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             batches = [sum(steps[i : i + plan.stride]) / plan.stride for i in range(0, len(steps), plan.stride)]
             row = {"method": method, "steps": total, "step_s": statistics.median(batches)}
             rows.append({**row, "mib_per_call": stats.bytes_sent / calls / MIB})
-        cost = plan.warmup + math.ceil(max(0, total - plan.warmup) / plan.stride) * max(group.placement.shares)
-        fewer = min(total, math.ceil(cost))
+        fewer = min(total, math.ceil(group.placement.cost(total)))
         pictures["fewer steps"], times = sample(pipeline.unet, lambda _: None, fewer, advancing("fewer steps", fewer))
         rows.append({"method": "fewer steps", "steps": fewer, "step_s": statistics.median(times[1:] or times)})
     for row in rows[1:]:
         row["speedup"] = rows[0]["step_s"] * total / (row["step_s"] * row["steps"])
-        row["psnr"] = _psnr(sequential, pictures[row["method"]])
+        row["psnr"] = float(psnr(sequential, pictures[row["method"]]).mean())
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "demo.png"
@@ -127,11 +126,11 @@ def _block_costs(pipeline: DemoPipeline, prompts: list[str]) -> list[float]:
     return block_seconds(pipeline.unet, graph, args, kwargs, repeats=5)
 
 
-def _psnr(reference: np.ndarray, pictures: np.ndarray) -> float:
-    """Mean over the pictures, in dB; identical ones count as 100 dB."""
+def psnr(reference: np.ndarray, pictures: np.ndarray) -> np.ndarray:
+    """Of each picture [B, H, W, 3], in dB; identical ones count as 100 dB."""
     with np.errstate(divide="ignore"):
         values = [peak_signal_noise_ratio(a, b, data_range=1.0) for a, b in zip(reference, pictures, strict=True)]
-    return float(np.mean(np.minimum(values, 100.0)))
+    return np.minimum(values, 100.0)
 
 
 def _sheet(prompts: list[str], sequential: np.ndarray, asynchronous: np.ndarray, plan: Plan) -> Image.Image:

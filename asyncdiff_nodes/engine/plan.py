@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -116,6 +117,12 @@ class Placement(Mapping[str, int]):
         """Fraction of the blocks' cost in each segment: MACs, or what was given for them."""
         costs = [sum(self.costs[i] for i in self.owned(d)) for d in range(self.plan.segments)]
         return tuple(cost / sum(costs) for cost in costs)
+
+    def cost(self, steps: int) -> float:
+        """Of a run of ``steps`` calls, in evaluations of the unrouted model, communication left out."""
+        plan = self.plan
+        warmup = min(plan.warmup, steps)
+        return warmup + math.ceil((steps - warmup) / plan.stride) * max(self.shares)
 
     def weight_bytes(self, segment: int) -> int:
         """Bytes of the weights that one rank of ``segment`` holds, those that every rank holds included."""
