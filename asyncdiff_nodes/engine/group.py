@@ -370,6 +370,7 @@ class WorkerGroup:
                 index=call.index,
                 synchronous=synchronous,
                 computes=computes,
+                targets=call.targets,
                 leaves=tuple(mine),
                 structure=inputs.structure,
                 timestep=("tensor", len(sent)) if is_tensor else ("value", t),

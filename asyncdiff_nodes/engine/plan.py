@@ -24,8 +24,8 @@ class Plan:
         warmup: W >= 1, leading synchronous calls. The last one fills the caches. With S > 1 choose W = 1 + a multiple of S:
             otherwise the calls before the first full batch repeat the result of call W - 1.
         time_shift: every rank uses the previous timestep in asynchronous calls.
-        forecast: 0 hands back the last value received (the published method), 1 extrapolates it by one call from the last
-            two, at no communication.
+        forecast: 0 hands back the last value received (the published method), 1 extrapolates the last two linearly to the
+            call that the rank computes for, at no communication.
         cuts: block-name prefixes where the segments begin, in execution order on the circle of blocks. Blocks before the
             first cut belong to the last segment. ``None`` searches for the best cuts.
     """

@@ -37,19 +37,26 @@ class Call:
     Attributes:
         index: k.
         kind: what happens.
-        timestep_indices: per rank, the index of the timestep it uses; empty where nothing is computed.
+        targets: per rank, the index of the call that it computes for; empty where nothing is computed.
+        shift: a rank uses the timestep of its target, or with 1 that of the call before.
         results: rank -> index of the call that its output is the result of.
     """
 
     index: int
     kind: Kind
-    timestep_indices: tuple[int, ...] = ()
+    targets: tuple[int, ...] = ()
     results: tuple[tuple[int, int], ...] = ()
+    shift: int = 0
+
+    @property
+    def timestep_indices(self) -> tuple[int, ...]:
+        """Per rank, the index of the timestep that it uses."""
+        return tuple(target - self.shift for target in self.targets)
 
     @property
     def computes(self) -> bool:
         """Whether any rank computes in this call."""
-        return bool(self.timestep_indices)
+        return bool(self.targets)
 
 
 def call_at(plan: Plan, k: int, total: int | None) -> Call:
@@ -67,7 +74,7 @@ def call_at(plan: Plan, k: int, total: int | None) -> Call:
         return Call(k, Kind.SYNCHRONOUS, (k,) * ranks, ((last, k),))
     shift = int(plan.time_shift)
     if plan.stride == 1:
-        return Call(k, Kind.ASYNCHRONOUS, (k - shift,) * ranks, ((last, k),))
+        return Call(k, Kind.ASYNCHRONOUS, (k,) * ranks, ((last, k),), shift)
     begin = k - (k - 1) % plan.stride
     if begin < plan.warmup:
         return Call(k, Kind.REPEATED)
@@ -75,4 +82,4 @@ def call_at(plan: Plan, k: int, total: int | None) -> Call:
         return Call(k, Kind.PREFETCHED)
     serves = [plan.stride - 1] * plan.segments + list(range(plan.stride - 1))  # offset of the call that each rank computes for
     results = tuple((rank, k + serves[rank]) for rank in range(last, ranks) if k + serves[rank] < total)
-    return Call(k, Kind.ASYNCHRONOUS, tuple(min(k + s, total - 1) - shift for s in serves), results)
+    return Call(k, Kind.ASYNCHRONOUS, tuple(min(k + s, total - 1) for s in serves), results, shift)

@@ -43,7 +43,8 @@ class Simulator:
         self._timesteps: list[float] | None = None
         self._streams: dict[Hashable, dict[str, Any]] = {}
         self._segment: int | None = None  # the one that runs; None runs all
-        self._stale: list[dict[str, Any]] = []
+        self._target = 0  # the call that it computes for
+        self._stale: list[tuple[int, dict[str, Any]]] = []  # values, and the call that they were computed for
         self._fresh: dict[str, Any] = {}
         for name in self.placement:
             block = module.get_submodule(name)
@@ -93,14 +94,14 @@ class Simulator:
             state["results"][call.index], kept = run(None, call.index)
         elif call.kind is Kind.ASYNCHRONOUS:
             results = dict(call.results)
-            for rank, index in enumerate(call.timestep_indices):
+            for rank, (index, self._target) in enumerate(zip(call.timestep_indices, call.targets, strict=True)):
                 output, fresh = run(plan.segment_of_rank(rank), index)
                 if rank in results:
                     state["results"][results[rank]] = output
                 if rank < plan.segments:
                     kept.update(fresh)
         if call.computes:
-            state["history"] = [*self._stale[-1:], kept]
+            state["history"] = [*self._stale[-1:], (call.targets[0], kept)]
         source = plan.warmup - 1 if call.kind is Kind.REPEATED else call.index
         state["k"], state["last_t"] = state["k"] + 1, timestep
         return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, state["results"][source])
@@ -111,9 +112,11 @@ class Simulator:
                 output = forward(*args, **kwargs)
                 self._fresh[name] = tree_map(lambda leaf: leaf.clone(), output)
                 return output
-            last = self._stale[-1][name]
+            at, last = self._stale[-1]
             if self.plan.forecast == 0 or len(self._stale) < 2:
-                return tree_map(lambda leaf: leaf.clone(), last)
-            return tree_map(lambda a, b: a + (a - b), last, self._stale[-2][name])
+                return tree_map(lambda leaf: leaf.clone(), last[name])
+            before, older = self._stale[-2]
+            ahead = (self._target - at) / (at - before)  # in units of what lies between the two
+            return tree_map(lambda a, b: a + (a - b) * ahead, last[name], older[name])
 
         return run

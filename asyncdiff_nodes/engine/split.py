@@ -56,7 +56,8 @@ class SplitModel:
         self._device = device
         self._streams: dict[Hashable, _Stream] = {}
         self._placeholders: dict[TensorMeta, torch.Tensor] = {}
-        self._now: tuple[_Stream, bool] | None = None  # the running call's stream, and whether it is synchronous
+        # the running call's stream, whether it is synchronous, and the call that this rank computes for
+        self._now: tuple[_Stream, bool, int] | None = None
         self._watch = Stopwatch(device)
         self._waits: list[tuple[Any, Any]] = []
         # (facts, start, end, waits, drifts), the times as marks that are read when somebody asks
@@ -108,22 +109,30 @@ class SplitModel:
         stream.layouts = dict(zip(self._share.blocks, layouts, strict=True))
 
     def call(
-        self, key: Hashable, index: int, synchronous: bool, computes: bool, args: Sequence[Any], kwargs: dict[str, Any]
+        self,
+        key: Hashable,
+        index: int,
+        synchronous: bool,
+        computes: bool,
+        targets: Sequence[int],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
     ) -> Any:
         """One computing call of the group; returns the model's output, or None where this rank only listens.
 
         Args:
             computes: False for a replica in a synchronous call: it takes the values that others send, and no more.
+            targets: per rank, the index of the call that it computes for.
         """
         stream = self._streams[key]
         start, sent = self._watch.mark(), self._transport.bytes_sent
         self._waits = []
         self._transport.begin_call()
         for name, sender in self._share.sources.items():
-            stream.inboxes[name].expect(self._arrival(sender, stream.layouts[name][0]))
+            stream.inboxes[name].expect(targets[sender], self._arrival(sender, stream.layouts[name][0]))
         output = None
         if computes:
-            self._now = stream, synchronous
+            self._now = stream, synchronous, targets[self._share.rank]
             output = self._module(*args, **kwargs)
             self._now = None
         else:
@@ -164,12 +173,12 @@ class SplitModel:
         return wait
 
     def _fetch(self, name: str) -> Any:
-        stream, synchronous = self._now
+        stream, synchronous, target = self._now
         metas, structure = stream.layouts[name]
         inbox = stream.inboxes.get(name)
         if inbox is None:  # no block of this rank reads it: only its shape matters
             return unflatten([self.placeholder(meta) for meta in metas], structure)
-        return unflatten(inbox.current() if synchronous else inbox.predicted(), structure)
+        return unflatten(inbox.current() if synchronous else inbox.predicted(target), structure)
 
     def placeholder(self, meta: TensorMeta) -> torch.Tensor:
         """A tensor of this layout whose values do not matter."""

@@ -54,6 +54,7 @@ class CallMessage:
 
     Attributes:
         run, stream, index: which call of which stream.
+        targets: as in :class:`~.schedule.Call`.
         leaves, structure, positional: as in :class:`~.inputs.Inputs`.
         timestep: this rank's.
         layouts: output layouts of all blocks; on a stream's first call only.
@@ -65,6 +66,7 @@ class CallMessage:
     index: int
     synchronous: bool
     computes: bool
+    targets: tuple[int, ...]
     leaves: tuple[Packed, ...]
     structure: Any
     timestep: Packed
@@ -157,7 +159,9 @@ class _Rank:
         args, kwargs = join(leaves, message.structure, timestep, self._boot.timestep, message.positional)
         if message.layouts is not None:
             self._model.set_layouts(message.stream, message.layouts)
-        output = self._model.call(message.stream, message.index, message.synchronous, message.computes, args, kwargs)
+        output = self._model.call(
+            message.stream, message.index, message.synchronous, message.computes, message.targets, args, kwargs
+        )
         if message.result is not None:
             leaves, structure = flatten(output)
             wire.send(

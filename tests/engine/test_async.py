@@ -78,6 +78,23 @@ def test_two_blocks_by_hand(order):
             assert torch.equal(group(xs[k], ts[k], **kwargs), rest(k, guess)), f"call {k}"
 
 
+@pytest.mark.parametrize("order", [0, 1])
+def test_two_blocks_by_hand_at_stride_2(order):
+    """A forecast reaches as far as the call that it is for: half as far for the first of a batch as for the second."""
+    net = toys.chain(ToyBlock, ToyBlock)
+    (x, kwargs), ts = toys.inputs(1), [700, 500, 300, 100, 1]
+    xs = [x * (1 + k / 3) for k in range(len(ts))]
+    # the first batch computes on x[1], at t[2]
+    (v0, v2), _ = pieces(net, xs[:2], [ts[0], ts[2]], kwargs["context"])
+    _, rest = pieces(net, xs, ts, kwargs["context"])
+    guesses = [v0, v0, v0, v2 + (v2 - v0) * 0.5 if order else v2, v2 + (v2 - v0) if order else v2]
+    plan = Plan(stride=2, cuts=("blocks.0", "blocks.1"), forecast=order)
+    with WorkerGroup(net, plan, ["cpu"] * 3, threads_per_rank=1, family=TOY) as group, torch.no_grad():
+        group.begin(ts)
+        for k, guess in enumerate(guesses):
+            assert torch.equal(group(xs[k], ts[k], **kwargs), rest(k, guess)), f"call {k}"
+
+
 def test_group_without_begin_is_a_run_of_its_own():
     """Nothing has to be announced at stride 1; streams may come and go."""
     net = toys.chain(ToyBlock, ToyBlock, ToyBlock)
