@@ -129,7 +129,7 @@ class AsyncDiffOptions(ReadsSettings):
                         default=True,
                         tooltip=custom
                         + "Extrapolate values of other devices from their last two instead of reusing the last one. "
-                        "Closer to the exact picture, at no cost in speed.",
+                        "Closer to the exact picture with two segments and many steps, farther with few; no effect on speed.",
                     )
                 ),
                 advanced(
