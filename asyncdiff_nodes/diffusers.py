@@ -11,17 +11,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from asyncdiff_nodes.engine import Plan, RunStats, WorkerGroup
+from asyncdiff_nodes.engine import NoiseLevels, Plan, RunStats, ScheduleError, WorkerGroup
 
 
 class RoutedUNet(nn.Module):
     """Stands in for ``pipe.unet``: same configuration and signature, computed by the group.
 
-    A pipeline run begins when its scheduler has a new ``timesteps`` tensor, which every ``set_timesteps`` makes; a schedule that
-    starts in the middle (image to image) begins at its first call's timestep.
+    A pipeline run begins when its scheduler has a new ``timesteps`` tensor, which every ``set_timesteps`` makes.
     """
 
     def __init__(self, pipe: Any, group: WorkerGroup) -> None:
@@ -42,15 +42,29 @@ class RoutedUNet(nn.Module):
         """One call of the denoiser; see ``UNet2DConditionModel.forward``."""
         timesteps = self._pipe.scheduler.timesteps
         if timesteps is not self._timesteps:
-            now = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
-            at = [i for i, t in enumerate(timesteps.tolist()) if t == now]
-            self.group.begin(timesteps[at[0] if at else 0 :])
+            self.group.begin(timesteps, levels=noise_levels(self._pipe.scheduler))
             self._timesteps = timesteps
-        return self.group(sample, timestep, *args, **kwargs)
+        try:
+            return self.group(sample, timestep, *args, **kwargs)
+        except ScheduleError:
+            if self.group.plan.stride > 1:
+                raise
+            self.group.begin()  # a pipeline with calls of its own: nothing can be worked ahead
+            return self.group(sample, timestep, *args, **kwargs)
 
     def stats(self) -> RunStats:
         """Telemetry of the last run."""
         return self.group.stats()
+
+
+def noise_levels(scheduler: Any) -> NoiseLevels | None:
+    """Of the calls of a diffusers scheduler whose timesteps are set; None if it does not say."""
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None:
+        return None
+    # fractional timesteps lie between two of training; an alpha of 0 (zero terminal SNR) would be infinite noise
+    found = np.interp(scheduler.timesteps.cpu().double().numpy(), np.arange(len(alphas)), alphas.cpu().double().numpy())
+    return NoiseLevels.variance_preserving(found.clip(1e-6).tolist())
 
 
 @contextmanager

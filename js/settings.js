@@ -8,7 +8,7 @@ export const SETTINGS = [
     name: "Preset",
     tooltip: "Of samplers without an AsyncDiff Options node.",
     type: "combo",
-    options: ["Exact", "Balanced", "Fast"],
+    options: ["Exact", "Balanced", "Fast", "Turbo"],
     defaultValue: "Balanced",
   },
   {

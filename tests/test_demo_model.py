@@ -72,12 +72,13 @@ def test_own_unet_and_callbacks_are_called(pipeline):
         ["red heart", "pizza"],
         steps=3,
         unet=unet,
-        on_start=started.append,
+        on_start=lambda timesteps, levels: started.append((timesteps, levels)),
         callback=lambda i, n: progress.append((i, n)),
     )
     side = pipeline.unet.config.sample_size
     assert calls == [((4, 12, side, side), 0, (4, pipeline.tokenizer.length), False)] * 3
-    assert len(started) == 1 and len(started[0]) == 3
+    ((timesteps, levels),) = started
+    assert len(timesteps) == len(levels.sigmas) == len(levels.scales) == 3
     assert progress == [(1, 3), (2, 3), (3, 3)]
 
 

@@ -11,7 +11,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from asyncdiff_nodes.diffusers import accelerate
+from asyncdiff_nodes.diffusers import accelerate, noise_levels
 from asyncdiff_nodes.engine import Plan, Simulator
 
 STEPS = 6
@@ -86,7 +86,7 @@ def test_asynchronous_stride_run_begins_anew_each_time_and_follows_another_sched
                     return simulator(*args, **kwargs)
 
             pipe.scheduler.set_timesteps(STEPS)
-            simulator.begin(pipe.scheduler.timesteps)
+            simulator.begin(pipe.scheduler.timesteps, noise_levels(pipe.scheduler))
             pipe.unet = Routed()
             try:
                 return run(pipe)

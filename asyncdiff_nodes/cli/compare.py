@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import replace
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +24,7 @@ from skimage.metrics import structural_similarity
 
 from asyncdiff_nodes.demo import DemoPipeline
 from asyncdiff_nodes.demo.pipeline import SCHEDULERS
-from asyncdiff_nodes.engine import PlanError, Simulator
+from asyncdiff_nodes.engine import Placement, Plan, PlanError, Simulator
 from asyncdiff_nodes.engine.devices import parse_devices
 
 from .demo import PROMPTS, psnr
@@ -35,61 +39,90 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plans", default="2,1,3;3,1,3;4,1,3;2,2,3;3,2,3", help="segments,stride,warmup; separated by semicolons"
     )
-    parser.add_argument("--samplers", default="ddim,dpmpp_2m,euler,euler_a", help="comma-separated")
-    parser.add_argument("--steps", default="50,20", help="denoising steps; comma-separated")
+    parser.add_argument("--runs", default="ddim:50,ddim:20,dpmpp_2m:20,euler_a:20", help="sampler:steps, comma-separated")
     parser.add_argument("--seeds", type=positive, default=8, help=f"seeds; each draws {len(PROMPTS)} prompts")
     parser.add_argument("--cfg", type=float, default=None, help="guidance scale; default: the model's")
     parser.add_argument("--device", default="cpu", help="where to compute")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="threads on a CPU")
+    parser.add_argument("--threads", type=positive, default=1, help="threads of each process on a CPU")
+    parser.add_argument("--jobs", type=positive, default=1, help="processes that draw at once")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Pictures to draw: all seeds and prompts of one method; ``plan`` None for the unrouted model."""
+
+    sampler: str
+    steps: int
+    plan: Plan | None
+    seeds: int
+    cfg: float | None
+    device: str
+    threads: int
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure; returns one row per method, plan, sampler and number of steps."""
-    plans = parse_plans(arguments.plans)
-    cases = [(sampler, steps) for sampler in _samplers(arguments.samplers) for steps in _steps(arguments.steps)]
+    plans, cases = parse_plans(arguments.plans), _cases(arguments.runs)
     if late := [plan for plan in plans if any(plan.warmup >= steps for _, steps in cases)]:
-        raise PlanError(f"--steps {arguments.steps} leaves no asynchronous step for a warm-up of {late[0].warmup}: take more")
+        raise PlanError(f"--runs {arguments.runs} leaves no asynchronous step for a warm-up of {late[0].warmup}: take more")
     if unknown := [plan for plan in plans if plan.segments not in PUBLISHED_CUTS["demo"]]:
         raise PlanError(f"--plans: the published method has no cuts for {unknown[0].segments} segments: choose 2, 3 or 4")
-    (device,) = parse_devices([arguments.device])
-    torch.set_num_threads(arguments.threads)
-    pipeline, rows, out = DemoPipeline.load(), [], console()
-    for module in (pipeline.unet, pipeline.text_encoder):
-        module.to(device)
-    options = {} if arguments.cfg is None else {"cfg": arguments.cfg}
-
-    def draw(sampler: str, steps: int, simulator: Simulator | None = None) -> np.ndarray:
-        """Pictures [seeds * prompts, H, W, 3] in 0..1."""
-        routed: dict[str, Any] = {} if simulator is None else {"unet": simulator, "on_start": simulator.begin}
-        found = []
-        for seed in range(arguments.seeds):
-            found.append(
-                pipeline.sample(list(PROMPTS), steps=steps, scheduler=sampler, seed=seed, output="float", **routed, **options)
-            )
-            progress.advance(task)
-        return np.concatenate(found)
-
-    with Progress(console=out, transient=True) as progress:
-        task = progress.add_task("", total=arguments.seeds * len(cases) * (1 + len(plans) * len(METHODS)))
-        for sampler, steps in cases:
-            progress.update(task, description=f"{sampler}, {steps} steps")
-            sequential = draw(sampler, steps)
-            facts = {"sampler": sampler, "steps": steps}
-            rows.append({"method": "sequential", "plan": None, **facts, "cost": steps, **_distance(sequential, sequential)})
-            for plan in plans:
-                name = f"{plan.segments},{plan.stride},{plan.warmup}"
-                published = replace(plan, cuts=PUBLISHED_CUTS["demo"][plan.segments], forecast=0)
-                for method, variant in (("published", published), ("ours", plan)):
-                    with Simulator(pipeline.unet, variant) as simulator:
-                        cost, pictures = simulator.placement.cost(steps), draw(sampler, steps, simulator)
-                    rows.append({"method": method, "plan": name, **facts, "cost": cost, **_distance(sequential, pictures)})
-                # as many as ours could pay for, rounded in their favour
-                fewer = min(steps, math.ceil(cost))
-                distance = _distance(sequential, draw(sampler, fewer))
-                rows.append({"method": "fewer-steps", "plan": name, **facts, "cost": fewer, **distance})
-    _print(rows, out)
+    parse_devices([arguments.device])
     facts = {name: getattr(arguments, name) for name in ("seeds", "cfg", "device")}
+
+    def job(sampler: str, steps: int, plan: Plan | None = None) -> Job:
+        return Job(sampler, steps, plan, threads=arguments.threads, **facts)
+
+    out, drawn = console(), {}
+    wanted: list[tuple[dict[str, Any], Job]] = []  # rows, and what to draw for them
+    for sampler, steps in cases:
+        facts_of = {"sampler": sampler, "steps": steps}
+        wanted.append(({"method": "sequential", "plan": None, **facts_of, "cost": steps}, job(sampler, steps)))
+        for plan in plans:
+            name = f"{plan.segments},{plan.stride},{plan.warmup}"
+            published = replace(plan, cuts=PUBLISHED_CUTS["demo"][plan.segments], forecast=0)
+            for method, variant in (("published", published), ("ours", plan)):
+                cost = _placement(variant).cost(steps)
+                wanted.append(({"method": method, "plan": name, **facts_of, "cost": cost}, job(sampler, steps, variant)))
+            fewer = min(steps, math.ceil(cost))  # as many as ours could pay for, rounded in their favour
+            wanted.append(({"method": "fewer-steps", "plan": name, **facts_of, "cost": fewer}, job(sampler, fewer)))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.jobs, spawn) as pool, Progress(console=out, transient=True) as progress:
+        jobs = list(dict.fromkeys(job for _, job in wanted))
+        for job_, pictures in zip(jobs, progress.track(pool.map(_draw, jobs), total=len(jobs)), strict=True):
+            drawn[job_] = pictures
+    rows = []
+    for row, job_ in wanted:
+        if row["method"] == "sequential":
+            sequential = drawn[job_]
+        rows.append({**row, **_distance(sequential, drawn[job_])})
+    _print(rows, out)
     return {"model": "demo", "prompts": list(PROMPTS), **facts, "rows": rows}
+
+
+@cache
+def _pipeline() -> DemoPipeline:
+    return DemoPipeline.load()
+
+
+def _placement(plan: Plan) -> Placement:
+    with Simulator(_pipeline().unet, plan) as simulator:
+        return simulator.placement
+
+
+def _draw(job: Job) -> np.ndarray:
+    """Pictures [seeds * prompts, H, W, 3] in 0..1."""
+    pipeline = _pipeline()
+    torch.set_num_threads(job.threads)
+    for module in (pipeline.unet, pipeline.text_encoder):
+        module.to(job.device)
+    with ExitStack() as stack:
+        options: dict[str, Any] = {} if job.cfg is None else {"cfg": job.cfg}
+        if job.plan is not None:
+            simulator = stack.enter_context(Simulator(pipeline.unet, job.plan))
+            options |= {"unet": simulator, "on_start": simulator.begin}
+        draw = partial(pipeline.sample, list(PROMPTS), job.steps, scheduler=job.sampler, output="float", **options)
+        return np.concatenate([draw(seed=seed) for seed in range(job.seeds)])
 
 
 def _distance(reference: np.ndarray, pictures: np.ndarray) -> dict[str, Any]:
@@ -101,18 +134,18 @@ def _distance(reference: np.ndarray, pictures: np.ndarray) -> dict[str, Any]:
     return {"psnr": mean, "psnr_ci": [mean - half, mean + half], "ssim": float(np.mean(likeness)), "pairs": count}
 
 
-def _samplers(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names or not set(names) <= set(SCHEDULERS):
-        raise ValueError(f"--samplers {text!r}: choose from {', '.join(SCHEDULERS)}")
-    return names
-
-
-def _steps(text: str) -> list[int]:
-    try:
-        return [positive(word.strip()) for word in text.split(",")]
-    except argparse.ArgumentTypeError as error:
-        raise ValueError(f"--steps {text!r}: {error}") from None
+def _cases(text: str) -> list[tuple[str, int]]:
+    """Samplers and numbers of steps."""
+    cases = []
+    for word in text.split(","):
+        sampler, _, steps = word.strip().partition(":")
+        if sampler not in SCHEDULERS:
+            raise ValueError(f"--runs {text!r}: choose from {', '.join(SCHEDULERS)}, not {sampler!r}")
+        try:
+            cases.append((sampler, positive(steps)))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"--runs {text!r}: write sampler:steps such as ddim:50 ({error})") from None
+    return cases
 
 
 def _print(rows: list[dict[str, Any]], out: Any) -> None:

@@ -53,12 +53,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for word in pipeline.unknown_words(arguments.prompts):
         out.print(f"note: the demo model does not know the word {word!r}", markup=False)
 
-    def sample(unet: Callable[..., Any], begin: Callable[[Any], None], steps: int, advance: Callable[[], None]) -> Any:
+    def sample(unet: Callable[..., Any], begin: Callable[..., None], steps: int, advance: Callable[[], None]) -> Any:
         """Pictures [B, H, W, 3] in 0..1, and seconds of each step."""
         times: list[float] = []
 
-        def on_start(timesteps: torch.Tensor) -> None:
-            begin(timesteps)
+        def on_start(*schedule: Any, **levels: Any) -> None:
+            begin(*schedule, **levels)
             times.append(time.perf_counter())
 
         def callback(_: int, __: int) -> None:
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             return lambda: progress.advance(task)
 
         total = arguments.steps
-        sequential, times = sample(pipeline.unet, lambda _: None, total, advancing("sequential", total))
+        sequential, times = sample(pipeline.unet, _nothing, total, advancing("sequential", total))
         # the first step pays for one-time preparations on both sides
         rows.append({"method": "sequential", "steps": total, "step_s": statistics.median(times[1:] or times), "speedup": 1.0})
         costs = _block_costs(pipeline, list(arguments.prompts))
@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             row = {"method": method, "steps": total, "step_s": statistics.median(batches)}
             rows.append({**row, "mib_per_call": stats.bytes_sent / calls / MIB})
         fewer = min(total, math.ceil(group.placement.cost(total)))
-        pictures["fewer steps"], times = sample(pipeline.unet, lambda _: None, fewer, advancing("fewer steps", fewer))
+        pictures["fewer steps"], times = sample(pipeline.unet, _nothing, fewer, advancing("fewer steps", fewer))
         rows.append({"method": "fewer steps", "steps": fewer, "step_s": statistics.median(times[1:] or times)})
     for row in rows[1:]:
         row["speedup"] = rows[0]["step_s"] * total / (row["step_s"] * row["steps"])
@@ -115,6 +115,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "devices": devices, "threads": arguments.threads, "scheduler": arguments.scheduler, "seed": arguments.seed,
         "prompts": list(arguments.prompts), "rows": rows, "picture": str(path),
     }  # fmt: skip
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """An unrouted model has nothing to begin."""
 
 
 def _block_costs(pipeline: DemoPipeline, prompts: list[str]) -> list[float]:

@@ -17,6 +17,8 @@ from diffusers import (
 )
 from safetensors.torch import load_file
 
+from asyncdiff_nodes.diffusers import noise_levels
+
 from .text_encoder import TextEncoder
 from .tokenizer import WordTokenizer
 
@@ -125,7 +127,7 @@ class DemoPipeline:
         scheduler: str = "ddim",
         seed: int = 0,
         unet: Callable | None = None,
-        on_start: Callable[[torch.Tensor], None] | None = None,
+        on_start: Callable[..., None] | None = None,
         callback: Callable[[int, int], None] | None = None,
         output: str = "uint8",
     ) -> np.ndarray:
@@ -140,7 +142,8 @@ class DemoPipeline:
             seed: any int.
             unet: called as ``unet(sample [2B, C, H, W], timestep (0-d), encoder_hidden_states=[2B, L, D],
                 return_dict=False)`` instead of the own UNet; the batch is [unconditional, conditional].
-            on_start: called once with the scheduler's timesteps [steps] before the first step.
+            on_start: called once as ``on_start(timesteps [steps], levels=NoiseLevels)`` before the first step, such as a group's
+                ``begin``.
             callback: called as ``callback(step, steps)`` after each step, ``step`` counting from 1.
             output: "uint8" or "float".
 
@@ -163,7 +166,7 @@ class DemoPipeline:
         device, dtype = self.unet.device, self.unet.dtype
         solver.set_timesteps(steps, device=device)
         if on_start is not None:
-            on_start(solver.timesteps)
+            on_start(solver.timesteps, levels=noise_levels(solver))
         step_options = {}
         if scheduler == "euler_a":
             # A list of generators, one per picture, keeps the pictures independent of the batch.

@@ -20,6 +20,7 @@ from .errors import (
 from .family import Family, find_family
 from .graph import Block, BlockGraph, meta_copy, trace
 from .group import WorkerGroup
+from .lookahead import NoiseLevels
 from .plan import Placement, Plan, place
 from .profile import block_seconds
 from .schedule import Call, Kind, call_at
@@ -38,6 +39,7 @@ __all__ = [
     "GroupClosedError",
     "InputChangedError",
     "Kind",
+    "NoiseLevels",
     "Placement",
     "Plan",
     "PlanError",

@@ -1,4 +1,4 @@
-"""What the engine must know of a model family: which submodules are blocks, and where the timestep is passed."""
+"""What the engine must know of a model family: which submodules are blocks, and where sample and timestep are passed."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Family:
         name: shown in messages and reports.
         block_names: names of the submodules that may be placed, in any order (the trace finds the order).
         timestep: position and keyword of the timestep in the model's ``forward``.
+        sample: position and keyword of the noisy sample.
         example_inputs: ``(module, latent_size, batch) -> (args, kwargs)``, tensors on the meta device; ``None`` for the
             size means the model's own. Used to plan before the first call.
         trace_inputs: ``(args, kwargs) -> (args, kwargs)``, what a trace passes instead of a call's own inputs, where the
@@ -30,6 +31,7 @@ class Family:
     timestep: tuple[int, str]
     example_inputs: Callable[[nn.Module, int | None, int], tuple[tuple[Any, ...], dict[str, Any]]]
     trace_inputs: Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+    sample: tuple[int, str] = (0, "sample")
 
 
 def find_family(module: nn.Module) -> Family:

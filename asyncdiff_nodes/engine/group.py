@@ -8,38 +8,27 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import backends, wire
+from .calls import Run, Stream
 from .devices import parse_devices
-from .errors import DeviceError, InputChangedError, PlanError, ScheduleError, UnsupportedModelError
+from .errors import DeviceError, PlanError, ScheduleError, UnsupportedModelError
 from .family import Family, find_family
 from .graph import BlockGraph, meta_copy, tensors_of, trace
-from .inputs import Inputs, difference, only
+from .inputs import Inputs
+from .lookahead import NoiseLevels
 from .plan import Placement, Plan, place
 from .processes import Ranks
-from .schedule import Call, Kind, call_at
+from .schedule import Kind
 from .split import Share
 from .telemetry import CallRecord, RunStats
 from .trees import unflatten
-from .worker import Boot, CallMessage
-
-
-@dataclass
-class _Stream:
-    """The parent's view of one stream in one run."""
-
-    signature: Any
-    graph: BlockGraph
-    needs: tuple[frozenset[int], ...]  # per segment, positions of the leaves that its ranks read
-    calls: int = 0
-    sent: list[Any] | None = None  # the leaves that the ranks have
-    last_result: Any = None
-    last_timestep: Any = None
+from .worker import Boot
 
 
 class WorkerGroup:
@@ -99,7 +88,6 @@ class WorkerGroup:
             if empty := next((name for name, tensor in tensors_of(module) if tensor.is_meta), None):
                 raise UnsupportedModelError(f"weight {empty} is on the meta device: load the model before splitting it")
         self.plan = plan
-        self._run_plan = plan
         self.devices = tuple(str(device) for device in parsed)
         self._family = family or find_family(module)
         self._skeleton = meta_copy(module)
@@ -107,9 +95,9 @@ class WorkerGroup:
         self._graphs: dict[Any, BlockGraph] = {}
         graph = trace(self._skeleton, self._family, args, kwargs)
         self.placement: Placement = place(graph, plan, speeds, costs)
-        self._run = 0
-        self._schedule: list[float] | None = None
-        self._streams: dict[Hashable, _Stream] = {}
+        self._run = Run(0, plan)
+        self._streams: dict[Hashable, Stream] = {}
+        self._last: dict[Hashable, Any] = {}  # the last result of each stream
         self._results: dict[tuple[Hashable, int], Any] = {}
         self._records: deque[CallRecord] = deque(maxlen=20_000)
         self._on_record: Callable[[CallRecord], None] | None = None
@@ -138,34 +126,45 @@ class WorkerGroup:
         timesteps: Sequence[float] | torch.Tensor | None = None,
         plan: Plan | None = None,
         on_record: Callable[[CallRecord], None] | None = None,
+        levels: NoiseLevels | None = None,
     ) -> None:
         """Start a new denoising run: every stream starts over with its warm-up.
 
         Args:
-            timesteps: [T], the timestep of every call of a stream, in order; needed for stride > 1.
-            plan: the plan of this run, if not the group's. Warm-up, time shift and forecast may differ, and the stride may be
-                smaller (the ranks that it does not need then only listen); the segments are the group's.
+            timesteps: [T], the timestep of every call of a stream, in order. Needed for stride > 1, and to work ahead
+                (``forecast=1``): a call that does not follow it is then refused. A stream may begin at any of them.
+            plan: the plan of this run, if not the group's. Warm-up and time shift may differ, and the stride may be smaller (the
+                ranks that it does not need then only listen).
             on_record: called with each rank's record of each call of this run, in the thread of the caller, while it waits.
+            levels: noise of every call, by which expected inputs are exacter than by the number of the call.
 
         Raises:
             PlanError: the plan needs other ranks than the group has.
+            ScheduleError: no timesteps, or levels of another number of calls.
         """
         plan = plan or self.plan
         own = self.plan
-        if (plan.segments, plan.cuts or own.cuts) != (own.segments, own.cuts) or plan.stride > own.stride:
-            raise PlanError(f"{plan} does not fit a group that was started with {own}: segments and cuts must be the same")
+        placed = replace(own, warmup=plan.warmup, time_shift=plan.time_shift, stride=plan.stride, cuts=plan.cuts and own.cuts)
+        if placed != plan or plan.stride > own.stride:
+            raise PlanError(
+                f"{plan} does not fit a group that was started with {own}: only warm-up, time shift and "
+                "stride may differ, and the stride not be higher"
+            )
         if isinstance(timesteps, torch.Tensor):
             timesteps = timesteps.detach().flatten().tolist()
         if timesteps is not None and not len(timesteps):
             raise ScheduleError("begin: timesteps is empty; give the timestep of every call, or None")
-        self._schedule = None if timesteps is None else [float(t) for t in timesteps]
-        self._run_plan = plan
-        self._run += 1
+        if levels is not None and (timesteps is None or len(levels.sigmas) != len(timesteps)):
+            raise ScheduleError("begin: levels must be given for the same calls as timesteps")
+        if timesteps is not None and plan.stride == 1 and not (plan.forecast and plan.warmup < len(timesteps)):
+            timesteps = levels = None  # each call brings all that it needs: the caller need not follow any schedule
+        self._run = Run(self._run.number + 1, plan, None if timesteps is None else tuple(map(float, timesteps)), levels)
         self._streams.clear()
+        self._last.clear()
         self._results.clear()
         self._records.clear()
         self._on_record = on_record
-        self._send_all([(("reset", self._run, plan.forecast), [])] * own.world_size, time.monotonic() + self._call_timeout)
+        self._send_all([(("reset", self._run.number), [])] * own.world_size, time.monotonic() + self._call_timeout)
 
     def __call__(self, *args: Any, stream: Hashable = None, **kwargs: Any) -> Any:
         """One call of the model, routed.
@@ -181,19 +180,18 @@ class WorkerGroup:
             ScheduleError, InputChangedError, WorkerError, DeadlineError, GroupClosedError: see their messages.
         """
         inputs = Inputs.take(args, kwargs, self._family.timestep)
-        state = self._stream(stream, inputs)
-        call = call_at(self._run_plan, state.calls, None if self._schedule is None else len(self._schedule))
-        self._check_timestep(call, inputs)
-
+        if stream not in self._streams:
+            graph = self._graph_for(inputs)
+            self._streams[stream] = Stream(stream, self._run, inputs, self._family.sample, graph, self.placement)
+        state = self._streams[stream]
+        call = state.next(inputs)
         deadline = time.monotonic() + self._call_timeout
-        if call.computes:
-            self._post(stream, state, call, inputs, deadline)
-        state.calls += 1
-        state.last_timestep = inputs.timestep
+        for messages in state.messages(call, inputs, self.plan.world_size):
+            self._send_all([(("call", message), tensors) for message, tensors in messages], deadline)
         if call.kind is not Kind.REPEATED:
-            state.last_result = self._result(stream, call.index, deadline)
-        leaves, structure = state.last_result
-        # copies: a caller may change its result in place, and last_result may be needed again
+            self._last[stream] = self._result(stream, call.index, deadline)
+        leaves, structure = self._last[stream]
+        # copies: a caller may change its result in place, and it may be needed again
         return unflatten([leaf.to(inputs.device, copy=True) for leaf in leaves], structure)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -267,23 +265,24 @@ class WorkerGroup:
                 replicated_bytes=self.placement.graph.glue_bytes,
             )
             self._ranks.send(share.rank, boot, deadline=deadline)
-        self._send_all([(("reset", self._run, plan.forecast), [])] * plan.world_size, deadline)
+        self._send_all([(("reset", self._run.number), [])] * plan.world_size, deadline)
 
     def _send_weights(self, weights: Iterable[tuple[str, torch.Tensor]], deadline: float) -> None:
         """One at a time, so that no more than a few are ever in memory twice."""
         for name, tensor in weights:
-            segment = self._owner(name)
+            segments = self._holders(name)
             tensor = wire.dense_on_cpu(tensor)
             for rank in range(self.plan.world_size):
-                if segment in (None, self.plan.segment_of_rank(rank)):
+                if self.plan.segment_of_rank(rank) in segments:
                     self._ranks.send(rank, ("weight", name), (tensor,), deadline=deadline)
 
-    def _owner(self, weight: str) -> int | None:
-        """The segment of a weight by name; None for glue, which every rank holds."""
+    def _holders(self, weight: str) -> set[int]:
+        """The segments that compute with a weight, by its name; all of them for glue."""
         parts = weight.split(".")
         prefixes = {".".join(parts[:i]) for i in range(1, len(parts))}
-        graph = self.placement.graph
-        return next((self.placement.segments[i] for i, name in enumerate(graph.names) if name in prefixes), None)
+        segments = set(range(self.plan.segments))
+        index = next((i for i, name in enumerate(self.placement.graph.names) if name in prefixes), None)
+        return segments if index is None else {d for d in segments if index in self.placement.owned(d)}
 
     def _connect(self, deadline: float) -> None:
         world = self.plan.world_size
@@ -314,73 +313,15 @@ class WorkerGroup:
 
     # -- one call ----------------------------------------------------------------------------------------------------
 
-    def _stream(self, key: Hashable, inputs: Inputs) -> _Stream:
-        """The state of a stream; a new one if this is its first call in the run."""
+    def _graph_for(self, inputs: Inputs) -> BlockGraph:
+        """The block graph, traced with these inputs."""
         signature = inputs.signature
-        if key in self._streams:
-            state = self._streams[key]
-            if state.signature != signature:
-                raise InputChangedError(
-                    f"the inputs of stream {key!r} changed within a run ({difference(state.signature, signature)}): "
-                    "keep shapes and dtypes, use another stream, or call begin() for a new run"
-                )
-            return state
         if signature not in self._graphs:
             graph = trace(self._skeleton, self._family, *inputs.arguments())
             if (graph.names, graph.edges) != (self.placement.graph.names, self.placement.graph.edges):
                 raise UnsupportedModelError("these inputs take another path through the model than it was split for")
             self._graphs[signature] = graph
-        graph = self._graphs[signature]
-        reads = [frozenset().union(*(graph.blocks[i].reads for i in self.placement.owned(d))) for d in range(self.plan.segments)]
-        return self._streams.setdefault(key, _Stream(signature, graph, tuple(map(inputs.positions, reads))))
-
-    def _check_timestep(self, call: Call, inputs: Inputs) -> None:
-        if self._run_plan.stride == 1:
-            return  # its timesteps are those of the calls themselves
-        given, expected = inputs.timestep_number(), self._schedule[call.index]
-        if abs(given - expected) > 1e-3 * max(1.0, abs(expected)):
-            raise ScheduleError(
-                f"call {call.index + 1} has timestep {given:g}, but begin() announced {expected:g}; with stride > 1 the calls "
-                "must follow the schedule (samplers that call the model twice per step need stride=1)"
-            )
-
-    def _timestep_for(self, state: _Stream, call: Call, index: int, inputs: Inputs) -> Any:
-        if index == call.index:
-            return inputs.timestep
-        if self._run_plan.stride == 1:
-            return state.last_timestep  # time_shift
-        return inputs.timestep_like(self._schedule[index])
-
-    def _post(self, key: Hashable, state: _Stream, call: Call, inputs: Inputs, deadline: float) -> None:
-        """Send one computing call to all ranks."""
-        leaves, tensors, known = inputs.pack(state.sent)
-        layouts = None if state.sent is not None else tuple((block.outputs, block.structure) for block in state.graph.blocks)
-        synchronous, results = call.kind is Kind.SYNCHRONOUS, dict(call.results)
-        messages = []
-        indices = call.timestep_indices
-        for rank in range(self.plan.world_size):
-            # the replicas only listen in synchronous calls, and where this run's stride is smaller than the group's
-            computes = rank < len(indices) and not (synchronous and rank >= self.plan.segments)
-            t = self._timestep_for(state, call, indices[rank] if computes else call.index, inputs)
-            is_tensor = isinstance(t, torch.Tensor)
-            mine, sent = only(leaves, tensors, state.needs[self.plan.segment_of_rank(rank)])
-            message = CallMessage(
-                run=self._run,
-                stream=key,
-                index=call.index,
-                synchronous=synchronous,
-                computes=computes,
-                targets=call.targets,
-                leaves=tuple(mine),
-                structure=inputs.structure,
-                timestep=("tensor", len(sent)) if is_tensor else ("value", t),
-                positional=inputs.positional,
-                layouts=layouts,
-                result=results.get(rank),
-            )
-            messages.append((("call", message), [*sent, wire.dense_on_cpu(t).clone()] if is_tensor else sent))
-        self._send_all(messages, deadline)
-        state.sent = known
+        return self._graphs[signature]
 
     def _send_all(self, messages: Sequence[tuple[Any, list[torch.Tensor]]], deadline: float) -> None:
         """One message to each rank. All or none: a call that only some ranks know of could never end."""
@@ -400,10 +341,10 @@ class WorkerGroup:
     def _accept(self, header: Any, tensors: list[torch.Tensor]) -> None:
         """Keep a result or a record of this run; what an interrupted run left behind is dropped."""
         verb, *rest = header
-        if verb == "result" and rest[0] == self._run:
+        if verb == "result" and rest[0] == self._run.number:
             _, key, index, structure = rest
             self._results[key, index] = tensors, structure
-        elif verb == "record" and rest[0] == self._run:
+        elif verb == "record" and rest[0] == self._run.number:
             self._records.append(rest[1])
             if self._on_record is not None:
                 self._on_record(rest[1])

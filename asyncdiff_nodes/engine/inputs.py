@@ -53,6 +53,14 @@ class Inputs:
         read = {id(leaf) for position, leaf in enumerate(flatten(self.arguments())[0]) if position in reads}
         return frozenset(position for position, leaf in enumerate(self.leaves) if id(leaf) in read)
 
+    def position(self, place: tuple[int, str]) -> int:
+        """Position among ``leaves`` of the tensor at ``place``: (position, keyword). Raises TypeError if there is none."""
+        args, kwargs = self.arguments()
+        value = args[place[0]] if len(args) > place[0] else kwargs.get(place[1])
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"missing argument {place[1]!r}: pass the sample as the model's forward takes it")
+        return next(position for position, leaf in enumerate(self.leaves) if leaf is value)
+
     @property
     def signature(self) -> tuple[Any, ...]:
         """What may not change within a run: structure, shapes, dtypes, flags."""
@@ -73,8 +81,8 @@ class Inputs:
             return torch.full_like(self.timestep, value)
         return type(self.timestep)(value)
 
-    def pack(self, sent: list[Any] | None) -> tuple[list[Packed], list[torch.Tensor], list[Any]]:
-        """What to send, given the leaves that the ranks have (``None``: nothing yet).
+    def pack(self, sent: list[Any] | None, always: int) -> tuple[list[Packed], list[torch.Tensor], list[Any]]:
+        """What to send, given the leaves that the ranks have (``None``: nothing yet); the one at ``always`` in any case.
 
         Returns:
             One :data:`Packed` per leaf, the tensors that these name, and the leaves that the ranks have afterwards.
@@ -89,7 +97,7 @@ class Inputs:
                 continue
             leaf = wire.dense_on_cpu(leaf)
             # by value: a caller may build the same conditioning anew each step, or change a tensor in place
-            if sent is not None and torch.equal(leaf, sent[position]):
+            if sent is not None and position != always and torch.equal(leaf, sent[position]):
                 packed.append(("same", None))
                 known.append(sent[position])
             else:

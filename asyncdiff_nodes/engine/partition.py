@@ -1,8 +1,13 @@
 """The partitioner: where to cut the circle of blocks.
 
-Time comes first: the slowest segment is within :data:`TIME_TOLERANCE` of the best possible. Among these cuts the one that
-sends the fewest bytes wins, then the one whose result depends on the current input (wrapped), then the fastest. All three
-are sums or maxima over segments, so dynamic programming over the circle finds the exact optimum.
+A segment is an arc of the circle. Where segments work ahead, the circle is open: the first segment begins with the first block,
+wherever the first cut, and another segment that reads blocks before that cut computes them again, up to the last of these.
+
+Time comes first: the slowest segment is within :data:`TIME_TOLERANCE` of the best possible. Among these cuts the one that sends
+the fewest bytes wins, then the one whose result depends on the current input (wrapped), then the fastest. All three are sums or
+maxima over segments, so dynamic programming over the circle finds the exact optimum. With fresh skips, as many of the largest
+skip values as :data:`FRESH_SLACK` allows come before the first cut, where whoever reads them computes them itself; that is
+decided first.
 """
 
 from __future__ import annotations
@@ -13,42 +18,68 @@ from itertools import accumulate
 from .graph import BlockGraph
 
 TIME_TOLERANCE = 0.025
+FRESH_SLACK = 0.35  # how much slower than need be the slowest segment may be for fresh skips
 
 
 class Arcs:
-    """Cost of every possible segment, that is of every arc of the circle of blocks."""
+    """Cost of every possible segment, that is of every arc of the circle of blocks, and what it must receive.
 
-    def __init__(self, graph: BlockGraph, costs: Sequence[float]) -> None:
+    Args:
+        ahead: whether segments work ahead.
+    """
+
+    def __init__(self, graph: BlockGraph, costs: Sequence[float], ahead: bool) -> None:
         self.count = len(graph.blocks)
+        self.ahead = ahead
         self._sums = [0, *accumulate([*costs, *costs])]
+        self._edges = graph.edges
         consumers: dict[int, set[int]] = {}
         for producer, consumer in graph.edges:
             consumers.setdefault(producer, set()).add(consumer)
         self._flows = [(p, graph.blocks[p].output_bytes, sorted(c)) for p, c in consumers.items()]
-        self._received: dict[tuple[int, int], int] = {}
+        skips = [(p, size) for p, size, readers in self._flows if readers[-1] > p + 1]
+        self._largest = [p for p, size in skips if size == max(size for _, size in skips)]
 
-    def cost(self, start: int, end: int) -> float:
-        """Cost of blocks ``start`` up to ``end``; ``end`` may run past the last block, round the circle."""
-        return self._sums[end] - self._sums[start]
+    def fresh(self, first: int) -> int:
+        """How many of the largest skip values, which carry the finest detail, come from blocks before ``first``."""
+        return sum(producer < first for producer in self._largest)
 
-    def received(self, start: int, end: int) -> int:
+    def again(self, first: int) -> list[int]:
+        """For each block, how many of the first blocks its segment must compute again if the first cut is at ``first``."""
+        found = [0] * self.count
+        if self.ahead:
+            for producer, consumer in self._edges:
+                if producer < first <= consumer:
+                    found[consumer] = max(found[consumer], producer + 1)
+        return found
+
+    def cost(self, start: int, end: int, again: int) -> float:
+        """Cost of blocks ``start`` up to ``end``, which may run past the last one, round the circle, and of ``again`` blocks."""
+        return self._sums[end] - self._sums[start] + self._sums[again]
+
+    def received(self, start: int, end: int, first: int) -> int:
         """Bytes that this segment must receive: each outside producer's output once, if anything inside reads it."""
-        if (start, end) not in self._received:
 
-            def inside(block: int) -> bool:
-                return start <= block < end or start <= block + self.count < end
+        def inside(block: int) -> bool:
+            return start <= block < end or start <= block + self.count < end
 
-            self._received[start, end] = sum(
-                size for producer, size, readers in self._flows if not inside(producer) and any(map(inside, readers))
-            )
-        return self._received[start, end]
+        others = (flow for flow in self._flows if not inside(flow[0]) and not (self.ahead and flow[0] < first))
+        return sum(size for _, size, readers in others if any(map(inside, readers)))
 
 
-def best_starts(arcs: Arcs, speeds: Sequence[float], copies_of_last: int = 1) -> tuple[int, ...]:
-    """First block of each segment for segments of relative speed ``speeds``, the last one on ``copies_of_last`` devices."""
-    limit = _fastest(arcs, speeds) * (1 + TIME_TOLERANCE)
+def best_starts(arcs: Arcs, speeds: Sequence[float], copies_of_last: int, fresh: bool) -> tuple[int, ...]:
+    """The cuts for segments of relative speed ``speeds``, the last one on ``copies_of_last`` devices.
+
+    Args:
+        fresh: whether to make skips fresh.
+    """
+    times = _fastest(arcs, speeds, FRESH_SLACK if fresh else TIME_TOLERANCE)
+    if fresh:
+        most = max(map(arcs.fresh, times))
+        times = {first: time for first, time in times.items() if arcs.fresh(first) == most}
+    limit = min(times.values()) * (1 + TIME_TOLERANCE)
     best: tuple[tuple[int, bool, float], tuple[int, ...]] | None = None
-    for first in range(arcs.count):
+    for first in times:
         found = _fewest_bytes(arcs, speeds, limit, first, copies_of_last)
         if found is not None:
             sent, slowest, starts = found
@@ -58,53 +89,68 @@ def best_starts(arcs: Arcs, speeds: Sequence[float], copies_of_last: int = 1) ->
     return best[1]
 
 
-def _fastest(arcs: Arcs, speeds: Sequence[float]) -> float:
-    """Smallest possible time of the slowest segment, in cost per unit of speed."""
-    best = float("inf")
+def _fastest(arcs: Arcs, speeds: Sequence[float], slack: float) -> dict[int, float]:
+    """First cut -> smallest possible time of the slowest segment, in cost per unit of speed.
+
+    Only first cuts that are within ``slack`` of the best.
+    """
+    times: dict[int, float] = {}
+    bound = float("inf")
     for first in range(arcs.count - len(speeds) + 1):
-        best = min(best, _slowest(arcs, speeds, first, best))
-    return best
+        times[first] = _slowest(arcs, speeds, first, bound)
+        bound = min(bound, times[first] * (1 + slack) * (1 + 1e-9))
+    return {first: time for first, time in times.items() if time < bound}
 
 
 def _slowest(arcs: Arcs, speeds: Sequence[float], first: int, bound: float) -> float:
-    """The same with the first segment beginning at block ``first``; infinite where it is not below ``bound``."""
+    """The same with the first cut at block ``first``; infinite where it is not below ``bound``."""
     *others, last = speeds
+    again = arcs.again(first)
     times = {first: 0.0}  # next cut -> time of the slowest segment before it
     for segment, speed in enumerate(others, 1):
         reached: dict[int, float] = {}
         for here, slowest in times.items():
+            begin, most = (0 if arcs.ahead and segment == 1 else here), 0
             # only the last segment may wrap: each of those after this one begins at a block of its own
             for cut in range(here + 1, arcs.count - len(speeds) + segment + 1):
-                time = arcs.cost(here, cut) / speed
+                most = max(most, again[cut - 1]) if begin else 0
+                time = arcs.cost(begin, cut, most) / speed
                 if time >= bound:
                     break
                 reached[cut] = min(reached.get(cut, bound), max(slowest, time))
         times = reached
-    ends = [max(slowest, arcs.cost(here, first + arcs.count) / last) for here, slowest in times.items()]
+    ends = [max(slowest, _cost_of_last(arcs, first, here, again) / last) for here, slowest in times.items()]
     return min((time for time in ends if time < bound), default=float("inf"))
+
+
+def _cost_of_last(arcs: Arcs, first: int, here: int, again: Sequence[int]) -> float:
+    end = arcs.count if arcs.ahead else first + arcs.count
+    return arcs.cost(here, end, max(again[here:]))
 
 
 def _fewest_bytes(
     arcs: Arcs, speeds: Sequence[float], limit: float, first: int, copies_of_last: int
 ) -> tuple[int, float, tuple[int, ...]] | None:
-    """Best (bytes, slowest time, starts) with the first segment beginning at block ``first``, within the time limit."""
+    """Best (bytes, slowest time, starts) with the first cut at block ``first``, within the time limit."""
     states: dict[int, tuple[int, float, tuple[int, ...]]] = {first: (0, 0.0, (first,))}
-    last = len(speeds) - 1
-    for speed in speeds[:last]:
+    again, last = arcs.again(first), len(speeds) - 1
+    for segment, speed in enumerate(speeds[:last]):
         reached: dict[int, tuple[int, float, tuple[int, ...]]] = {}
         for here, (sent, slowest, starts) in states.items():
+            begin, most = (0 if arcs.ahead and segment == 0 else here), 0
             for cut in range(here + 1, arcs.count):
-                time = arcs.cost(here, cut) / speed
+                most = max(most, again[cut - 1]) if begin else 0
+                time = arcs.cost(begin, cut, most) / speed
                 if time > limit:
                     break
-                state = (sent + arcs.received(here, cut), max(slowest, time), (*starts, cut))
+                state = (sent + arcs.received(begin, cut, first), max(slowest, time), (*starts, cut))
                 if cut not in reached or state < reached[cut]:
                     reached[cut] = state
         states = reached
     final = []
     for here, (sent, slowest, starts) in states.items():
-        end = first + arcs.count
-        time = arcs.cost(here, end) / speeds[last]
+        time = _cost_of_last(arcs, first, here, again) / speeds[last]
         if time <= limit:
-            final.append((sent + copies_of_last * arcs.received(here, end), max(slowest, time), starts))
+            end = arcs.count if arcs.ahead else first + arcs.count
+            final.append((sent + copies_of_last * arcs.received(here, end, first), max(slowest, time), starts))
     return min(final, default=None)

@@ -24,10 +24,15 @@ class Plan:
         warmup: W >= 1, leading synchronous calls. The last one fills the caches. With S > 1 choose W = 1 + a multiple of S:
             otherwise the calls before the first full batch repeat the result of call W - 1.
         time_shift: every rank uses the previous timestep in asynchronous calls.
-        forecast: 0 hands back the last value received (the published method), 1 extrapolates the last two linearly to the
-            call that the rank computes for, at no communication.
-        cuts: block-name prefixes where the segments begin, in execution order on the circle of blocks. Blocks before the
-            first cut belong to the last segment. ``None`` searches for the best cuts.
+        forecast: 0 hands back the last value received (the published method); 1 works ahead: a segment computes for the call
+            in which its values will be read, on the input that is expected there (see :mod:`.lookahead`). Where the schedule is
+            not known, 1 extrapolates the last two values instead.
+        cuts: block-name prefixes where the segments begin, in execution order on the circle of blocks. Blocks before the first
+            cut are the last segment's; working ahead, they are the first one's, and others that read them compute them again.
+            ``None`` searches for the best cuts.
+        fresh_skips: how automatic cuts are chosen with ``forecast=1``. The last segment computes the first, full-size blocks anew
+            on this call's own input, if that makes the slowest segment at most a third slower: the picture is nearer to the
+            sequential one, by far so with samplers that add noise in every step. False for speed alone.
     """
 
     segments: int = 2
@@ -36,6 +41,7 @@ class Plan:
     time_shift: bool = False
     forecast: int = 1
     cuts: tuple[str, ...] | None = None
+    fresh_skips: bool = True
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -49,8 +55,9 @@ class Plan:
                 raise PlanError(f"{name} must be a whole number, not {value!r}")
             if value < low or (high is not None and value > high):
                 raise PlanError(f"{name}={value} is out of range: choose {low} " + ("or more" if high is None else f"to {high}"))
-        if not isinstance(self.time_shift, bool):
-            raise PlanError(f"time_shift must be True or False, not {self.time_shift!r}")
+        for name in ("time_shift", "fresh_skips"):
+            if not isinstance(getattr(self, name), bool):
+                raise PlanError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.cuts is not None:
             sequence = isinstance(self.cuts, Sequence) and not isinstance(self.cuts, str)
             if not sequence or not all(isinstance(cut, str) and cut for cut in self.cuts):
@@ -72,17 +79,17 @@ class Plan:
 
 
 class Placement(Mapping[str, int]):
-    """Block name -> segment, in execution order, and what follows from it for one block graph."""
+    """Block name -> the segment that others read it of, in execution order, and what follows from it for one block graph."""
 
     def __init__(self, graph: BlockGraph, plan: Plan, starts: Sequence[int], costs: Sequence[float] | None = None) -> None:
         self.graph = graph
         self.plan = plan
         self.starts = tuple(starts)
         self.costs = tuple(costs or mac_costs(graph))
-        # blocks before the first cut wrap round to the last segment
+        # blocks before the first cut wrap round to the last segment, unless the first one works ahead and needs its own
+        wrap = 0 if plan.forecast else plan.segments - 1
         self.segments = tuple(
-            max((d for d, start in enumerate(self.starts) if start <= i), default=plan.segments - 1)
-            for i in range(len(graph.blocks))
+            max((d for d, start in enumerate(self.starts) if start <= i), default=wrap) for i in range(len(graph.blocks))
         )
 
     def __getitem__(self, name: str) -> int:
@@ -101,22 +108,29 @@ class Placement(Mapping[str, int]):
 
     @property
     def wrapped(self) -> bool:
-        """Whether the last segment also owns the first blocks, so that the result depends on this call's input."""
-        return self.starts[0] > 0
+        """Whether the last segment also computes the first blocks, so that the result depends on this call's input."""
+        return 0 in self.owned(self.plan.segments - 1)
 
     def owned(self, segment: int) -> tuple[int, ...]:
-        """Block indices of ``segment`` in execution order."""
-        return tuple(i for i, owner in enumerate(self.segments) if owner == segment)
+        """Indices of the blocks that ``segment`` computes, in execution order.
+
+        Working ahead, each segment that reads blocks before the first cut computes these itself, on the input of its own call.
+        """
+        own = [i for i, owner in enumerate(self.segments) if owner == segment]
+        again = 0
+        if self.plan.forecast and segment > 0:
+            again = max((p + 1 for p, c in self.graph.edges if p < self.starts[0] and c in own), default=0)
+        return (*range(again), *own)
 
     def incoming(self, segment: int) -> tuple[int, ...]:
         """Producers elsewhere whose outputs ``segment`` reads, in execution order."""
-        return tuple(sorted({p for p, c in self.graph.edges if self.segments[c] == segment and self.segments[p] != segment}))
+        own = set(self.owned(segment))
+        return tuple(sorted({p for p, c in self.graph.edges if c in own and p not in own}))
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Fraction of the blocks' cost in each segment: MACs, or what was given for them."""
-        costs = [sum(self.costs[i] for i in self.owned(d)) for d in range(self.plan.segments)]
-        return tuple(cost / sum(costs) for cost in costs)
+        """Fraction of the model's cost in each segment: MACs, or what was given for them. A block may be in two of them."""
+        return tuple(sum(self.costs[i] for i in self.owned(d)) / sum(self.costs) for d in range(self.plan.segments))
 
     def cost(self, steps: int) -> float:
         """Of a run of ``steps`` calls, in evaluations of the unrouted model, communication left out."""
@@ -173,4 +187,6 @@ def place(
         raise PlanError(f"speeds={list(speeds)}: give {plan.world_size} positive numbers, one per device (segments + stride - 1)")
     # the replicas of the last segment work side by side: the slowest counts
     per_segment = [*speeds[: plan.segments - 1], min(speeds[plan.segments - 1 :])]
-    return Placement(graph, plan, best_starts(Arcs(graph, costs), per_segment, copies_of_last=plan.stride), costs)
+    ahead = bool(plan.forecast)
+    starts = best_starts(Arcs(graph, costs, ahead), per_segment, plan.stride, ahead and plan.fresh_skips)
+    return Placement(graph, plan, starts, costs)

@@ -7,6 +7,7 @@ come from dictionaries. Tests use it as their oracle; quality measurements use i
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ from torch.utils._pytree import tree_map
 
 from .family import Family, find_family
 from .graph import meta_copy, trace
+from .inputs import Inputs, join
+from .lookahead import NoiseLevels, Outlook
 from .plan import Placement, Plan, place
-from .schedule import Kind, call_at
+from .schedule import Kind, call_at, calls_ahead
+from .stub import value_for
 
 
 class Simulator:
@@ -41,10 +45,12 @@ class Simulator:
         args, kwargs = example_inputs or self._family.example_inputs(skeleton, None, 2)
         self.placement: Placement = place(trace(skeleton, self._family, args, kwargs), plan)
         self._timesteps: list[float] | None = None
+        self._levels: NoiseLevels | None = None
         self._streams: dict[Hashable, dict[str, Any]] = {}
         self._segment: int | None = None  # the one that runs; None runs all
-        self._target = 0  # the call that it computes for
-        self._stale: list[tuple[int, dict[str, Any]]] = []  # values, and the call that they were computed for
+        self._reads: int | None = None  # the call whose values it wants
+        # (targets of the ranks, values of their blocks) of earlier calls, oldest first
+        self._stale: list[tuple[tuple[int, ...], dict[str, Any]]] = []
         self._fresh: dict[str, Any] = {}
         for name in self.placement:
             block = module.get_submodule(name)
@@ -61,62 +67,79 @@ class Simulator:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def begin(self, timesteps: Sequence[float] | torch.Tensor | None = None) -> None:
-        """Start a new run; see ``WorkerGroup.begin``."""
+    def begin(self, timesteps: Sequence[float] | torch.Tensor | None = None, levels: NoiseLevels | None = None) -> None:
+        """Start a new run, all of whose streams begin with its first call; see ``WorkerGroup.begin``."""
         self._timesteps = None if timesteps is None else [float(t) for t in timesteps]
+        self._levels = levels or (NoiseLevels.unknown(len(self._timesteps)) if self._timesteps else None)
         self._streams.clear()
 
     @torch.no_grad()
     def __call__(self, *args: Any, stream: Hashable = None, **kwargs: Any) -> Any:
         """One call; see ``WorkerGroup.__call__``."""
         plan, state = self.plan, self._streams.setdefault(stream, {"k": 0, "history": [], "results": {}})
-        position, keyword = self._family.timestep
-        timestep = args[position] if len(args) > position else kwargs[keyword]
+        inputs = Inputs.take(args, kwargs, self._family.timestep)
+        ahead = bool(plan.forecast and self._levels is not None)
+        if ahead:
+            at = inputs.position(self._family.sample)
+            outlook = state.setdefault("outlook", Outlook(self._levels))
+            outlook.see(state["k"], inputs.leaves[at])
+        now = replace(plan, forecast=0) if ahead and not outlook.steady else plan
+        total = None if self._timesteps is None else len(self._timesteps)
+        call = call_at(now, state["k"], total)
 
-        def run(segment: int | None, index: int) -> tuple[Any, dict[str, Any]]:
-            t = timestep
-            if index != call.index and plan.stride == 1:
-                t = state["last_t"]  # time_shift
-            elif index != call.index:
-                value = self._timesteps[index]
-                t = torch.full_like(timestep, value) if isinstance(timestep, torch.Tensor) else type(timestep)(value)
-            changed, extra = (args, {**kwargs, keyword: t}) if len(args) <= position else (list(args), kwargs)
-            if len(args) > position:
-                changed[position] = t
+        def run(segment: int | None, target: int, index: int) -> tuple[Any, dict[str, Any]]:
+            leaves, t = list(inputs.leaves), inputs.timestep
+            if ahead and target != call.index:
+                leaves[at] = outlook.of(target)
+            if index != call.index:  # unscheduled, this is a time shift
+                t = state["last_t"] if self._timesteps is None else inputs.timestep_like(self._timesteps[index])
             self._segment, self._fresh = segment, {}
-            output = self._module(*changed, **extra)
-            return output, self._fresh
+            args, kwargs = join(leaves, inputs.structure, t, inputs.place, inputs.positional)
+            return self._module(*args, **kwargs), self._fresh
 
-        call = call_at(plan, state["k"], None if self._timesteps is None else len(self._timesteps))
         self._stale = state["history"]
         kept: dict[str, Any] = {}
         if call.kind is Kind.SYNCHRONOUS:
-            state["results"][call.index], kept = run(None, call.index)
+            state["results"][call.index], kept = run(None, call.index, call.index)
         elif call.kind is Kind.ASYNCHRONOUS:
             results = dict(call.results)
-            for rank, (index, self._target) in enumerate(zip(call.timestep_indices, call.targets, strict=True)):
-                output, fresh = run(plan.segment_of_rank(rank), index)
+            for rank, (target, index) in enumerate(zip(call.targets, call.timestep_indices, strict=True)):
+                segment, self._reads = plan.segment_of_rank(rank), call.reads[rank]
+                output, fresh = run(segment, target, index)
                 if rank in results:
                     state["results"][results[rank]] = output
                 if rank < plan.segments:
-                    kept.update(fresh)
+                    kept |= self._own(segment, fresh)
         if call.computes:
-            state["history"] = [*self._stale[-1:], (call.targets[0], kept)]
+            state["history"] = self._stale = [*self._stale, (call.targets, kept)]
+        for part in calls_ahead(now, call.index, total):
+            kept = {}
+            self._stale.append((part.targets, kept))
+            for segment, (target, index) in enumerate(zip(part.targets, part.timestep_indices, strict=True)):
+                self._reads = target
+                kept |= self._own(segment, run(segment, target, index)[1])
+        del state["history"][: -2 * plan.segments]
         source = plan.warmup - 1 if call.kind is Kind.REPEATED else call.index
-        state["k"], state["last_t"] = state["k"] + 1, timestep
+        state["k"], state["last_t"] = state["k"] + 1, inputs.timestep
         return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, state["results"][source])
 
+    def _own(self, segment: int, values: dict[str, Any]) -> dict[str, Any]:
+        """Those that others read of this segment."""
+        return {name: value for name, value in values.items() if self.placement[name] == segment}
+
     def _wrapped(self, name: str, forward: Any) -> Any:
+        owners = [d for d in range(self.plan.segments) if self.placement.graph.names.index(name) in self.placement.owned(d)]
+
         def run(*args: Any, **kwargs: Any) -> Any:
-            if self._segment is None or self.placement[name] == self._segment:
+            if self._segment is None or self._segment in owners:
                 output = forward(*args, **kwargs)
                 self._fresh[name] = tree_map(lambda leaf: leaf.clone(), output)
                 return output
-            at, last = self._stale[-1]
-            if self.plan.forecast == 0 or len(self._stale) < 2:
-                return tree_map(lambda leaf: leaf.clone(), last[name])
-            before, older = self._stale[-2]
-            ahead = (self._target - at) / (at - before)  # in units of what lies between the two
-            return tree_map(lambda a, b: a + (a - b) * ahead, last[name], older[name])
+            sender = self.placement[name]
+            sent = [(targets[sender], values[name]) for targets, values in self._stale if name in values]
+            if self._reads is None:
+                return tree_map(lambda leaf: leaf.clone(), sent[-1][1])
+            known = dict(sent[-max(2, self._segment - sender) :])
+            return tree_map(lambda *leaves: value_for(self._reads, dict(zip(known, leaves, strict=True))), *known.values())
 
         return run

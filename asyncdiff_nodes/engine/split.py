@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .calls import CallMessage
 from .graph import TensorMeta, tensors_of
 from .stub import Inbox, make_stub
 from .telemetry import CallRecord, Stopwatch
@@ -40,9 +41,10 @@ class Share:
 class _Stream:
     """State of one stream in one run."""
 
-    def __init__(self, share: Share, order: int) -> None:
+    def __init__(self, share: Share) -> None:
         self.layouts: dict[str, Layout] = {}
-        self.inboxes = {name: Inbox(order) for name in share.sources}
+        # what a segment works ahead for is read as many batches later as there are segments between
+        self.inboxes = {name: Inbox(share.segment - sender) for name, sender in share.sources.items()}
 
 
 class SplitModel:
@@ -52,12 +54,10 @@ class SplitModel:
         """Put stubs into ``module`` (on the meta device); weights follow with :meth:`load`."""
         self._module = module.eval()
         self._share = share
-        self._order = 0
         self._device = device
         self._streams: dict[Hashable, _Stream] = {}
         self._placeholders: dict[TensorMeta, torch.Tensor] = {}
-        # the running call's stream, whether it is synchronous, and the call that this rank computes for
-        self._now: tuple[_Stream, bool, int] | None = None
+        self._now: tuple[_Stream, CallMessage] | None = None  # what is running
         self._watch = Stopwatch(device)
         self._waits: list[tuple[Any, Any]] = []
         # (facts, start, end, waits, drifts), the times as marks that are read when somebody asks
@@ -90,12 +90,8 @@ class SplitModel:
         """Names of parameters and buffers that no value was loaded for."""
         return [name for name, tensor in tensors_of(self._module) if tensor.is_meta]
 
-    def reset(self, order: int) -> None:
-        """Forget every stream and record; later ones forecast with ``order``.
-
-        Values on their way are received first, to keep the links in step.
-        """
-        self._order = order
+    def reset(self) -> None:
+        """Forget every stream and record. Values on their way are received first, to keep the links in step."""
         for stream in self._streams.values():
             for inbox in stream.inboxes.values():
                 inbox.settle()
@@ -105,45 +101,39 @@ class SplitModel:
 
     def set_layouts(self, key: Hashable, layouts: Sequence[Layout]) -> None:
         """Output layouts of all blocks for the inputs of this stream; before its first call."""
-        stream = self._streams.setdefault(key, _Stream(self._share, self._order))
+        stream = self._streams.setdefault(key, _Stream(self._share))
         stream.layouts = dict(zip(self._share.blocks, layouts, strict=True))
 
-    def call(
-        self,
-        key: Hashable,
-        index: int,
-        synchronous: bool,
-        computes: bool,
-        targets: Sequence[int],
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def call(self, message: CallMessage, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """One computing call of the group; returns the model's output, or None where this rank only listens.
 
-        Args:
-            computes: False for a replica in a synchronous call: it takes the values that others send, and no more.
-            targets: per rank, the index of the call that it computes for.
+        A rank that does not compute, a replica in a synchronous call, takes the values that others send, and no more.
         """
-        stream = self._streams[key]
+        stream = self._streams[message.stream]
         start, sent = self._watch.mark(), self._transport.bytes_sent
         self._waits = []
         self._transport.begin_call()
         for name, sender in self._share.sources.items():
-            stream.inboxes[name].expect(targets[sender], self._arrival(sender, stream.layouts[name][0]))
+            if sender >= len(message.targets):
+                continue
+            stream.inboxes[name].expect(message.targets[sender], self._arrival(sender, stream.layouts[name][0]))
         output = None
-        if computes:
-            self._now = stream, synchronous, targets[self._share.rank]
+        if message.computes:
+            self._now = stream, message
             output = self._module(*args, **kwargs)
             self._now = None
         else:
             for inbox in stream.inboxes.values():
                 inbox.settle(leave=1)
+            if message.ahead:  # nothing was done here that anybody would want to know of
+                return None
         facts = {
-            "stream": str(key),
-            "call": index,
+            "stream": str(message.stream),
+            "call": message.index,
             "rank": self._share.rank,
             "segment": self._share.segment,
-            "synchronous": synchronous,
+            "synchronous": message.synchronous and not message.ahead,
+            "ahead": message.ahead,
             "bytes_sent": self._transport.bytes_sent - sent,
         }
         drifts = {name: d for name, inbox in stream.inboxes.items() if (d := inbox.drift()) is not None}
@@ -173,12 +163,12 @@ class SplitModel:
         return wait
 
     def _fetch(self, name: str) -> Any:
-        stream, synchronous, target = self._now
+        stream, message = self._now
         metas, structure = stream.layouts[name]
         inbox = stream.inboxes.get(name)
         if inbox is None:  # no block of this rank reads it: only its shape matters
             return unflatten([self.placeholder(meta) for meta in metas], structure)
-        return unflatten(inbox.current() if synchronous else inbox.predicted(target), structure)
+        return unflatten(inbox.current() if message.synchronous else inbox.stale(message.reads), structure)
 
     def placeholder(self, meta: TensorMeta) -> torch.Tensor:
         """A tensor of this layout whose values do not matter."""

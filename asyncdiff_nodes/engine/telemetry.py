@@ -21,6 +21,7 @@ class CallRecord:
         compute, wait: seconds of it spent computing, and waiting for values of other ranks.
         waits: start and end of each of these waits.
         bytes_sent: payload bytes that this rank sent to other ranks.
+        ahead: done for later calls, after this rank's part of the last synchronous call.
         drift: producer block -> relative L2 change of its output since the value before, for values received.
     """
 
@@ -35,6 +36,7 @@ class CallRecord:
     wait: float
     bytes_sent: int
     waits: tuple[tuple[float, float], ...] = ()
+    ahead: bool = False
     drift: dict[str, float] = field(default_factory=dict)
 
 

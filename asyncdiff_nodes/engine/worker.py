@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from . import backends, wire
-from .inputs import Packed, join
+from .calls import CallMessage
+from .inputs import join
 from .split import Share, SplitModel
 from .telemetry import RankReport
 from .transport import Transport
@@ -46,33 +47,6 @@ class Boot:
     timestep: tuple[int, str]
     timeout: float
     replicated_bytes: int
-
-
-@dataclass(frozen=True)
-class CallMessage:
-    """One computing call, for one rank.
-
-    Attributes:
-        run, stream, index: which call of which stream.
-        targets: as in :class:`~.schedule.Call`.
-        leaves, structure, positional: as in :class:`~.inputs.Inputs`.
-        timestep: this rank's.
-        layouts: output layouts of all blocks; on a stream's first call only.
-        result: index of the call whose result this rank returns, or None.
-    """
-
-    run: int
-    stream: Hashable
-    index: int
-    synchronous: bool
-    computes: bool
-    targets: tuple[int, ...]
-    leaves: tuple[Packed, ...]
-    structure: Any
-    timestep: Packed
-    positional: bool
-    layouts: tuple[Any, ...] | None
-    result: int | None
 
 
 def main(rank: int, conn: Connection, death: Connection, folder: str) -> None:
@@ -128,8 +102,8 @@ class _Rank:
             if verb == "call":
                 self._call(rest[0], tensors)
             elif verb == "reset":
-                self._run, order = rest
-                self._model.reset(order)
+                (self._run,) = rest
+                self._model.reset()
                 self._inputs.clear()
             elif verb == "weight":
                 self._model.load(rest[0], tensors[0])
@@ -159,9 +133,7 @@ class _Rank:
         args, kwargs = join(leaves, message.structure, timestep, self._boot.timestep, message.positional)
         if message.layouts is not None:
             self._model.set_layouts(message.stream, message.layouts)
-        output = self._model.call(
-            message.stream, message.index, message.synchronous, message.computes, message.targets, args, kwargs
-        )
+        output = self._model.call(message, args, kwargs)
         if message.result is not None:
             leaves, structure = flatten(output)
             wire.send(

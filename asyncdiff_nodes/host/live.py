@@ -89,7 +89,8 @@ class Progress:
             return found
         first = max(0, len(records) - _KEPT) if first is None else first
         # of a very long run the warm-up and the latest steps, so that an event costs the same at any time
-        timing = Timing(plan, group.devices, records if len(records) < 1000 else records[:200] + records[-800:])
+        some = records if len(records) < 1000 else records[:200] + records[-800:]
+        timing = Timing(plan, group.devices, some, sum(group.placement.shares))
         return found | {
             "plan": {**asdict(plan), "warmup": None if plan.warmup >= ALWAYS else plan.warmup},
             "ranks": [self._rank(group, rank) for rank in range(group.plan.world_size)],

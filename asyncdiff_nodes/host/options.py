@@ -13,7 +13,7 @@ from asyncdiff_nodes.engine.devices import parse_devices
 
 from .settings import setting
 
-PRESETS = ("Exact", "Balanced", "Fast", "Custom")
+PRESETS = ("Exact", "Balanced", "Fast", "Turbo", "Custom")
 ALWAYS = 1_000_000  # a warm-up longer than any run: every step is synchronous
 
 
@@ -26,7 +26,8 @@ class Options:
     """The widgets of the *AsyncDiff Options* node.
 
     Attributes:
-        preset: ``Exact`` (every step synchronous), ``Balanced``, ``Fast``, or ``Custom``, which uses the fields after ``cuts``.
+        preset: ``Exact`` (every step synchronous), ``Balanced``, ``Fast``, ``Turbo``, or ``Custom``, which uses the fields after
+            ``cuts``.
         devices: ``auto`` for those of the settings (by default every CUDA device), or a list such as ``cuda:0, cuda:2``.
         cuts: block names where the segments begin, separated by commas; empty for automatic ones.
         segments: number of segments, 0 for as many as the devices allow.
@@ -61,11 +62,11 @@ class Options:
             if segments < 2:
                 raise PlanError(f"stride={self.stride} needs {self.stride + 1} devices or more, and there are {count}: lower it")
             knobs |= {"stride": self.stride, "warmup": self.warmup, "time_shift": self.time_shift, "forecast": int(self.forecast)}
-        elif self.preset == "Fast":
-            stride = 2 if count > 2 else 1
-            segments, knobs["stride"], knobs["warmup"] = count - stride + 1, stride, 1
         else:
-            segments, knobs["warmup"] = count, 3 if self.preset == "Balanced" else ALWAYS
+            stride = 2 if self.preset == "Turbo" and count > 2 else 1
+            segments, knobs["stride"] = count - stride + 1, stride
+            knobs["warmup"] = {"Exact": ALWAYS, "Balanced": 3}.get(self.preset, 1)
+            knobs["fresh_skips"] = self.preset != "Fast"
         plan = Plan(segments=segments, **knobs)
         if plan.world_size > count:
             raise PlanError(

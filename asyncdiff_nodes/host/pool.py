@@ -7,7 +7,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,8 +48,11 @@ class Held:
     def fits(self, plan: Plan, devices: Sequence[str], fingerprint: str) -> bool:
         """Whether ``plan`` can run in this group once it has the right weights."""
         own = self.group.plan
-        same = (own.segments, own.cuts, own.world_size) == (plan.segments, plan.cuts, plan.world_size)
-        return same and self.group.devices == tuple(devices) and self.fingerprint == fingerprint
+        return (
+            replace(own, warmup=plan.warmup, time_shift=plan.time_shift) == plan
+            and self.group.devices == tuple(devices)
+            and self.fingerprint == fingerprint
+        )
 
 
 class Pool:

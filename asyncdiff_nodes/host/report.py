@@ -53,7 +53,7 @@ class RunRecord:
         """What was measured; None where the host computed everything itself."""
         if self.stats is None:
             return None
-        return Timing(self.plan, [rank.device for rank in self.stats.ranks], self.stats.records)
+        return Timing(self.plan, [rank.device for rank in self.stats.ranks], self.stats.records, sum(self.placement.shares))
 
     def text(self) -> str:
         """The whole record in readable lines."""
@@ -63,7 +63,7 @@ class RunRecord:
         plan, timing = self.plan, self.timing
         calls, streams = timing.calls, {stream for stream, _ in timing.calls}
         warmup = "every step synchronous" if plan.warmup >= ALWAYS else f"warm-up {plan.warmup}"
-        stale = "forecast" if plan.forecast else "reuse"
+        stale = "working ahead" if plan.forecast else "reuse"
         lines[:0] = [
             f"Plan: {plan.segments} segments, stride {plan.stride}, {warmup}, {stale}"
             + (", time shift" if plan.time_shift else ""),

@@ -21,6 +21,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from asyncdiff_nodes.engine import (
     AsyncDiffError,
     GroupClosedError,
+    NoiseLevels,
     Plan,
     ScheduleError,
     UnsupportedModelError,
@@ -151,7 +152,10 @@ class Sampling:
             return self._note(f"this model cannot be split: {error}")
         self._prepare_model(patcher)
         self._plan = plan
-        group.begin(patcher.get_model_object("model_sampling").timestep(self._sigmas[:-1]), plan, self._progress.add)
+        sampling, sigmas = patcher.get_model_object("model_sampling"), self._sigmas[:-1]
+        scales = sampling.calculate_input(sigmas, torch.ones_like(sigmas))
+        levels = NoiseLevels(tuple(sigmas.tolist()), tuple(scales.tolist()))
+        group.begin(sampling.timestep(sigmas), plan, self._progress.add, levels)
         self.group = group
         self._progress.sampling(group, plan)
         return patcher.model, conds, others
@@ -188,7 +192,8 @@ class Sampling:
             return self.group(x, timesteps, stream=stream, **kwargs)
         except ScheduleError:
             # more calls than steps (heun, dpm_2, ...), or a schedule that only the sampler knows
-            self._note(f"stride={self._plan.stride} needs one call per step of the schedule; going on with stride=1")
+            without = "nothing can be computed ahead" if self._plan.stride == 1 else f"stride={self._plan.stride} is not possible"
+            self._note(f"this sampler does not make one call per step of the schedule: {without}; going on with stride=1")
             self._plan = replace(self._plan, stride=1)
             self.group.begin(plan=self._plan, on_record=self._progress.add)
             self._progress.sampling(self.group, self._plan)

@@ -21,17 +21,19 @@ class Timing:
     Args:
         plan: of the run.
         devices: one per rank.
+        work: of all segments together, in evaluations of the model: above 1 where segments compute the same blocks.
     """
 
     plan: Plan
     devices: Sequence[str]
     records: Sequence[CallRecord]
+    work: float
 
     @cached_property
     def computing(self) -> list[CallRecord]:
-        """Without the replicas that only listened."""
-        used = self.plan.world_size
-        return [r for r in self.records if r.rank < self.plan.segments or (r.rank < used and not r.synchronous)]
+        """Without the replicas that only listened, and without what was done ahead in the warm-up."""
+        used, segments = self.plan.world_size, self.plan.segments
+        return [r for r in self.records if not r.ahead and (r.rank < segments or (r.rank < used and not r.synchronous))]
 
     @cached_property
     def calls(self) -> dict[tuple[str, int], bool]:
@@ -76,10 +78,10 @@ class Timing:
         Ranks that share a device slow each other down, so only their synchronous calls count, without the first (cold) one.
         """
         segments = range(self.plan.segments)
-        found = [[r.compute for r in self.records if r.rank == rank and r.synchronous and r.call > 0] for rank in segments]
+        found = [[r.compute for r in self.computing if r.rank == rank and r.synchronous and r.call > 0] for rank in segments]
         if not all(found) and len(set(self.devices)) == len(self.devices):
-            found = [[r.compute for r in self.records if r.rank == rank] for rank in segments]
-        return sum(map(statistics.median, found)) * self.streams_per_step if all(found) else None
+            found = [[r.compute for r in self.computing if r.rank == rank] for rank in segments]
+        return sum(map(statistics.median, found)) / self.work * self.streams_per_step if all(found) else None
 
     @property
     def speedup(self) -> float | None:
@@ -98,4 +100,4 @@ class Timing:
     @property
     def bytes_per_call(self) -> float:
         """Payload that all ranks together sent to each other per computing call."""
-        return sum(record.bytes_sent for record in self.records) / max(1, len(self.calls))
+        return sum(record.bytes_sent for record in self.records if not record.ahead) / max(1, len(self.calls))

@@ -43,4 +43,4 @@ def example_inputs(unet: nn.Module, size: Any = None, batch: int = 2) -> tuple[t
     return (empty(batch, unet.in_channels, height, width), torch.empty(batch, device="meta")), kwargs
 
 
-FAMILY = Family("UNetModel", block_names, timestep=(1, "timesteps"), example_inputs=example_inputs)
+FAMILY = Family("UNetModel", block_names, sample=(0, "x"), timestep=(1, "timesteps"), example_inputs=example_inputs)

@@ -76,11 +76,12 @@ class AsyncDiffOptions(ReadsSettings):
             inputs=[
                 io.Combo.Input(
                     "preset",
-                    options=["Exact", "Balanced", "Fast", "Custom"],
+                    options=["Exact", "Balanced", "Fast", "Turbo", "Custom"],
                     default="Balanced",
                     tooltip=(
-                        "Balanced: three exact steps, then all devices at once; the picture stays close. Fast: one exact step, "
-                        "and two steps per round with three or more devices; details change. Exact: the picture of KSampler, "
+                        "Balanced: three exact steps, then all devices at once; the picture stays very close, most of all with "
+                        "two devices. Fast: one exact step, and nothing computed twice; small details change. Turbo: one exact "
+                        "step, and two steps per round with three or more devices; details change. Exact: KSampler's picture, "
                         "with the weights shared out but no faster. Custom: the settings below."
                     ),
                 ),
@@ -96,7 +97,7 @@ class AsyncDiffOptions(ReadsSettings):
                     min=0,
                     max=16,
                     tooltip=custom + "Parts that the network is cut into; 0: as many as the devices allow. More are faster, but "
-                    "each part then works on older values.",
+                    "each part must then look further ahead.",
                 ),
                 io.Int.Input(
                     "stride",
@@ -128,8 +129,8 @@ class AsyncDiffOptions(ReadsSettings):
                         "forecast",
                         default=True,
                         tooltip=custom
-                        + "Extrapolate values of other devices from their last two instead of reusing the last one. "
-                        "Closer to the exact picture with two segments and many steps, farther with few; no effect on speed.",
+                        + "Let each device work ahead, on the latent that is expected when its result will be needed, instead of "
+                        "handing on old results. Much closer to the exact picture; a part of the network is computed twice.",
                     )
                 ),
                 advanced(

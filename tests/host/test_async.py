@@ -6,7 +6,7 @@ import small
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from asyncdiff_nodes.engine import Simulator
+from asyncdiff_nodes.engine import NoiseLevels, Simulator
 from asyncdiff_nodes.host.options import Options
 from asyncdiff_nodes.host.report import last_run
 from asyncdiff_nodes.host.route import attach
@@ -24,8 +24,9 @@ def simulated(model, plan, sigmas_of_run):
 
     def call(executor, x, timesteps, context=None, y=None, control=None, transformer_options=None, **extra):
         if not simulator._streams:
-            sigmas = transformer_options["sample_sigmas"]
-            simulator.begin(model.get_model_object("model_sampling").timestep(sigmas[:-1]))
+            sigmas = transformer_options["sample_sigmas"][:-1]
+            levels = NoiseLevels(tuple(sigmas.tolist()), tuple((1 / (sigmas**2 + 1) ** 0.5).tolist()))  # of an SD model
+            simulator.begin(model.get_model_object("model_sampling").timestep(sigmas), levels)
         stream = tuple(transformer_options["uuids"]), tuple(x.shape)
         options = {"sample_sigmas": None}
         return simulator(x, timesteps, stream=stream, context=context, y=y, control=control, transformer_options=options, **extra)
@@ -39,10 +40,10 @@ def simulated(model, plan, sigmas_of_run):
     "options",
     [
         Options(devices="cpu,cpu"),
-        Options("Fast", "cpu,cpu,cpu"),
+        Options("Turbo", "cpu,cpu,cpu"),
         Options("Custom", "cpu,cpu", warmup=2, forecast=False, time_shift=True),
     ],
-    ids=["balanced", "fast", "custom"],
+    ids=["balanced", "turbo", "custom"],
 )
 @pytest.mark.parametrize("kind", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_presets_equal_the_simulator(kind, options, sampler):
@@ -60,16 +61,16 @@ def test_presets_equal_the_simulator(kind, options, sampler):
     with simulator:
         expected = sample(oracle)
     assert (routed - expected).abs().max() <= 1e-5
-    assert (routed - stock).abs().max() > 1e-3  # asynchronous steps are not exact
+    assert (routed - stock).abs().max() > 3e-5  # asynchronous steps are not exact, if nearly so
 
 
 @pytest.mark.parametrize("sampler", ["heun", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dpm_2", "dpmpp_sde"))])
 def test_stride_falls_back_where_a_step_is_not_a_call(sampler):
-    model = attach(small.model("sd15"), Options("Fast", "cpu,cpu,cpu"))
+    model = attach(small.model("sd15"), Options("Turbo", "cpu,cpu,cpu"))
     prompts = small.conditioning("sd15", 1), small.conditioning("sd15", 2)
     found = nodes.KSampler().sample(model, 5, 6, 4.0, sampler, "normal", *prompts, small.latent())[0]["samples"]
     assert found.isfinite().all()
-    assert last_run().plan.stride == 1 and "stride=2" in last_run().notes[0]
+    assert last_run().plan.stride == 1 and "stride=2 is not possible" in last_run().notes[0]
     again = nodes.KSampler().sample(model, 5, 6, 4.0, "euler", "normal", *prompts, small.latent())[0]["samples"]
     assert again.isfinite().all()
     assert last_run().plan.stride == 2 and not last_run().notes

@@ -11,7 +11,7 @@ from asyncdiff_nodes.host.route import attach
 @pytest.mark.parametrize(
     "options, error, words",
     [
-        (Options(preset="Turbo"), PlanError, "preset='Turbo'.*Exact, Balanced, Fast, Custom"),
+        (Options(preset="Ludicrous"), PlanError, "preset='Ludicrous'.*Exact, Balanced, Fast, Turbo, Custom"),
         (Options(devices="cpu,gpu"), DeviceError, "'gpu' is not a device"),
         (Options(devices="cpu,cuda:7"), DeviceError, "'cuda:7' does not exist"),
         (Options("Custom", "cpu,cpu", segments=3), PlanError, "segments=3 with stride=1 needs 3 devices.*there are 2"),
@@ -40,7 +40,9 @@ def test_unknown_cut_is_named_when_sampling(sd15, prompts):
     [
         (Options(devices="cpu,cpu"), 2, 1, 3, 2),
         (Options("Fast", "cpu cpu"), 2, 1, 1, 2),
-        (Options("Fast", "cpu;cpu;cpu;cpu"), 3, 2, 1, 4),
+        (Options("Fast", "cpu;cpu;cpu;cpu"), 4, 1, 1, 4),
+        (Options("Turbo", "cpu cpu"), 2, 1, 1, 2),
+        (Options("Turbo", "cpu;cpu;cpu;cpu"), 3, 2, 1, 4),
         (Options("Exact", "cpu,cpu,cpu"), 3, 1, ALWAYS, 3),
         (Options("Custom", "cpu,cpu,cpu", segments=2, stride=1, warmup=5), 2, 1, 5, 2),
         (Options("Custom", "cpu,cpu,cpu", stride=2), 2, 2, 3, 3),
@@ -50,6 +52,7 @@ def test_presets(options, segments, stride, warmup, ranks):
     plan, devices = options.resolve()
     assert (plan.segments, plan.stride, plan.warmup) == (segments, stride, warmup)
     assert devices == ("cpu",) * ranks
+    assert plan.fresh_skips is (options.preset != "Fast")
 
 
 def test_one_device():

@@ -1,0 +1,194 @@
+"""What the parent tells the ranks: one message per rank and computing call, composed from the stream's inputs so far."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from . import wire
+from .errors import InputChangedError, ScheduleError
+from .graph import BlockGraph
+from .inputs import Inputs, Packed, difference, only
+from .lookahead import NoiseLevels, Outlook
+from .plan import Placement, Plan
+from .schedule import Call, Kind, call_at, calls_ahead
+
+
+@dataclass(frozen=True)
+class Run:
+    """One denoising run.
+
+    Attributes:
+        number: of the run, so that what an older one left behind is not mistaken for its own.
+        timesteps: of every call of a stream; None if not known.
+        levels: of the same calls.
+    """
+
+    number: int
+    plan: Plan
+    timesteps: tuple[float, ...] | None = None
+    levels: NoiseLevels | None = None
+
+
+@dataclass(frozen=True)
+class CallMessage:
+    """One computing call, for one rank.
+
+    Attributes:
+        run, stream, index: which call of which stream.
+        targets, reads: as in :class:`~.schedule.Call`; ``reads`` is this rank's.
+        ahead: the call is no call of the caller's; see :func:`~.schedule.calls_ahead`.
+        leaves, structure, positional: as in :class:`~.inputs.Inputs`.
+        timestep: this rank's.
+        layouts: output layouts of all blocks; on a stream's first call only.
+        result: index of the call whose result this rank returns, or None.
+    """
+
+    run: int
+    stream: Hashable
+    index: int
+    synchronous: bool
+    computes: bool
+    ahead: bool
+    targets: tuple[int, ...]
+    reads: int | None
+    leaves: tuple[Packed, ...]
+    structure: Any
+    timestep: Packed
+    positional: bool
+    layouts: tuple[Any, ...] | None
+    result: int | None
+
+
+class Stream:
+    """The parent's view of one stream in one run, from its first call on.
+
+    Args:
+        inputs: of the first call.
+        sample: position and keyword of the sample in the model's forward.
+        graph: traced with these inputs.
+
+    Raises:
+        ScheduleError: the first call's timestep is none of the run's.
+    """
+
+    def __init__(
+        self, key: Hashable, run: Run, inputs: Inputs, sample: tuple[int, str], graph: BlockGraph, placement: Placement
+    ) -> None:
+        self.graph = graph
+        self._key, self._run, self._placement = key, run, placement
+        self._signature = inputs.signature
+        self._sample = inputs.position(sample)
+        owned = [placement.owned(d) for d in range(run.plan.segments)]
+        reads = (frozenset().union(*(graph.blocks[i].reads for i in blocks)) for blocks in owned)
+        self._needs = tuple(map(inputs.positions, reads))  # per segment, positions of the leaves that its ranks read
+        self._calls = 0
+        self._sent: list[Any] | None = None  # the leaves that the ranks have
+        self._last_timestep: Any = None
+        self._timesteps, self._outlook = None, None
+        if run.timesteps is not None:
+            first = self._first_of(run.timesteps, inputs)
+            self._timesteps = run.timesteps[first:]
+            if run.plan.forecast:
+                levels = run.levels or NoiseLevels.unknown(len(run.timesteps))
+                self._outlook = Outlook(NoiseLevels(levels.sigmas[first:], levels.scales[first:]))
+
+    def next(self, inputs: Inputs) -> Call:
+        """The call that comes now, with these inputs.
+
+        Raises:
+            InputChangedError, ScheduleError: see their messages.
+        """
+        if inputs.signature != self._signature:
+            raise InputChangedError(
+                f"the inputs of stream {self._key!r} changed within a run ({difference(self._signature, inputs.signature)}): "
+                "keep shapes and dtypes, use another stream, or call begin() for a new run"
+            )
+        call = call_at(self._run.plan, self._calls, self._total)
+        if self._timesteps is not None and not _same(inputs, self._timesteps[call.index]):
+            given, expected = inputs.timestep_number(), self._timesteps[call.index]
+            raise ScheduleError(
+                f"call {call.index + 1} has timestep {given:g}, but begin() announced {expected:g}: the calls of a run must "
+                "follow the timesteps that it was begun with (stride=1 also runs without: call begin())"
+            )
+        if self._outlook is not None:
+            self._outlook.see(call.index, inputs.leaves[self._sample])
+            call = call_at(self._plan, call.index, self._total)
+        return call
+
+    def messages(self, call: Call, inputs: Inputs, ranks: int) -> Iterator[list[tuple[CallMessage, list[torch.Tensor]]]]:
+        """What to send for ``call``: one message and its tensors per rank, and that several times or not at all."""
+        for part in (call, *calls_ahead(self._plan, call.index, self._total)):
+            if part.computes:
+                packed, tensors, known = inputs.pack(self._sent, always=self._sample)
+                layouts = tuple((b.outputs, b.structure) for b in self.graph.blocks) if self._sent is None else None
+                yield [self._message(rank, part, inputs, packed, tensors, layouts) for rank in range(ranks)]
+                self._sent = known
+        self._calls += 1
+        self._last_timestep = inputs.timestep
+
+    @property
+    def _plan(self) -> Plan:
+        """Nobody works ahead on inputs that cannot be foreseen: then the latest values are the best."""
+        plan = self._run.plan
+        return plan if self._outlook is None or self._outlook.steady else replace(plan, forecast=0)
+
+    @property
+    def _total(self) -> int | None:
+        return None if self._timesteps is None else len(self._timesteps)
+
+    def _message(
+        self, rank: int, call: Call, inputs: Inputs, packed: list[Packed], tensors: list[torch.Tensor], layouts: Any
+    ) -> tuple[CallMessage, list[torch.Tensor]]:
+        plan, synchronous = self._run.plan, call.kind in (Kind.SYNCHRONOUS, Kind.AHEAD)
+        # the replicas only listen in synchronous calls, and where this run's stride is smaller than the group's
+        computes = rank < len(call.targets) and not (synchronous and rank >= plan.segments)
+        needed = self._needs[plan.segment_of_rank(rank)]
+        target = call.targets[rank] if computes else call.index
+        if self._outlook is not None and target != call.index and self._sample in needed:
+            tensors = list(tensors)
+            tensors[packed[self._sample][1]] = wire.dense_on_cpu(self._outlook.of(target))
+        leaves, sent = only(packed, tensors, needed)
+        timestep = self._timestep(call, call.timestep_indices[rank] if computes else call.index, inputs)
+        is_tensor = isinstance(timestep, torch.Tensor)
+        message = CallMessage(
+            run=self._run.number,
+            stream=self._key,
+            index=call.index,
+            synchronous=synchronous,
+            computes=computes,
+            ahead=call.kind is Kind.AHEAD,
+            targets=call.targets,
+            reads=call.reads[rank] if computes else None,
+            leaves=tuple(leaves),
+            structure=inputs.structure,
+            timestep=("tensor", len(sent)) if is_tensor else ("value", timestep),
+            positional=inputs.positional,
+            layouts=layouts,
+            result=dict(call.results).get(rank),
+        )
+        return message, [*sent, wire.dense_on_cpu(timestep).clone()] if is_tensor else sent
+
+    def _timestep(self, call: Call, index: int, inputs: Inputs) -> Any:
+        if index == call.index:
+            return inputs.timestep
+        if self._timesteps is None:
+            return self._last_timestep  # time_shift
+        return inputs.timestep_like(self._timesteps[index])
+
+    def _first_of(self, timesteps: tuple[float, ...], inputs: Inputs) -> int:
+        """Where this stream begins: not all do at the run's first call."""
+        for index, expected in enumerate(timesteps):
+            if _same(inputs, expected):
+                return index
+        raise ScheduleError(
+            f"stream {self._key!r} begins at timestep {inputs.timestep_number():g}, which is none of those that begin() "
+            "announced (stride=1 also runs without: call begin())"
+        )
+
+
+def _same(inputs: Inputs, expected: float) -> bool:
+    return abs(inputs.timestep_number() - expected) <= 1e-3 * max(1.0, abs(expected))

@@ -1,0 +1,96 @@
+"""The input that a later call will have, as far as those of the calls so far tell: what a segment that works ahead is given.
+
+A diffusion model's input is ``scale * (clean + sigma * noise)``. While a sampler goes down in sigma, input / scale follows a
+curve that is nearly straight in sigma (quite straight while the model's estimate of the clean sample does not change: a step of
+Euler's method, or of DDIM), so that its last two points say where it will be in a few calls.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """Of every call of a run, in order: its input is ``scales[k] * (clean + sigmas[k] * noise)``.
+
+    Raises:
+        ValueError: not one positive scale for each sigma.
+    """
+
+    sigmas: tuple[float, ...]
+    scales: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.sigmas) != len(self.scales) or not all(0 < scale < float("inf") for scale in self.scales):
+            raise ValueError(f"{len(self.sigmas)} sigmas and the scales {self.scales}: give one positive scale for each sigma")
+
+    @classmethod
+    def unknown(cls, calls: int) -> NoiseLevels:
+        """Of a run about which nothing is known but its length: straight in the number of the call."""
+        return cls(tuple(float(calls - k) for k in range(calls)), (1.0,) * calls)
+
+    @classmethod
+    def variance_preserving(cls, alphas_cumprod: Sequence[float]) -> NoiseLevels:
+        """From the cumulative alpha of every call; the input is ``sqrt(a) * clean + sqrt(1 - a) * noise``."""
+        return cls(tuple((1 / a - 1) ** 0.5 for a in alphas_cumprod), tuple(a**0.5 for a in alphas_cumprod))
+
+
+class Outlook:
+    """What one stream's inputs have been, and will probably be.
+
+    Args:
+        levels: of the stream's calls.
+    """
+
+    def __init__(self, levels: NoiseLevels) -> None:
+        self._levels = levels
+        self._points: deque[tuple[float, torch.Tensor]] = deque(maxlen=3)  # sigma, input / scale
+        self._call, self._input = -1, torch.empty(0)
+
+    def see(self, call: int, sample: torch.Tensor) -> None:
+        """The input of ``call``: [B, C, ...]."""
+        if self._call >= 0:  # channels that did not change; single elements may be equal by chance
+            same = (sample == self._input).flatten(2).all(2)
+            self._still = same.reshape(*same.shape, *[1] * (sample.ndim - 2))
+        self._call, self._input = call, sample.clone()
+        sigma, point = self._levels.sigmas[call], sample.float() / self._levels.scales[call]
+        if self._points and self._points[-1][0] == sigma:  # a second evaluation at the same noise: two points make no line
+            self._points.pop()
+        self._points.append((sigma, point))
+
+    def of(self, call: int) -> torch.Tensor:
+        """The input expected in ``call``, like the last one seen in shape and type; that one itself if it was this call's."""
+        if call == self._call:
+            return self._input
+        sigma, scale = self._levels.sigmas[call], self._levels.scales[call]
+        (here, point), before = self._points[-1], list(self._points)[:-1]
+        if not before:  # one point makes no line
+            return self._input
+        at, older = before[-1]
+        expected = point + self._steadiness() * (point - older) * ((sigma - here) / (here - at))
+        # what did not change at all, such as the mask of an inpainting model, will not
+        return torch.where(self._still, self._input, (expected * scale).to(self._input.dtype))
+
+    @property
+    def steady(self) -> bool:
+        """Whether the inputs follow their own direction at all, as far as can be told."""
+        return bool(self._steadiness().mean() >= 0.5)
+
+    def _steadiness(self) -> torch.Tensor:
+        """Per item, the part of a predicted step that happens: [B, 1, ...], in 0..1, by the last step that can be judged.
+
+        Near 1 for deterministic samplers, small where fresh noise is added. (The least-squares factor between the last step and
+        its prediction.)
+        """
+        if len(self._points) < 3:
+            return torch.ones(())
+        (first, a), (second, b), (third, c) = self._points
+        predicted, happened = (b - a) * ((third - second) / (second - first)), c - b
+        predicted = predicted.masked_fill(self._still, 0)
+        factor = (predicted * happened).flatten(1).sum(1) / predicted.square().flatten(1).sum(1).clamp_min(1e-30)
+        return factor.clamp(0, 1).reshape(-1, *[1] * (c.ndim - 1))
