@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class RoutedUNet(nn.Module):
         except ScheduleError:
             if self.group.plan.stride > 1:
                 raise
-            self.group.begin()  # a pipeline with calls of its own: nothing can be worked ahead
+            self.group.begin(plan=replace(self.group.plan, forecast=0))  # a pipeline with calls of its own
             return self.group(sample, timestep, *args, **kwargs)
 
     def stats(self) -> RunStats:

@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         # the first step pays for one-time preparations on both sides
         rows.append({"method": "sequential", "steps": total, "step_s": statistics.median(times[1:] or times), "speedup": 1.0})
         costs = _block_costs(pipeline, list(arguments.prompts))
-        for method, forecast in (("AsyncDiff, forecast", 1), ("AsyncDiff, plain reuse", 0)):
+        for method, forecast in (("AsyncDiff", 1), ("plain reuse", 0)):
             progress.console.print(f"starting {plan.world_size} processes: {', '.join(devices)}")
             with WorkerGroup(
                 pipeline.unet, replace(plan, forecast=forecast), devices, threads_per_rank=arguments.threads, costs=costs
@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "demo.png"
-    _sheet(list(arguments.prompts), sequential, pictures["AsyncDiff, forecast"], plan).save(path)
+    _sheet(list(arguments.prompts), sequential, pictures["AsyncDiff"], plan).save(path)
     _print(rows, plan, out)
     out.print(f"{path}: sequential, AsyncDiff, difference x{_GAIN}")
     return {

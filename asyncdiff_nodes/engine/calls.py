@@ -85,7 +85,7 @@ class Stream:
         owned = [placement.owned(d) for d in range(run.plan.segments)]
         reads = (frozenset().union(*(graph.blocks[i].reads for i in blocks)) for blocks in owned)
         self._needs = tuple(map(inputs.positions, reads))  # per segment, positions of the leaves that its ranks read
-        self._calls = 0
+        self._next = 0  # the call that is expected
         self._sent: list[Any] | None = None  # the leaves that the ranks have
         self._last_timestep: Any = None
         self._timesteps, self._outlook = None, None
@@ -107,13 +107,7 @@ class Stream:
                 f"the inputs of stream {self._key!r} changed within a run ({difference(self._signature, inputs.signature)}): "
                 "keep shapes and dtypes, use another stream, or call begin() for a new run"
             )
-        call = call_at(self._run.plan, self._calls, self._total)
-        if self._timesteps is not None and not _same(inputs, self._timesteps[call.index]):
-            given, expected = inputs.timestep_number(), self._timesteps[call.index]
-            raise ScheduleError(
-                f"call {call.index + 1} has timestep {given:g}, but begin() announced {expected:g}: the calls of a run must "
-                "follow the timesteps that it was begun with (stride=1 also runs without: call begin())"
-            )
+        call = call_at(self._run.plan, self._position(inputs), self._total)
         if self._outlook is not None:
             self._outlook.see(call.index, inputs.leaves[self._sample])
             call = call_at(self._plan, call.index, self._total)
@@ -127,8 +121,22 @@ class Stream:
                 layouts = tuple((b.outputs, b.structure) for b in self.graph.blocks) if self._sent is None else None
                 yield [self._message(rank, part, inputs, packed, tensors, layouts) for rank in range(ranks)]
                 self._sent = known
-        self._calls += 1
+        self._next = call.index + 1
         self._last_timestep = inputs.timestep
+
+    def _position(self, inputs: Inputs) -> int:
+        """The index of the call with these inputs. At stride 1 some may have been left out, as nodes that cache do."""
+        if self._timesteps is None or self._next >= len(self._timesteps):
+            return self._next
+        expected = self._timesteps[self._next :]
+        reach = expected if self._run.plan.stride == 1 else expected[:1]
+        found = next((index for index, timestep in enumerate(reach) if _same(inputs, timestep)), None)
+        if found is None:
+            raise ScheduleError(
+                f"call {self._next + 1} has timestep {inputs.timestep_number():g}, but begin() announced {expected[0]:g}: the "
+                "calls of a run must follow the timesteps that it was begun with (stride=1 also runs without: call begin())"
+            )
+        return self._next + found
 
     @property
     def _plan(self) -> Plan:

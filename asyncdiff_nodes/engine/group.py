@@ -134,7 +134,7 @@ class WorkerGroup:
             timesteps: [T], the timestep of every call of a stream, in order. Needed for stride > 1, and to work ahead
                 (``forecast=1``): a call that does not follow it is then refused. A stream may begin at any of them.
             plan: the plan of this run, if not the group's. Warm-up and time shift may differ, and the stride may be smaller (the
-                ranks that it does not need then only listen).
+                ranks that it does not need then only listen), and so may the forecast; blocks stay where they are.
             on_record: called with each rank's record of each call of this run, in the thread of the caller, while it waits.
             levels: noise of every call, by which expected inputs are exacter than by the number of the call.
 
@@ -144,11 +144,12 @@ class WorkerGroup:
         """
         plan = plan or self.plan
         own = self.plan
-        placed = replace(own, warmup=plan.warmup, time_shift=plan.time_shift, stride=plan.stride, cuts=plan.cuts and own.cuts)
-        if placed != plan or plan.stride > own.stride:
+        mine = {"warmup": plan.warmup, "time_shift": plan.time_shift, "stride": plan.stride, "forecast": plan.forecast}
+        placed = replace(own, **mine, cuts=plan.cuts and own.cuts)
+        if placed != plan or plan.stride > own.stride or plan.forecast > own.forecast:
             raise PlanError(
-                f"{plan} does not fit a group that was started with {own}: only warm-up, time shift and "
-                "stride may differ, and the stride not be higher"
+                f"{plan} does not fit a group that was started with {own}: warm-up and time shift may differ, stride and "
+                "forecast may be lower"
             )
         if isinstance(timesteps, torch.Tensor):
             timesteps = timesteps.detach().flatten().tolist()

@@ -45,12 +45,17 @@ class Outlook:
 
     Args:
         levels: of the stream's calls.
+
+    Attributes:
+        steady: whether the inputs follow their own direction at all, as far as can be told.
     """
 
     def __init__(self, levels: NoiseLevels) -> None:
+        self.steady = True
         self._levels = levels
         self._points: deque[tuple[float, torch.Tensor]] = deque(maxlen=3)  # sigma, input / scale
         self._call, self._input = -1, torch.empty(0)
+        self._still = self._steadiness = torch.empty(0)
 
     def see(self, call: int, sample: torch.Tensor) -> None:
         """The input of ``call``: [B, C, ...]."""
@@ -62,33 +67,27 @@ class Outlook:
         if self._points and self._points[-1][0] == sigma:  # a second evaluation at the same noise: two points make no line
             self._points.pop()
         self._points.append((sigma, point))
+        self._steadiness = self._judge()
+        self.steady = bool(self._steadiness.mean() >= 0.5)
 
     def of(self, call: int) -> torch.Tensor:
         """The input expected in ``call``, like the last one seen in shape and type; that one itself if it was this call's."""
-        if call == self._call:
+        if call == self._call or len(self._points) < 2:  # one point makes no line
             return self._input
         sigma, scale = self._levels.sigmas[call], self._levels.scales[call]
-        (here, point), before = self._points[-1], list(self._points)[:-1]
-        if not before:  # one point makes no line
-            return self._input
-        at, older = before[-1]
-        expected = point + self._steadiness() * (point - older) * ((sigma - here) / (here - at))
+        (before, older), (here, point) = list(self._points)[-2:]
+        expected = point + self._steadiness * (point - older) * ((sigma - here) / (here - before))
         # what did not change at all, such as the mask of an inpainting model, will not
         return torch.where(self._still, self._input, (expected * scale).to(self._input.dtype))
 
-    @property
-    def steady(self) -> bool:
-        """Whether the inputs follow their own direction at all, as far as can be told."""
-        return bool(self._steadiness().mean() >= 0.5)
-
-    def _steadiness(self) -> torch.Tensor:
+    def _judge(self) -> torch.Tensor:
         """Per item, the part of a predicted step that happens: [B, 1, ...], in 0..1, by the last step that can be judged.
 
         Near 1 for deterministic samplers, small where fresh noise is added. (The least-squares factor between the last step and
         its prediction.)
         """
         if len(self._points) < 3:
-            return torch.ones(())
+            return self._input.new_ones((), dtype=torch.float32)
         (first, a), (second, b), (third, c) = self._points
         predicted, happened = (b - a) * ((third - second) / (second - first)), c - b
         predicted = predicted.masked_fill(self._still, 0)

@@ -192,9 +192,9 @@ class Sampling:
             return self.group(x, timesteps, stream=stream, **kwargs)
         except ScheduleError:
             # more calls than steps (heun, dpm_2, ...), or a schedule that only the sampler knows
-            without = "nothing can be computed ahead" if self._plan.stride == 1 else f"stride={self._plan.stride} is not possible"
-            self._note(f"this sampler does not make one call per step of the schedule: {without}; going on with stride=1")
-            self._plan = replace(self._plan, stride=1)
+            without = "nothing is computed ahead" if self._plan.stride == 1 else f"stride={self._plan.stride} is not possible"
+            self._note(f"this sampler does not make one call per step of the schedule: {without}")
+            self._plan = replace(self._plan, stride=1, forecast=0)
             self.group.begin(plan=self._plan, on_record=self._progress.add)
             self._progress.sampling(self.group, self._plan)
             return self.group(x, timesteps, stream=stream, **kwargs)

@@ -1,10 +1,12 @@
 """Working ahead: what is expected of an input, and that a group which expects rightly computes as if nothing were stale."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import toys
-from asyncdiff_nodes.engine import NoiseLevels, Plan, ScheduleError, WorkerGroup
+from asyncdiff_nodes.engine import NoiseLevels, Plan, PlanError, ScheduleError, Simulator, WorkerGroup
 from asyncdiff_nodes.engine.lookahead import Outlook
 from toys import TOY, ToyBlock
 
@@ -161,3 +163,35 @@ def test_a_synchronous_run_need_not_follow_the_schedule(group):
     """Samplers that call the model twice per step are exact, too."""
     group.begin(TIMESTEPS[:2])
     assert len(toys.denoise(group, [900, 700, 700, 500])) == 4
+
+
+def test_a_run_may_do_without(group):
+    """The published method, on ranks that were started to work ahead; but not the other way round."""
+    plan = replace(group.plan, forecast=0)
+    group.begin(TIMESTEPS, plan)
+    found = toys.denoise(group, TIMESTEPS)
+    with Simulator(toys.chain(ToyBlock, ToyBlock), replace(plan, cuts=group.placement.cuts), family=TOY) as simulator:
+        assert torch.equal(found, toys.denoise(simulator, TIMESTEPS))
+    with (
+        WorkerGroup(toys.chain(ToyBlock, ToyBlock), plan, threads_per_rank=1, family=TOY) as other,
+        pytest.raises(PlanError, match="stride and forecast may be lower"),
+    ):
+        other.begin(TIMESTEPS, group.plan)
+
+
+def test_calls_may_be_left_out(group):
+    """Nodes that cache do so. The value for a call that was not foreseen is on the line through those that are known."""
+    net, xs, kwargs = toys.chain(ToyBlock, ToyBlock), straight(), toys.inputs(0)[1]
+    group.begin(TIMESTEPS, levels=LEVELS)
+    with torch.no_grad():
+        for k in (0, 1, 2, 5, 6, 7):
+            error = (group(xs[k], TIMESTEPS[k], **kwargs) - net(xs[k], TIMESTEPS[k], **kwargs)).abs().max()
+            assert (error < 1e-5) == (k != 5), f"call {k}"
+
+
+def test_calls_do_not_go_back(group):
+    group.begin(TIMESTEPS, levels=LEVELS)
+    x, kwargs = toys.inputs(0)
+    group(x, TIMESTEPS[2], **kwargs)
+    with pytest.raises(ScheduleError, match=r"call 2 has timestep 900, but begin\(\) announced 350"):
+        group(x, TIMESTEPS[0], **kwargs)

@@ -49,9 +49,7 @@ def test_a_run_may_have_its_own_plan(wide, plan):
     torch.testing.assert_close(run(group, None, group.begin), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "plan", [Plan(segments=3), Plan(stride=3), Plan(cuts=("a", "b")), Plan(forecast=0), Plan(fresh_skips=False)]
-)
+@pytest.mark.parametrize("plan", [Plan(segments=3), Plan(stride=3), Plan(cuts=("a", "b")), Plan(fresh_skips=False)])
 def test_a_plan_for_other_ranks_is_refused(wide, plan):
     group, _ = wide
     with pytest.raises(PlanError, match="does not fit a group that was started with"):

@@ -43,7 +43,7 @@ def test_nothing_is_sent_to_a_page_that_did_not_ask(watcher):
     assert run.done and not run.of(EVENT)
     state = watcher.server.get("/asyncdiff/state")
     assert (state["run"]["phase"], state["run"]["step"], state["run"]["steps"]) == ("done", 4, 4)
-    assert len(state["run"]["records"]) == 2 * 4
+    assert len(state["run"]["records"]) == 2 * 4 + 1, "rank 0 gets ahead once"
     assert "Plan: 2 segments" in state["report"]
     assert state["workers"][-1]["devices"] == ["cpu", "cpu"]
 
@@ -60,14 +60,15 @@ def test_a_page_that_asked_sees_every_call_of_every_rank(watcher):
         if "records" in event:
             assert event["first"] <= len(records), "records are missing"
             records[event["first"] :] = event["records"]
-    assert sorted((rank, call) for rank, call, *_ in records) == [(rank, call) for rank in (0, 1) for call in range(12)]
-    assert [bool(synchronous) for rank, _, synchronous, *_ in records if rank == 0] == [True] * 3 + [False] * 9
-    for _, call, _, start, end, waits, drift in records:
+    calls = {rank: [(call, bool(synchronous)) for r, call, synchronous, *_ in records if r == rank] for rank in (0, 1)}
+    assert calls[1] == [(call, call < 3) for call in range(12)]
+    assert calls[0] == [*calls[1][:3], (2, False), *calls[1][3:]], "after its part of the last synchronous call it gets ahead"
+    for rank, call, _, start, end, waits, drift in records:
         assert start < end and all(start <= edge <= end for edge in waits)
-        assert (drift is None) == (call == 0) or drift >= 0
+        assert drift is None if rank == 0 or call == 0 else drift >= 0, "nothing comes back to the first segment"
     last = events[-1]
     assert last["plan"]["warmup"] == 3 and last["plan"]["segments"] == 2
-    assert sum(rank["share"] for rank in last["ranks"]) == pytest.approx(1)
+    assert 1 <= sum(rank["share"] for rank in last["ranks"]) < 1.35, "some blocks are computed on both"
     assert all(used > 50 * 2**20 and total > used for used, total in last["memory"])
     assert last["seconds"] > 0 and last["sequential"] > 0 and last["speedup_so_far"] > 0 and last["bytes_per_step"] > 0
 
@@ -129,7 +130,8 @@ def test_settings_are_the_defaults_of_samplers_without_options(watcher, settings
 
 
 @pytest.mark.parametrize(
-    ("wrong", "named"), [({"Preset": "Turbo"}, "Turbo"), ({"Devices": 3}, "Devices is 3"), ({"Devices": "cpu,cuda:7"}, "cuda:7")]
+    ("wrong", "named"),
+    [({"Preset": "Ludicrous"}, "Ludicrous"), ({"Devices": 3}, "Devices is 3"), ({"Devices": "cpu,cuda:7"}, "cuda:7")],
 )
 def test_a_wrong_setting_is_an_error_that_names_it(watcher, settings, wrong, named):
     settings(**wrong)
