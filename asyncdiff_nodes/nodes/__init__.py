@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .compare import AsyncDiffCompare
 from .demo import AsyncDiffDemoLoader, AsyncDiffDemoTextEncode
 from .model import AsyncDiffModel, AsyncDiffOptions
 from .report import AsyncDiffReport
@@ -19,6 +20,7 @@ class AsyncDiffExtension(ComfyExtension):
             AsyncDiffModel,
             AsyncDiffOptions,
             AsyncDiffReport,
+            AsyncDiffCompare,
             AsyncDiffDemoLoader,
             AsyncDiffDemoTextEncode,
         ]

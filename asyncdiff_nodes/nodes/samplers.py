@@ -33,6 +33,17 @@ def _common_inputs() -> list[io.Input]:
     ]
 
 
+def ksampler_inputs() -> list[io.Input]:
+    """Inputs and widget order of the host's KSampler."""
+    denoise_tip = "1 starts from noise alone; lower values keep the structure of the latent (image to image)."
+    return [
+        _model_input(),
+        io.Int.Input("seed", default=0, tooltip="Seed of the noise.", **_SEED),
+        *_common_inputs(),
+        io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=denoise_tip),
+    ]
+
+
 def _model_input() -> io.Input:
     return io.Model.Input("model", tooltip="The model that denoises. Its network is split over the devices.")
 
@@ -43,19 +54,12 @@ class AsyncDiffKSampler(ReadsSettings):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Inputs and widget order of KSampler, then the options."""
-        denoise_tip = "1 starts from noise alone; lower values keep the structure of the latent (image to image)."
         return io.Schema(
             node_id="AsyncDiffKSampler",
             display_name="KSampler (AsyncDiff)",
             category="AsyncDiff",
             description="KSampler whose model is denoised by all GPUs together. With one device it is KSampler.",
-            inputs=[
-                _model_input(),
-                io.Int.Input("seed", default=0, tooltip="Seed of the noise.", **_SEED),
-                *_common_inputs(),
-                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=denoise_tip),
-                options_input(),
-            ],
+            inputs=[*ksampler_inputs(), options_input()],
             outputs=[io.Latent.Output(tooltip="The denoised latent.")],
         )
 

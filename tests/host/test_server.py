@@ -43,6 +43,7 @@ NODES = {
     "AsyncDiffModel",
     "AsyncDiffOptions",
     "AsyncDiffReport",
+    "AsyncDiffCompare",
     "AsyncDiffDemoLoader",
     "AsyncDiffDemoTextEncode",
 }
