@@ -6,9 +6,12 @@ import sys
 
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 from asyncdiff_nodes.cli import main
+from asyncdiff_nodes.cli.demo import PROMPTS
+from asyncdiff_nodes.demo import DemoPipeline
 
 
 def run(tmp_path, *argv):
@@ -18,8 +21,18 @@ def run(tmp_path, *argv):
     return status, json.loads(path.read_text()) if path.exists() else None
 
 
+def test_plan_of_sd15_to_work_ahead(tmp_path):
+    _, fresh = run(tmp_path, "plan", "--model", "sd15", "--size", "512")
+    _, fast = run(tmp_path, "plan", "--model", "sd15", "--size", "512", "--no-fresh-skips")
+    assert fast["max_share"] <= 0.509 * 1.03 < fresh["max_share"] <= 0.60
+    assert fresh["mib_per_call"] < 5 < fast["mib_per_call"] < fresh["published"]["mib_per_call"]
+    assert sum(s["share"] for s in fresh["segments"]) == pytest.approx(
+        sum(s["gmac"] for s in fresh["segments"]) / 803.3, abs=1e-3
+    )
+
+
 def test_plan_of_sd15_is_balanced_and_cheap(tmp_path, capsys):
-    status, result = run(tmp_path, "plan", "--model", "sd15", "--size", "512", "--segments", "2")
+    status, result = run(tmp_path, "plan", "--model", "sd15", "--size", "512", "--segments", "2", "--forecast", "0")
     assert status == 0
     assert result["max_share"] <= 0.501 * 1.03
     assert result["mib_per_call"] < 5
@@ -41,7 +54,7 @@ def test_plan_takes_cuts_stride_and_speeds(tmp_path):
     _, strided = run(tmp_path, "plan", "--model", "demo", "--segments", "3", "--stride", "2")
     assert strided["devices"] == 4
     assert strided["segments"][-1]["ranks"] == [2, 3]
-    _, uneven = run(tmp_path, "plan", "--model", "demo", "--speeds", "1,0.5")
+    _, uneven = run(tmp_path, "plan", "--model", "demo", "--speeds", "1,0.5", "--forecast", "0")
     assert uneven["segments"][0]["share"] == pytest.approx(2 / 3, abs=0.05)
     assert uneven["predicted_speedup"] == pytest.approx(1.5, rel=0.05)
 
@@ -95,6 +108,27 @@ def test_compare_puts_the_published_method_and_fewer_steps_beside_ours(tmp_path)
         assert 5 < row["psnr"] < 60 and 0 < row["ssim"] < 1
     assert 1 + 3 / 2 < rows["ours"]["cost"] < rows["published"]["cost"] * 1.01
     assert rows["fewer-steps"]["cost"] == 3
+
+
+def test_similarity_of_every_block_and_step(tmp_path):
+    """Against the outputs themselves, of two steps."""
+    pipeline = DemoPipeline.load()
+    seen = {"conv_in": [], "mid_block.attentions.0": []}
+    for name, outputs in seen.items():
+        pipeline.unet.get_submodule(name).register_forward_hook(lambda _, __, out, outputs=outputs: outputs.append(out))
+    pipeline.sample(list(PROMPTS), steps=3, seed=4)
+    picture = tmp_path / "map.png"
+    status, result = run(tmp_path, "similarity", "--steps", "3", "--seed", "4", "--picture", str(picture))
+    assert status == 0 and Image.open(picture).width > 1000
+    rows = {row["block"]: row for row in result["rows"]}
+    assert len(rows) == 47 and rows["conv_in"]["readers"] == ["down_blocks.0.resnets.0", "up_blocks.3.resnets.2"]
+    for name, outputs in seen.items():
+        first, second, third = (torch.as_tensor(out if name == "conv_in" else out[0]).flatten(1) for out in outputs)
+        for index, (a, b) in enumerate([(first, second), (second, third)]):
+            cosine = ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).mean().item()
+            change = ((b - a).norm(dim=1) / a.norm(dim=1)).mean().item()
+            assert rows[name]["cosine"][index] == pytest.approx(cosine, abs=1e-4)
+            assert rows[name]["change"][index] == pytest.approx(change, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ COMMANDS = {
     "plan": "show where a model would be cut, what crosses the cuts and the predicted speed-up",
     "bench": "measure plans with real processes against the unrouted model",
     "compare": "measure what asynchrony does to the pictures, beside fewer steps at equal cost",
+    "similarity": "show how alike each block's output is from step to step",
     "doctor": "check this machine and say what is wrong and how to cure it",
 }
 

@@ -25,6 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--segments", type=int, default=2, metavar="N", help="parts that the network is cut into")
     parser.add_argument("--stride", type=int, default=1, metavar="S", help="steps served by one parallel call, 1 to 4")
     parser.add_argument("--cuts", default=None, help="block names where segments begin, comma-separated; default: automatic")
+    parser.add_argument("--forecast", type=int, choices=(0, 1), default=1, help="1: segments work ahead; 0: the published method")
+    parser.add_argument(
+        "--fresh-skips", action=argparse.BooleanOptionalAction, default=True, help="working ahead, compute full-size blocks anew"
+    )
     parser.add_argument("--speeds", default=None, help="relative device speeds, such as 1,0.6; default: equal")
 
 
@@ -35,15 +39,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     family = find_family(skeleton)
     graph = trace(skeleton, family, *family.example_inputs(skeleton, model.latent_size(arguments.size), 2))
     cuts = tuple(c.strip() for c in arguments.cuts.split(",")) if arguments.cuts else None
-    plan = Plan(segments=arguments.segments, stride=arguments.stride, cuts=cuts)
+    knobs = {name: getattr(arguments, name) for name in ("segments", "stride", "forecast", "fresh_skips")}
+    plan = Plan(cuts=cuts, **knobs)
     speeds = _speeds(arguments.speeds, plan)
     placement = place(graph, plan, speeds)
     result = describe(placement, speeds)
     published = PUBLISHED_CUTS.get(model.name, {}).get(plan.segments)
     if published:
-        theirs = place(graph, Plan(segments=plan.segments, stride=plan.stride, cuts=published))
+        theirs = place(graph, Plan(segments=plan.segments, stride=plan.stride, cuts=published, forecast=0))
         result["published"] = describe(theirs, speeds)
-    result = {"model": model.name, "size": arguments.size, **result}
+    result = {"model": model.name, "size": arguments.size, "forecast": plan.forecast, "fresh_skips": plan.fresh_skips, **result}
     _print(result, console())
     return result
 

@@ -168,6 +168,16 @@ def test_only_the_patched_calls_run_on_the_host(sd15, prompts):
     assert "attn1 (test_matrix.test_only_the_patched_calls_run_on_the_host)" in last_run().notes[0]
 
 
+def test_calls_that_a_cache_leaves_out(sd15, prompts):
+    """The others are still worked ahead for."""
+    model = attach(ROWS["EasyCache"][0](sd15), Options(devices="cpu,cpu"))
+    found = nodes.KSampler().sample(model, 5, 12, 4.0, "euler", "normal", *prompts, small.latent())[0]["samples"]
+    assert found.isfinite().all()
+    calls = {record.call for record in last_run().stats.records}
+    assert max(calls) >= 10 and len(calls) < 12, "or nothing was left out"
+    assert not last_run().notes and last_run().plan.forecast == 1
+
+
 @pytest.mark.parametrize("devices", ["auto", "cpu"])
 def test_one_device_is_the_hosts_own_path(sd15, prompts, devices, caplog):
     expected = sample(sd15, prompts)

@@ -1,0 +1,111 @@
+"""``asyncdiff similarity``: how alike each block's output is from one denoising step to the next (paper section 3.2, figure 3).
+
+Asynchrony lives on this likeness, and it is not the same everywhere: the heat map shows where a value of the step before is as
+good as new, and where it is not. The demo model, sampled sequentially.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.table import Table
+from torch import nn
+
+from asyncdiff_nodes.demo import DemoPipeline
+from asyncdiff_nodes.demo.pipeline import SCHEDULERS
+from asyncdiff_nodes.engine import BlockGraph, find_family, meta_copy, trace
+from asyncdiff_nodes.engine.trees import flatten
+
+from .demo import PROMPTS
+from .report import console, positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this command."""
+    parser.add_argument("--sampler", default="ddim", help=f"one of {', '.join(SCHEDULERS)}")
+    parser.add_argument("--steps", type=positive, default=50, help="denoising steps, two or more")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial noise")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="threads")
+    parser.add_argument("--picture", default="out/similarity.png", metavar="FILE", help="where to put the heat map")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Sample, write the heat map, print the table; returns one row per block."""
+    if arguments.steps < 2:
+        raise ValueError(f"--steps {arguments.steps}: there is nothing to compare with less than 2")
+    torch.set_num_threads(arguments.threads)
+    pipeline, out = DemoPipeline.load(), console()
+    unet = pipeline.unet
+    skeleton = meta_copy(unet)
+    graph = trace(skeleton, find_family(unet), *find_family(unet).example_inputs(skeleton, None, 2))
+    with _watched(unet, graph) as found:
+        pipeline.sample(list(PROMPTS), steps=arguments.steps, scheduler=arguments.sampler, seed=arguments.seed)
+    readers = {p: [graph.names[c] for q, c in sorted(graph.edges) if q == p] for p, _ in graph.edges}
+    rows = [
+        {"block": name, "readers": readers.get(index, []), **{kind: values[name] for kind, values in found.items()}}
+        for index, name in enumerate(graph.names)
+    ]
+    path = Path(arguments.picture)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _heat_map(rows, f"demo model, {arguments.sampler}, {arguments.steps} steps").savefig(path, dpi=110)
+    _print(rows, out)
+    out.print(f"{path}: cosine similarity and relative change, per block and step")
+    facts = {name: getattr(arguments, name) for name in ("sampler", "steps", "seed")}
+    return {"model": "demo", "prompts": list(PROMPTS), **facts, "rows": rows}
+
+
+@contextmanager
+def _watched(unet: nn.Module, graph: BlockGraph) -> Iterator[dict[str, dict[str, list[float]]]]:
+    """Within it, every call adds each block's likeness to its call before: kind -> block -> [steps - 1], means over the batch."""
+    found: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in graph.names} for kind in ("cosine", "change")}
+    before: dict[str, torch.Tensor] = {}
+
+    def watch(name: str, output: Any) -> None:
+        value = torch.cat([leaf.flatten(1) for leaf in flatten(output)[0]], dim=1)
+        if name in before:
+            old = before[name]
+            found["cosine"][name].append(torch.cosine_similarity(old, value, dim=1).mean().item())
+            found["change"][name].append(((value - old).norm(dim=1) / old.norm(dim=1)).mean().item())
+        before[name] = value.clone()
+
+    handles = [
+        unet.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: watch(name, output))
+        for name in graph.names
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _heat_map(rows: list[dict[str, Any]], title: str) -> Figure:
+    figure = Figure(figsize=(14, 10), layout="constrained")
+    figure.suptitle(title)
+    for axes, (kind, label) in zip(
+        figure.subplots(1, 2, sharey=True), (("cosine", "cosine similarity"), ("change", "relative change")), strict=True
+    ):
+        limits = {"vmin": 0.5, "vmax": 1, "cmap": "viridis"} if kind == "cosine" else {"vmin": 0, "cmap": "magma_r"}
+        picture = axes.imshow([row[kind] for row in rows], aspect="auto", interpolation="nearest", **limits)
+        axes.set_title(f"{label} to the step before")
+        axes.set_xlabel("step")
+        axes.set_yticks(range(len(rows)), [row["block"] for row in rows], fontsize=7)
+        figure.colorbar(picture, ax=axes)
+    return figure
+
+
+def _print(rows: list[dict[str, Any]], out: Any) -> None:
+    steps = len(rows[0]["cosine"])
+    marks = sorted({0, steps // 4, steps // 2, 3 * steps // 4, steps - 1})
+    table = Table(
+        "block", *(f"step {mark + 1}" for mark in marks), title="Cosine similarity (relative change) to the step before"
+    )
+    for row in rows:
+        table.add_row(row["block"], *(f"{row['cosine'][mark]:.3f} ({row['change'][mark]:.2f})" for mark in marks))
+    out.print(table)
