@@ -135,7 +135,6 @@ def _project(group: WorkerGroup, plan: Plan, steps: int, inputs: Any, copies: li
 def _row(group: WorkerGroup, unrouted: float, warmup_step: float, step: float, ideal: float) -> dict[str, Any]:
     stats = group.stats()
     records = stats.records
-    calls = {record.call for record in records}
     asynchronous = [r for r in records if not r.synchronous] or records
     return {
         "cuts": list(group.placement.cuts),
@@ -146,7 +145,7 @@ def _row(group: WorkerGroup, unrouted: float, warmup_step: float, step: float, i
         "speedup": unrouted / step,
         "ideal": ideal,
         "share_of_ideal": unrouted / step / ideal,
-        "mib_per_call": stats.bytes_sent / len(calls) / MIB,
+        "mib_per_call": stats.bytes_per_call / MIB,
         "planned_mib_per_call": stats.planned_bytes / MIB,
         "wait_share": sum(r.wait for r in asynchronous) / sum(r.end - r.start for r in asynchronous),
     }

@@ -92,12 +92,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 sample(group, group.begin, min(total, plan.warmup + 2), lambda: None)  # one-time preparations
                 pictures[method], times = sample(group, group.begin, total, advancing(method, total))
                 stats = group.stats()
-            calls = len({record.call for record in stats.records})
             # medians of whole batches, since the later calls of a batch take no time
             steps = times[plan.warmup :] or times
             batches = [sum(steps[i : i + plan.stride]) / plan.stride for i in range(0, len(steps), plan.stride)]
             row = {"method": method, "steps": total, "step_s": statistics.median(batches)}
-            rows.append({**row, "mib_per_call": stats.bytes_sent / calls / MIB})
+            rows.append({**row, "mib_per_call": stats.bytes_per_call / MIB})
         fewer = min(total, math.ceil(group.placement.cost(total)))
         pictures["fewer steps"], times = sample(pipeline.unet, _nothing, fewer, advancing("fewer steps", fewer))
         rows.append({"method": "fewer steps", "steps": fewer, "step_s": statistics.median(times[1:] or times)})

@@ -122,6 +122,13 @@ class Placement(Mapping[str, int]):
             again = max((p + 1 for p, c in self.graph.edges if p < self.starts[0] and c in own), default=0)
         return (*range(again), *own)
 
+    def span(self, segment: int) -> tuple[str, str]:
+        """First and last block of ``segment`` in the order of the circle, without what it computes again."""
+        names, own = self.graph.names, {i for i, owner in enumerate(self.segments) if owner == segment}
+        first = next(i for i in own if (i - 1) % len(names) not in own)
+        last = next(i for i in own if (i + 1) % len(names) not in own)
+        return names[first], names[last]
+
     def incoming(self, segment: int) -> tuple[int, ...]:
         """Producers elsewhere whose outputs ``segment`` reads, in execution order."""
         own = set(self.owned(segment))

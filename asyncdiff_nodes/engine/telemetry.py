@@ -91,6 +91,12 @@ class RunStats:
         """Payload bytes that all ranks sent to each other in the run, counted by the transport."""
         return sum(record.bytes_sent for record in self.records)
 
+    @property
+    def bytes_per_call(self) -> float:
+        """The same per computing call, without what was sent ahead in the warm-up."""
+        records = [record for record in self.records if not record.ahead]
+        return sum(record.bytes_sent for record in records) / max(1, len({(record.stream, record.call) for record in records}))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         return asdict(self)

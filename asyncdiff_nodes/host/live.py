@@ -113,14 +113,14 @@ class Progress:
     def _rank(self, group: WorkerGroup, rank: int) -> dict[str, Any]:
         placement = group.placement
         segment = group.plan.segment_of_rank(rank)
-        after = placement.starts[(segment + 1) % len(placement.starts)]
+        begins, ends = placement.span(segment)
         return {
             "segment": segment,
             "device": group.devices[rank],
             "title": title(group.devices[rank]),
             "blocks": len(placement.owned(segment)),
-            "begins": placement.cuts[segment],
-            "ends": placement.graph.names[after - 1],
+            "begins": begins,
+            "ends": ends,
             "share": placement.shares[segment],
             "weights": placement.weight_bytes(segment),
         }

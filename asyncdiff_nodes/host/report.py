@@ -89,7 +89,7 @@ class RunRecord:
         compute, wait = (statistics.median(getattr(r, kind) for r in times) if times else 0.0 for kind in ("compute", "wait"))
         return (
             f"Rank {rank.rank} on {rank.device}: segment {rank.segment + 1}, {len(names)} blocks from "
-            f"{self.placement.cuts[rank.segment]} ({share:.0%} of the work), {_mib(rank.weight_bytes)} of weights, "
+            f"{self.placement.span(rank.segment)[0]} ({share:.0%} of the work), {_mib(rank.weight_bytes)} of weights, "
             f"compute {compute:.3f} s and wait {wait:.3f} s per call"
         )
 

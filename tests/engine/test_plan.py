@@ -185,6 +185,18 @@ def test_blocks_before_the_first_cut_are_computed_twice_when_working_ahead(true_
     assert sum(placement.shares) == pytest.approx(1 + sum(costs[i] for i in first) / sum(costs), abs=1e-3)
 
 
+@pytest.mark.parametrize("forecast", [0, 1])
+def test_span_is_from_the_first_to_the_last_block_on_the_circle(true_graph, forecast):
+    graph = true_graph("sd15")
+    placement = place(graph, Plan(cuts=("down_blocks.1", "up_blocks.2"), forecast=forecast))
+    spans = [placement.span(0), placement.span(1)]
+    if forecast:
+        assert spans == [("conv_in", "up_blocks.1.upsamplers.0"), ("up_blocks.2.resnets.0", "conv_out")]
+    else:
+        wrapped = ("up_blocks.2.resnets.0", "down_blocks.0.downsamplers.0")
+        assert spans == [("down_blocks.1.resnets.0", "up_blocks.1.upsamplers.0"), wrapped]
+
+
 def test_slower_device_gets_less(true_graph):
     graph = true_graph("sd15")
     fast, slow = place(graph, Plan(segments=2, forecast=0), [1.0, 0.5]).shares
