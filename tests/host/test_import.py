@@ -35,4 +35,4 @@ def test_import_does_nothing_and_needs_no_optional_package():
     program = PROGRAM.format(host=os.environ["ASYNCDIFF_HOST_UNDER_TEST"], root=str(ROOT))
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert found.returncode == 0, found.stderr
-    assert found.stdout.splitlines()[-2:] == ["7 True True", "[]"]
+    assert found.stdout.splitlines()[-2:] == ["8 True True", "[]"]
