@@ -106,7 +106,9 @@ def test_compare_puts_the_published_method_and_fewer_steps_beside_ours(tmp_path)
         assert (row["plan"], row["sampler"], row["steps"], row["pairs"]) == ("2,1,1", "ddim", 4, 8)
         assert row["psnr_ci"][0] < row["psnr"] < row["psnr_ci"][1]
         assert 5 < row["psnr"] < 60 and 0 < row["ssim"] < 1
-    assert 1 + 3 / 2 < rows["ours"]["cost"] < rows["published"]["cost"] * 1.01
+    _, planned = run(tmp_path, "plan", "--model", "demo")
+    assert 1 + 3 / 2 < rows["ours"]["cost"] == pytest.approx(1 + 3 * planned["max_share"])
+    assert rows["published"]["cost"] == pytest.approx(1 + 3 * planned["published"]["max_share"])
     assert rows["fewer-steps"]["cost"] == 3
 
 

@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     def job(sampler: str, steps: int, plan: Plan | None = None) -> Job:
         return Job(sampler, steps, plan, threads=arguments.threads, **facts)
 
-    out, drawn = console(), {}
+    out = console()
     wanted: list[tuple[dict[str, Any], Job]] = []  # rows, and what to draw for them
     for sampler, steps in cases:
         facts_of = {"sampler": sampler, "steps": steps}
@@ -88,14 +88,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             wanted.append(({"method": "fewer-steps", "plan": name, **facts_of, "cost": fewer}, job(sampler, fewer)))
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.jobs, spawn) as pool, Progress(console=out, transient=True) as progress:
-        jobs = list(dict.fromkeys(job for _, job in wanted))
-        for job_, pictures in zip(jobs, progress.track(pool.map(_draw, jobs), total=len(jobs)), strict=True):
-            drawn[job_] = pictures
+        jobs = list(dict.fromkeys(todo for _, todo in wanted))
+        drawn = dict(zip(jobs, progress.track(pool.map(_draw, jobs), total=len(jobs)), strict=True))
     rows = []
-    for row, job_ in wanted:
+    for row, todo in wanted:
         if row["method"] == "sequential":
-            sequential = drawn[job_]
-        rows.append({**row, **_distance(sequential, drawn[job_])})
+            sequential = drawn[todo]
+        rows.append({**row, **_distance(sequential, drawn[todo])})
     _print(rows, out)
     return {"model": "demo", "prompts": list(PROMPTS), **facts, "rows": rows}
 
@@ -105,6 +104,7 @@ def _pipeline() -> DemoPipeline:
     return DemoPipeline.load()
 
 
+@cache
 def _placement(plan: Plan) -> Placement:
     with Simulator(_pipeline().unet, plan) as simulator:
         return simulator.placement

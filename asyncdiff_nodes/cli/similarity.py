@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from rich.table import Table
 from torch import nn
 
@@ -85,7 +84,9 @@ def _watched(unet: nn.Module, graph: BlockGraph) -> Iterator[dict[str, dict[str,
             handle.remove()
 
 
-def _heat_map(rows: list[dict[str, Any]], title: str) -> Figure:
+def _heat_map(rows: list[dict[str, Any]], title: str) -> Any:
+    from matplotlib.figure import Figure  # here, not above: every command imports this module
+
     figure = Figure(figsize=(14, 10), layout="constrained")
     figure.suptitle(title)
     for axes, (kind, label) in zip(

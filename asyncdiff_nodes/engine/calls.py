@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,7 +79,7 @@ class Stream:
         self, key: Hashable, run: Run, inputs: Inputs, sample: tuple[int, str], graph: BlockGraph, placement: Placement
     ) -> None:
         self.graph = graph
-        self._key, self._run, self._placement = key, run, placement
+        self._key, self._run = key, run
         self._signature = inputs.signature
         self._sample = inputs.position(sample)
         owned = [placement.owned(d) for d in range(run.plan.segments)]
@@ -90,7 +90,12 @@ class Stream:
         self._last_timestep: Any = None
         self._timesteps, self._outlook = None, None
         if run.timesteps is not None:
-            first = self._first_of(run.timesteps, inputs)
+            first = _find(inputs, run.timesteps)
+            if first is None:
+                raise ScheduleError(
+                    f"stream {key!r} begins at timestep {inputs.timestep_number():g}, which is none of those that begin() "
+                    "announced (stride=1 also runs without: call begin())"
+                )
             self._timesteps = run.timesteps[first:]
             if run.plan.forecast:
                 levels = run.levels or NoiseLevels.unknown(len(run.timesteps))
@@ -129,8 +134,7 @@ class Stream:
         if self._timesteps is None or self._next >= len(self._timesteps):
             return self._next
         expected = self._timesteps[self._next :]
-        reach = expected if self._run.plan.stride == 1 else expected[:1]
-        found = next((index for index, timestep in enumerate(reach) if _same(inputs, timestep)), None)
+        found = _find(inputs, expected if self._run.plan.stride == 1 else expected[:1])
         if found is None:
             raise ScheduleError(
                 f"call {self._next + 1} has timestep {inputs.timestep_number():g}, but begin() announced {expected[0]:g}: the "
@@ -187,16 +191,9 @@ class Stream:
             return self._last_timestep  # time_shift
         return inputs.timestep_like(self._timesteps[index])
 
-    def _first_of(self, timesteps: tuple[float, ...], inputs: Inputs) -> int:
-        """Where this stream begins: not all do at the run's first call."""
-        for index, expected in enumerate(timesteps):
-            if _same(inputs, expected):
-                return index
-        raise ScheduleError(
-            f"stream {self._key!r} begins at timestep {inputs.timestep_number():g}, which is none of those that begin() "
-            "announced (stride=1 also runs without: call begin())"
-        )
 
-
-def _same(inputs: Inputs, expected: float) -> bool:
-    return abs(inputs.timestep_number() - expected) <= 1e-3 * max(1.0, abs(expected))
+def _find(inputs: Inputs, timesteps: Sequence[float]) -> int | None:
+    """Position of the first of ``timesteps`` that is that of these inputs."""
+    given = inputs.timestep_number()  # once: it may be on a GPU
+    near = (index for index, expected in enumerate(timesteps) if abs(given - expected) <= 1e-3 * max(1.0, abs(expected)))
+    return next(near, None)

@@ -91,6 +91,7 @@ class Placement(Mapping[str, int]):
         self.segments = tuple(
             max((d for d, start in enumerate(self.starts) if start <= i), default=wrap) for i in range(len(graph.blocks))
         )
+        self._owned = tuple(map(self._blocks_of, range(plan.segments)))
 
     def __getitem__(self, name: str) -> int:
         return self.segments[self.graph.names.index(name)]
@@ -116,11 +117,14 @@ class Placement(Mapping[str, int]):
 
         Working ahead, each segment that reads blocks before the first cut computes these itself, on the input of its own call.
         """
-        own = [i for i, owner in enumerate(self.segments) if owner == segment]
+        return self._owned[segment]
+
+    def _blocks_of(self, segment: int) -> tuple[int, ...]:
+        own = {i for i, owner in enumerate(self.segments) if owner == segment}
         again = 0
         if self.plan.forecast and segment > 0:
             again = max((p + 1 for p, c in self.graph.edges if p < self.starts[0] and c in own), default=0)
-        return (*range(again), *own)
+        return (*range(again), *sorted(own))
 
     def span(self, segment: int) -> tuple[str, str]:
         """First and last block of ``segment`` in the order of the circle, without what it computes again."""

@@ -128,7 +128,10 @@ class Simulator:
         return {name: value for name, value in values.items() if self.placement[name] == segment}
 
     def _wrapped(self, name: str, forward: Any) -> Any:
-        owners = [d for d in range(self.plan.segments) if self.placement.graph.names.index(name) in self.placement.owned(d)]
+        index, placement = self.placement.graph.names.index(name), self.placement
+        owners, readers = (
+            [d for d in range(self.plan.segments) if index in blocks(d)] for blocks in (placement.owned, placement.incoming)
+        )
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if self._segment is None or self._segment in owners:
@@ -137,6 +140,8 @@ class Simulator:
                 return output
             sender = self.placement[name]
             sent = [(targets[sender], values[name]) for targets, values in self._stale if name in values]
+            if self._segment not in readers:  # only its shape matters; no view of a kept value, which glue might change
+                return tree_map(torch.empty_like, sent[-1][1])
             if self._reads is None:
                 return tree_map(lambda leaf: leaf.clone(), sent[-1][1])
             known = dict(sent[-max(2, self._segment - sender) :])

@@ -93,13 +93,22 @@ class RunStats:
 
     @property
     def bytes_per_call(self) -> float:
-        """The same per computing call, without what was sent ahead in the warm-up."""
-        records = [record for record in self.records if not record.ahead]
-        return sum(record.bytes_sent for record in records) / max(1, len({(record.stream, record.call) for record in records}))
+        """Of the run; see :func:`bytes_per_call`."""
+        return bytes_per_call(self.records)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         return asdict(self)
+
+
+def bytes_per_call(records: Iterable[CallRecord]) -> float:
+    """Payload that all ranks together sent to each other per computing call, without what was sent ahead in the warm-up."""
+    sent, calls = 0, set()
+    for record in records:
+        if not record.ahead:
+            sent += record.bytes_sent
+            calls.add((record.stream, record.call))
+    return sent / max(1, len(calls))
 
 
 class Stopwatch:

@@ -19,7 +19,7 @@ import torch
 from comfy_execution.utils import get_executing_context
 
 from asyncdiff_nodes.engine import Plan, WorkerGroup
-from asyncdiff_nodes.engine.telemetry import CallRecord
+from asyncdiff_nodes.engine.telemetry import CallRecord, bytes_per_call
 from asyncdiff_nodes.prompt_server import prompt_server
 
 from .options import ALWAYS
@@ -100,7 +100,7 @@ class Progress:
             "sequential": timing.sequential_seconds,
             "speedup": timing.speedup,
             "speedup_so_far": timing.speedup_so_far,
-            "bytes_per_step": timing.bytes_per_call * timing.streams_per_step / plan.stride,
+            "bytes_per_step": bytes_per_call(some) * timing.streams_per_step / plan.stride,
             "first": first,
             "records": [_row(record) for record in records[first:]],
         }

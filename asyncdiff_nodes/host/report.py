@@ -73,7 +73,7 @@ class RunRecord:
             whole = timing.sequential_seconds
             gain = f"; its segments one after the other {whole:.3f} s: {timing.speedup:.2f}x" if whole else ""
             lines.append(f"Step: {timing.step_seconds:.3f} s asynchronous{gain}")
-        lines.append(f"Sent between ranks: {_mib(timing.bytes_per_call)} per call; planned {_mib(self.stats.planned_bytes)}")
+        lines.append(f"Sent between ranks: {_mib(self.stats.bytes_per_call)} per call; planned {_mib(self.stats.planned_bytes)}")
         lines += [self._rank_line(rank, timing) for rank in self.stats.ranks]
         drifts = [value for record in timing.computing if not record.synchronous for value in record.drift.values()]
         if drifts:

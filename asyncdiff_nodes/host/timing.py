@@ -96,8 +96,3 @@ class Timing:
         elapsed = max(r.end for r in self.records) - min(r.start for r in self.records)
         steps = (max(call for _, call in self.calls) + 1) if self.calls else 0
         return self.sequential_seconds * steps / elapsed if elapsed > 0 else None
-
-    @property
-    def bytes_per_call(self) -> float:
-        """Payload that all ranks together sent to each other per computing call."""
-        return sum(record.bytes_sent for record in self.records if not record.ahead) / max(1, len(self.calls))

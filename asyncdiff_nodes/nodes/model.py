@@ -80,9 +80,9 @@ class AsyncDiffOptions(ReadsSettings):
                     default="Balanced",
                     tooltip=(
                         "Balanced: three exact steps, then all devices at once; the picture stays very close, most of all with "
-                        "two devices. Fast: one exact step, and nothing computed twice; small details change. Turbo: one exact "
-                        "step, and two steps per round with three or more devices; details change. Exact: KSampler's picture, "
-                        "with the weights shared out but no faster. Custom: the settings below."
+                        "two devices. Fast: one exact step, and hardly any work done twice; small details change. Turbo: one "
+                        "exact step, and two steps per round with three or more devices; details change. Exact: KSampler's "
+                        "picture, with the weights shared out but no faster. Custom: the settings below."
                     ),
                 ),
                 io.String.Input(

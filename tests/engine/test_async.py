@@ -108,3 +108,7 @@ def test_group_without_begin_is_a_run_of_its_own():
         assert torch.equal(first, second)
         group.begin()
         assert torch.equal(first, toys.denoise(group, TIMESTEPS))
+        group.begin(TIMESTEPS)
+        ahead = toys.denoise(group, TIMESTEPS)
+        group.begin(torch.tensor(TIMESTEPS))
+        assert torch.equal(ahead, toys.denoise(group, TIMESTEPS)) and not torch.equal(ahead, first)

@@ -56,6 +56,9 @@ def check_weights(module, graph, plan, owners, reports):
         assert report.weight_bytes == sum(report.weights.values())
         assert report.replicated_bytes == graph.glue_bytes
     assert set().union(*(report.weights for report in reports)) == sizes.keys()
+    on_rank = [min(rank, plan.segments - 1) for rank in range(plan.world_size)]
+    copies = {name: plan.world_size if (of := owners_of(name, owners)) is None else sum(map(on_rank.count, of)) for name in sizes}
+    assert sum(report.weight_bytes for report in reports) == sum(size * copies[name] for name, size in sizes.items())
 
 
 def check_bytes(stats, graph, plan, owners, calls):

@@ -61,7 +61,8 @@ def test_presets_equal_the_simulator(kind, options, sampler):
     with simulator:
         expected = sample(oracle)
     assert (routed - expected).abs().max() <= 1e-5
-    assert (routed - stock).abs().max() > 3e-5  # asynchronous steps are not exact, if nearly so
+    least = 3e-5 if plan.forecast and sampler != "euler_ancestral" else 1e-3
+    assert (routed - stock).abs().max() > least  # asynchronous steps are not exact, if nearly so
 
 
 @pytest.mark.parametrize("sampler", ["heun", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dpm_2", "dpmpp_sde"))])

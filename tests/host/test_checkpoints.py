@@ -59,6 +59,7 @@ def test_host_memory_stays_below_one_extra_copy(prompts):
     size = sum(parameter.nbytes for parameter in model.model.diffusion_model.parameters())
     assert size > 150 * 2**20
     changed = comfy.sd.load_lora_for_models(model, None, small.lora(model), 0.5, 0)[0]
+    balanced = Options("Custom", "cpu,cpu", warmup=99, forecast=False)  # at this size, fresh skips put most weights on one rank
     process, peak, done = psutil.Process(), [0], threading.Event()
     before = process.memory_info().rss
 
@@ -70,7 +71,7 @@ def test_host_memory_stays_below_one_extra_copy(prompts):
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        nodes.KSampler().sample(attach(changed, EXACT), 5, 1, 1.0, "euler", "normal", *prompts, small.latent(1, 8, 8))
+        nodes.KSampler().sample(attach(changed, balanced), 5, 1, 1.0, "euler", "normal", *prompts, small.latent(1, 8, 8))
     finally:
         done.set()
         watcher.join()
@@ -78,4 +79,4 @@ def test_host_memory_stays_below_one_extra_copy(prompts):
     group = POOL._held[-1].group
     held = [rank.weight_bytes for rank in group.stats().ranks]
     assert held == [group.placement.weight_bytes(segment) for segment in (0, 1)]
-    assert all(part < 0.9 * size for part in held) and sum(held) < 1.1 * size, [f"{part / size:.2f}" for part in held]
+    assert all(part < 0.75 * size for part in held) and sum(held) < 1.1 * size, [f"{part / size:.2f}" for part in held]

@@ -83,8 +83,9 @@ def test_before_the_first_run_it_says_what_to_do(frontend, panel):
     expect(panel.get_by_role("button", name="Stop workers")).to_be_disabled()
 
 
-def test_ranks_take_turns_in_the_warm_up_and_compute_side_by_side_afterwards(frontend, panel):
-    demo(frontend, 20)
+@pytest.mark.parametrize("ahead", [False, True], ids=["reuse", "ahead"])
+def test_ranks_take_turns_in_the_warm_up_and_compute_side_by_side_afterwards(frontend, panel, ahead):
+    demo(frontend, 20, **({} if ahead else {"preset": "Custom", "forecast": False}))
     prompt = frontend.queue()
     expect(status(panel)).to_contain_text(re.compile(r"Sampling · step \d+ of 20 · asynchronous"), timeout=90_000)
     assert panel.locator(".asyncdiff-lane").count() == 2
@@ -103,9 +104,11 @@ def test_ranks_take_turns_in_the_warm_up_and_compute_side_by_side_afterwards(fro
     warm = [x for x in columns if "synchronous" in x]
     after = columns[max(i for i, x in enumerate(columns) if "synchronous" in x) + 1 :]
     assert len(warm) > 20 and len(after) > len(warm)
+    if not ahead:
+        assert sum(None not in x for x in warm) < 0.1 * len(warm), "both ranks compute in the warm-up"
     turns = [sum(x[rank] == "synchronous" and x[1 - rank] is None for x in warm) for rank in (0, 1)]
     assert min(turns) > 0.1 * len(warm), "in the warm-up each rank computes while the other is idle or waits"
-    assert any(x == ["asynchronous", "synchronous"] for x in warm), "rank 0 does not get ahead at the end of the warm-up"
+    assert (["asynchronous", "synchronous"] in warm) is ahead, "rank 0 gets ahead at the end of the warm-up"
     assert sum(None not in x for x in after) > 0.4 * len(after), "the ranks do not compute side by side"
 
 
