@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--segments", type=int, default=2, metavar="N", help="parts that the network is cut into")
     parser.add_argument("--stride", type=int, default=1, metavar="S", help="steps served by one parallel call, 1 to 4")
     parser.add_argument("--warmup", type=int, default=3, metavar="W", help="synchronous steps at the start")
+    parser.add_argument("--cooldown", type=int, default=1, metavar="C", help="synchronous steps at the end")
     parser.add_argument("--steps", type=positive, default=30, metavar="T", help="denoising steps")
     parser.add_argument("--scheduler", default="ddim", help="ddim, euler, dpmpp_2m or euler_a")
     parser.add_argument("--cfg", type=float, default=None, help="guidance scale; default: the model's")
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Make the pictures, print the table, write the PNG; returns the table's numbers."""
-    plan = Plan(segments=arguments.segments, stride=arguments.stride, warmup=arguments.warmup)
+    plan = Plan(arguments.segments, arguments.stride, arguments.warmup, cooldown=arguments.cooldown)
     devices = arguments.devices.split(",") if arguments.devices else ["cpu"] * plan.world_size
     torch.set_num_threads(arguments.threads)
     out, pipeline = console(), DemoPipeline.load()
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
         return pictures, [b - a for a, b in itertools.pairwise(times)]
 
-    rows, pictures = [], {}
+    rows, pictures, placements = [], {}, {}
     with Progress(console=out, transient=True) as progress:
 
         def advancing(name: str, steps: int) -> Callable[[], None]:
@@ -84,20 +85,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         # the first step pays for one-time preparations on both sides
         rows.append({"method": "sequential", "steps": total, "step_s": statistics.median(times[1:] or times), "speedup": 1.0})
         costs = _block_costs(pipeline, list(arguments.prompts))
-        for method, forecast in (("AsyncDiff", 1), ("plain reuse", 0)):
+        for method, variant in (("AsyncDiff", plan), ("plain reuse", replace(plan, forecast=0, cooldown=0))):
             progress.console.print(f"starting {plan.world_size} processes: {', '.join(devices)}")
-            with WorkerGroup(
-                pipeline.unet, replace(plan, forecast=forecast), devices, threads_per_rank=arguments.threads, costs=costs
-            ) as group:
+            with WorkerGroup(pipeline.unet, variant, devices, threads_per_rank=arguments.threads, costs=costs) as group:
+                placements[method] = group.placement
                 sample(group, group.begin, min(total, plan.warmup + 2), lambda: None)  # one-time preparations
                 pictures[method], times = sample(group, group.begin, total, advancing(method, total))
                 stats = group.stats()
             # medians of whole batches, since the later calls of a batch take no time
-            steps = times[plan.warmup :] or times
+            steps = times[plan.warmup : total - variant.cooldown] or times
             batches = [sum(steps[i : i + plan.stride]) / plan.stride for i in range(0, len(steps), plan.stride)]
             row = {"method": method, "steps": total, "step_s": statistics.median(batches)}
             rows.append({**row, "mib_per_call": stats.bytes_per_call / MIB})
-        fewer = min(total, math.ceil(group.placement.cost(total)))
+        fewer = min(total, math.ceil(placements["AsyncDiff"].cost(total)))
         pictures["fewer steps"], times = sample(pipeline.unet, _nothing, fewer, advancing("fewer steps", fewer))
         rows.append({"method": "fewer steps", "steps": fewer, "step_s": statistics.median(times[1:] or times)})
     for row in rows[1:]:
@@ -110,7 +110,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     _print(rows, plan, out)
     out.print(f"{path}: sequential, AsyncDiff, difference x{_GAIN}")
     return {
-        "plan": {"segments": plan.segments, "stride": plan.stride, "warmup": plan.warmup, "cuts": group.placement.cuts},
+        "plan": {**asdict(plan), "cuts": placements["AsyncDiff"].cuts},
         "devices": devices, "threads": arguments.threads, "scheduler": arguments.scheduler, "seed": arguments.seed,
         "prompts": list(arguments.prompts), "rows": rows, "picture": str(path),
     }  # fmt: skip
@@ -161,7 +161,7 @@ def _sheet(prompts: list[str], sequential: np.ndarray, asynchronous: np.ndarray,
 
 
 def _print(rows: list[dict[str, Any]], plan: Plan, out: Any) -> None:
-    table = Table(title=f"N={plan.segments}, S={plan.stride}, W={plan.warmup}: {plan.world_size} devices")
+    table = Table(title=f"N={plan.segments}, S={plan.stride}, W={plan.warmup}, C={plan.cooldown}: {plan.world_size} devices")
     for column in ("method", "steps", "s per step", "speed-up", "MiB per call", "PSNR to sequential"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for row in rows:

@@ -45,14 +45,17 @@ def write_json(path: str, result: dict[str, Any], argv: Sequence[str] | None) ->
 
 
 def parse_plans(text: str) -> list[Plan]:
-    """Plans written as ``N,S,W`` and separated by semicolons."""
+    """Plans written as ``N,S,W`` or ``N,S,W,C`` and separated by semicolons."""
     plans = []
     for part in filter(None, (p.strip() for p in text.split(";"))):
         try:
-            segments, stride, warmup = (int(number) for number in part.split(","))
+            segments, stride, warmup, *more = (int(number) for number in part.split(","))
+            (cooldown,) = more or [0]
         except ValueError:
-            raise PlanError(f"--plans: {part!r} is not a plan: write segments,stride,warmup such as 2,1,1") from None
-        plans.append(Plan(segments=segments, stride=stride, warmup=warmup))
+            raise PlanError(
+                f"--plans: {part!r} is not a plan: write segments,stride,warmup such as 2,1,1 or with a cool-down 2,1,3,1"
+            ) from None
+        plans.append(Plan(segments, stride, warmup, cooldown=cooldown))
     if not plans:
         raise PlanError(f"--plans: no plan in {text!r}: write segments,stride,warmup such as '2,1,1;3,1,1'")
     return plans

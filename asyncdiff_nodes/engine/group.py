@@ -133,8 +133,8 @@ class WorkerGroup:
         Args:
             timesteps: [T], the timestep of every call of a stream, in order. Needed for stride > 1, and to work ahead
                 (``forecast=1``): a call that does not follow it is then refused. A stream may begin at any of them.
-            plan: the plan of this run, if not the group's. Warm-up and time shift may differ, and the stride may be smaller (the
-                ranks that it does not need then only listen), and so may the forecast; blocks stay where they are.
+            plan: the plan of this run, if not the group's. Warm-up, cool-down and time shift may differ, and the stride may be
+                smaller (the ranks that it does not need then only listen), and so may the forecast; blocks stay where they are.
             on_record: called with each rank's record of each call of this run, in the thread of the caller, while it waits.
             levels: noise of every call, by which expected inputs are exacter than by the number of the call.
 
@@ -144,12 +144,12 @@ class WorkerGroup:
         """
         plan = plan or self.plan
         own = self.plan
-        mine = {"warmup": plan.warmup, "time_shift": plan.time_shift, "stride": plan.stride, "forecast": plan.forecast}
+        mine = {name: getattr(plan, name) for name in ("warmup", "cooldown", "time_shift", "stride", "forecast")}
         placed = replace(own, **mine, cuts=plan.cuts and own.cuts)
         if placed != plan or plan.stride > own.stride or plan.forecast > own.forecast:
             raise PlanError(
-                f"{plan} does not fit a group that was started with {own}: warm-up and time shift may differ, stride and "
-                "forecast may be lower"
+                f"{plan} does not fit a group that was started with {own}: warm-up, cool-down and time shift may differ, "
+                "stride and forecast may be lower"
             )
         if isinstance(timesteps, torch.Tensor):
             timesteps = timesteps.detach().flatten().tolist()
@@ -157,7 +157,8 @@ class WorkerGroup:
             raise ScheduleError("begin: timesteps is empty; give the timestep of every call, or None")
         if levels is not None and (timesteps is None or len(levels.sigmas) != len(timesteps)):
             raise ScheduleError("begin: levels must be given for the same calls as timesteps")
-        if timesteps is not None and plan.stride == 1 and not (plan.forecast and plan.warmup < len(timesteps)):
+        needed = plan.stride > 1 or ((plan.forecast or plan.cooldown) and plan.warmup < len(timesteps or ()))
+        if not needed:
             timesteps = levels = None  # each call brings all that it needs: the caller need not follow any schedule
         self._run = Run(self._run.number + 1, plan, None if timesteps is None else tuple(map(float, timesteps)), levels)
         self._streams.clear()

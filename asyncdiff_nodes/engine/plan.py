@@ -33,6 +33,8 @@ class Plan:
         fresh_skips: how automatic cuts are chosen with ``forecast=1``. The last segment computes the first, full-size blocks anew
             on this call's own input, if that makes the slowest segment at most a third slower: the picture is nearer to the
             sequential one, by far so with samplers that add noise in every step. False for speed alone.
+        cooldown: trailing synchronous calls, of runs whose schedule is known. Later calls make up for much of what was wrong in
+            a call, but nothing does for the last one: an exact call is worth more there than anywhere else.
     """
 
     segments: int = 2
@@ -42,6 +44,7 @@ class Plan:
     forecast: int = 1
     cuts: tuple[str, ...] | None = None
     fresh_skips: bool = True
+    cooldown: int = 0
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -49,6 +52,7 @@ class Plan:
             ("stride", 1, MAX_STRIDE),
             ("warmup", 1, None),
             ("forecast", 0, 1),
+            ("cooldown", 0, None),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -145,9 +149,26 @@ class Placement(Mapping[str, int]):
 
     def cost(self, steps: int) -> float:
         """Of a run of ``steps`` calls, in evaluations of the unrouted model, communication left out."""
-        plan = self.plan
-        warmup = min(plan.warmup, steps)
-        return warmup + math.ceil((steps - warmup) / plan.stride) * max(self.shares)
+        synchronous = min(self.plan.warmup + self.plan.cooldown, steps)
+        batches = math.ceil((steps - synchronous) / self.plan.stride)
+        return synchronous + batches * max(self.shares) + self._lag(batches)
+
+    def _lag(self, batches: int) -> float:
+        """How long after the warm-up the slowest rank is done with what it works ahead for the first of ``batches``."""
+        if not self.plan.forecast:
+            return 0.0
+        last, shares, done = self.plan.segments - 1, self.shares, []
+        own = [
+            sum(c for c, d in zip(self.costs, self.segments, strict=True) if d == e) / sum(self.costs) for e in range(last + 1)
+        ]
+        again = [share - part for share, part in zip(shares, own, strict=True)]  # waits for nobody
+        for d, part in enumerate(own):
+            done.append(max(again[d], done[-1] if done else 0.0) + part)
+        for ranks in range(last, 0, -1)[:batches]:
+            before = 0.0
+            for d in range(ranks):
+                before = done[d] = max(done[d] + again[d], before) + own[d]
+        return max(done) - done[last]
 
     def weight_bytes(self, segment: int) -> int:
         """Bytes of the weights that one rank of ``segment`` holds, those that every rank holds included."""

@@ -2,7 +2,7 @@
 
 k is the 0-based call of one stream in one run, W the warm-up, N the segments, S the stride, T the calls of the run.
 
-* k < W: synchronous.
+* k < W, and k >= T - C where the schedule is known (C the cool-down): synchronous. Below, T is without the cool-down.
 * k >= W, S = 1: every rank runs its segment once on x[k], t[k].
 * k >= W, S > 1: calls come in batches of S that begin where k = 1 (mod S). At the first call of a batch ranks 0..N-1 run their
   segments on x[k] with the timestep of the batch's last call and keep their values for the next batch; rank N + j runs the last
@@ -78,10 +78,11 @@ def call_at(plan: Plan, k: int, total: int | None) -> Call:
     ranks, last = plan.world_size, plan.segments - 1
     if plan.stride > 1 and total is None:
         raise ScheduleError(f"stride={plan.stride} needs the whole schedule: call begin(timesteps) before the first call")
-    if total is not None and k >= total and (plan.stride > 1 or plan.forecast):
+    if total is not None and k >= total and (plan.stride > 1 or plan.forecast or plan.cooldown):
         raise ScheduleError(f"call {k + 1} of a run that was begun with {total} timesteps: call begin(timesteps) for a new run")
     here = (k,) * ranks
-    if k < plan.warmup:
+    end = 0 if total is None else _end(plan, total)
+    if k < plan.warmup or (plan.cooldown and total is not None and k >= end):
         return Call(k, Kind.SYNCHRONOUS, here, here, ((last, k),))
     shift = int(plan.time_shift)
     latest = (None,) * ranks
@@ -94,8 +95,8 @@ def call_at(plan: Plan, k: int, total: int | None) -> Call:
         return Call(k, Kind.PREFETCHED)
     serves = [plan.stride - 1, *range(plan.stride - 1)]  # offset of the call that each rank of the last segment serves
     ahead = [(last - d) * plan.stride if plan.forecast else plan.stride - 1 for d in range(last)]
-    targets = tuple(min(k + offset, total - 1) for offset in (*ahead, *serves))
-    results = tuple((last + rank, k + offset) for rank, offset in enumerate(serves) if k + offset < total)
+    targets = tuple(min(k + offset, end - 1) for offset in (*ahead, *serves))
+    results = tuple((last + rank, k + offset) for rank, offset in enumerate(serves) if k + offset < end)
     reads = (*targets[:last], *(k,) * plan.stride) if plan.forecast else latest
     return Call(k, Kind.ASYNCHRONOUS, targets, reads, results, shift)
 
@@ -108,9 +109,14 @@ def calls_ahead(plan: Plan, k: int, total: int | None) -> tuple[Call, ...]:
     if not plan.forecast or total is None or k != plan.warmup - 1:
         return ()
     first = k + 1 + -k % plan.stride  # where the first batch begins
-    targets = range(first, total, plan.stride)[: plan.segments - 1]
+    targets = range(first, _end(plan, total), plan.stride)[: plan.segments - 1]
     ranks = range(plan.segments - 1, 0, -1)
     return tuple(
         Call(k, Kind.AHEAD, (target,) * count, (target,) * count, shift=int(plan.time_shift))
         for target, count in zip(targets, ranks, strict=False)
     )
+
+
+def _end(plan: Plan, total: int) -> int:
+    """The call that the cool-down begins with; never before the end of the warm-up."""
+    return max(plan.warmup, total - plan.cooldown)

@@ -31,7 +31,7 @@ class Options:
         devices: ``auto`` for those of the settings (by default every CUDA device), or a list such as ``cuda:0, cuda:2``.
         cuts: block names where the segments begin, separated by commas; empty for automatic ones.
         segments: number of segments, 0 for as many as the devices allow.
-        stride, warmup, time_shift, forecast: see :class:`~asyncdiff_nodes.engine.Plan`.
+        stride, warmup, time_shift, forecast, cooldown: see :class:`~asyncdiff_nodes.engine.Plan`.
     """
 
     preset: str = "Balanced"
@@ -42,6 +42,7 @@ class Options:
     warmup: int = 3
     time_shift: bool = False
     forecast: bool = True
+    cooldown: int = 1
 
     def resolve(self) -> tuple[Plan, tuple[str, ...]]:
         """The plan, and one device per rank.
@@ -61,11 +62,12 @@ class Options:
             segments = self.segments or count - self.stride + 1
             if segments < 2:
                 raise PlanError(f"stride={self.stride} needs {self.stride + 1} devices or more, and there are {count}: lower it")
-            knobs |= {"stride": self.stride, "warmup": self.warmup, "time_shift": self.time_shift, "forecast": int(self.forecast)}
+            knobs |= {name: getattr(self, name) for name in ("stride", "warmup", "time_shift", "cooldown")}
+            knobs["forecast"] = int(self.forecast)
         else:
             stride = 2 if self.preset == "Turbo" and count > 2 else 1
             segments, knobs["stride"] = count - stride + 1, stride
-            knobs["warmup"] = {"Exact": ALWAYS, "Balanced": 3}.get(self.preset, 1)
+            knobs |= {"warmup": {"Exact": ALWAYS, "Balanced": 3}.get(self.preset, 1), "cooldown": 1}
             knobs["fresh_skips"] = self.preset != "Fast"
         plan = Plan(segments=segments, **knobs)
         if plan.world_size > count:

@@ -49,7 +49,7 @@ class Held:
         """Whether ``plan`` can run in this group once it has the right weights."""
         own = self.group.plan
         return (
-            replace(own, warmup=plan.warmup, time_shift=plan.time_shift) == plan
+            replace(own, warmup=plan.warmup, cooldown=plan.cooldown, time_shift=plan.time_shift) == plan
             and self.group.devices == tuple(devices)
             and self.fingerprint == fingerprint
         )

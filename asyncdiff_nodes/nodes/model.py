@@ -141,6 +141,15 @@ class AsyncDiffOptions(ReadsSettings):
                         "input_blocks.4, output_blocks.3. Empty: balanced automatically.",
                     )
                 ),
+                io.Int.Input(
+                    "cooldown",
+                    default=1,
+                    min=0,
+                    max=10000,
+                    tooltip=custom
+                    + "Exact steps at the end. One of them keeps the picture closer than anything else for its time; "
+                    "with 0, what is not exact in the last step is seen in the picture.",
+                ),
             ],
             outputs=[OptionsType.Output(display_name="options")],
         )

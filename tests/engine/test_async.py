@@ -54,6 +54,23 @@ def test_interleaved_streams_do_not_touch_each_other(plan, toy_group):
         assert torch.equal(torch.stack(outputs[batch]), expected)
 
 
+@pytest.mark.parametrize("plan", [plan for plan in toys.PLANS if plan.cooldown], ids=toys.label)
+def test_the_cool_down_is_exact(plan, toy_group):
+    """What the last calls return for their inputs, however these came about, is the model's own result, bit for bit."""
+    group, net = toy_group(plan)
+    group.begin(TIMESTEPS)
+    seen = []
+
+    def call(x, t, **kwargs):
+        with torch.no_grad():
+            seen.append(torch.equal(group(x, t, **kwargs), exact := net(x, t, **kwargs)))
+        return exact
+
+    toys.denoise(call, TIMESTEPS)
+    first, last = plan.warmup, len(TIMESTEPS) - plan.cooldown
+    assert all(seen[:first]) and all(seen[last:]) and not any(seen[first:last])
+
+
 def pieces(net, xs, ts, context):
     """Value of the first block at every call, and the second block with the glue after it."""
     with torch.no_grad():

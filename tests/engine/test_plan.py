@@ -40,6 +40,7 @@ BEST_LINEAR = {
         ({"warmup": -3}, r"warmup=-3 is out of range"),
         ({"warmup": 1.5}, r"warmup must be a whole number, not 1\.5"),
         ({"warmup": False}, r"warmup must be a whole number, not False"),
+        ({"cooldown": -1}, r"cooldown=-1 is out of range: choose 0 or more"),
         ({"forecast": 2}, r"forecast=2 is out of range: choose 0 to 1"),
         ({"forecast": -1}, r"forecast=-1 is out of range: choose 0 to 1"),
         ({"forecast": True}, r"forecast must be a whole number, not True"),
@@ -278,3 +279,22 @@ def test_planner_finds_what_trying_everything_finds(problem):
 
 def test_time_tolerance_is_a_few_per_cent():
     assert 0 <= TIME_TOLERANCE <= 0.03
+
+
+@pytest.mark.parametrize(
+    ("plan", "cost"),
+    [
+        (Plan(warmup=3, forecast=0, cuts=("b0", "b2"), cooldown=1), 3 + 6 / 2 + 1),
+        (Plan(warmup=3, forecast=0, cuts=("b0", "b2"), stride=2), 3 + 4 / 2),
+        (Plan(warmup=7, cuts=("b0", "b2"), cooldown=7), 10),
+        (Plan(warmup=3, cuts=("b0", "b2"), cooldown=1), 3 + 6 / 2 + 1),  # what is worked ahead is done in time
+        (Plan(segments=4, warmup=2, cuts=("b0", "b1", "b2", "b3")), 2 + 8 / 4),
+        # the last segment computes b0 again; the first one, with three quarters of the work, is half an evaluation late
+        (Plan(warmup=3, cuts=("b1", "b3"), cooldown=1), 3 + 6 * 3 / 4 + 1 + 1 / 2),
+        (Plan(warmup=9, cuts=("b1", "b3"), cooldown=1), 10),
+    ],
+)
+def test_cost_of_a_run_of_ten_calls(plan, cost):
+    blocks = tuple(Block(f"b{i}", (TensorMeta((1,), (1,), torch.float16),), 0, 100, 0) for i in range(4))
+    graph = BlockGraph(blocks, frozenset({(0, 1), (1, 2), (2, 3), (0, 3)}), 0, 0)
+    assert place(graph, plan).cost(10) == pytest.approx(cost)

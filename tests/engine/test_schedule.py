@@ -41,9 +41,9 @@ def test_timesteps_and_segments_are_those_of_the_published_implementation(name):
 @pytest.mark.parametrize("stride", [1, 2, 3, 4])
 @pytest.mark.parametrize("segments", [2, 3])
 def test_every_call_gets_exactly_one_result(segments, stride):
-    options = itertools.product((1, 2, 3, 4, 6), (False, True), (0, 1), (1, 2, 3, 7, 8, 9, 10))
-    for warmup, shift, forecast, total in options:
-        plan = Plan(segments=segments, stride=stride, warmup=warmup, time_shift=shift, forecast=forecast)
+    options = itertools.product((1, 2, 3, 4, 6), (False, True), (0, 1), (0, 1, 2), (1, 2, 3, 7, 8, 9, 10))
+    for warmup, shift, forecast, cooldown, total in options:
+        plan = Plan(segments, stride, warmup, shift, forecast, cooldown=cooldown)
         computed = {}
         for call in calls(plan, total):
             for rank, index in call.results:
@@ -54,7 +54,7 @@ def test_every_call_gets_exactly_one_result(segments, stride):
             assert all(0 <= index < total for index in call.timestep_indices)
             assert len(call.timestep_indices) in (0, plan.world_size)
             assert (call.index in computed) == (call.kind is not Kind.REPEATED)
-        assert sum(call_at(plan, k, total).kind is Kind.SYNCHRONOUS for k in range(total)) == min(warmup, total)
+        assert sum(call_at(plan, k, total).kind is Kind.SYNCHRONOUS for k in range(total)) == min(warmup + cooldown, total)
 
 
 def test_stride_1_is_stale_by_one_call_and_has_no_end():
@@ -94,6 +94,30 @@ def test_working_ahead_at_stride_2():
     ]
 
 
+def test_the_cool_down_is_synchronous_and_nothing_is_computed_for_it_before():
+    assert calls(Plan(segments=3, warmup=2, cooldown=1), 6) == [
+        call(0, S, (0, 0, 0), ((2, 0),)),
+        call(1, S, (1, 1, 1), ((2, 1),)),
+        call(2, A, (4, 3, 2), ((2, 2),), reads=(4, 3, 2)),
+        call(3, A, (4, 4, 3), ((2, 3),), reads=(4, 4, 3)),
+        call(4, A, (4, 4, 4), ((2, 4),), reads=(4, 4, 4)),
+        call(5, S, (5, 5, 5), ((2, 5),)),
+    ]
+    assert calls(Plan(stride=2, warmup=1, cooldown=2, forecast=0), 6) == [
+        call(0, S, (0, 0, 0), ((1, 0),)),
+        call(1, A, (2, 2, 1), ((1, 2), (2, 1))),
+        call(2, P),
+        call(3, A, (3, 3, 3), ((2, 3),)),
+        call(4, S, (4, 4, 4), ((1, 4),)),
+        call(5, S, (5, 5, 5), ((1, 5),)),
+    ]
+    for plan in (Plan(warmup=2, cooldown=2), Plan(warmup=2, cooldown=99)):
+        assert [call.kind for call in calls(plan, 4)] == [S] * 4
+        assert calls_ahead(plan, 1, 4) == ()
+    assert calls_ahead(Plan(segments=4, warmup=2, cooldown=1), 1, 4) == (ahead(1, 2, 3),)
+    assert call_at(Plan(cooldown=1), 99, None).kind is A, "without a schedule there is no end"
+
+
 def ahead(k, target, segments):
     return Call(k, Kind.AHEAD, (target,) * segments, (target,) * segments)
 
@@ -109,8 +133,8 @@ def test_before_the_first_asynchronous_call_the_first_segments_get_ahead():
 
 
 def test_working_ahead_every_value_is_there_in_time():
-    for segments, stride, warmup in itertools.product((2, 3, 4), (1, 2, 3), (1, 2, 4)):
-        plan, known = Plan(segments=segments, stride=stride, warmup=warmup), set()
+    for segments, stride, warmup, cooldown in itertools.product((2, 3, 4), (1, 2, 3), (1, 2, 4), (0, 1, 3)):
+        plan, known = Plan(segments, stride, warmup, cooldown=cooldown), set()
         for at in calls(plan, 40):
             if at.kind is A:
                 readers = [(rank, plan.segment_of_rank(rank)) for rank in range(plan.world_size)]
@@ -184,7 +208,7 @@ def test_stride_without_a_schedule_is_refused(stride):
         call_at(Plan(stride=stride), 0, None)
 
 
-@pytest.mark.parametrize("plan", [Plan(stride=2), Plan(forecast=1)], ids=["stride 2", "ahead"])
+@pytest.mark.parametrize("plan", [Plan(stride=2), Plan(forecast=1), Plan(forecast=0, cooldown=1)], ids=["stride 2", "ahead", "C"])
 @pytest.mark.parametrize("k", [4, 5, 99])
 def test_more_calls_than_announced_are_refused(plan, k):
     with pytest.raises(ScheduleError, match=rf"call {k + 1} of a run that was begun with 4 timesteps"):

@@ -32,6 +32,7 @@ def run(call, plan, begin):
         Plan(segments=2, warmup=2),
         Plan(segments=2, warmup=1, time_shift=True),
         Plan(segments=2, stride=2, warmup=3),
+        Plan(segments=2, warmup=2, cooldown=2),
         Plan(segments=2, warmup=99),
     ],
     ids=toys.label,

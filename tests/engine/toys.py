@@ -147,11 +147,12 @@ def denoise(call: Any, timesteps: list[int], seed: int = 0, batch: int = 2, **kw
 PLANS = (
     Plan(segments=2, warmup=2, cuts=("blocks.2", "blocks.5"), forecast=0, time_shift=True),
     Plan(segments=3, warmup=3, cuts=("blocks.1", "blocks.3", "blocks.6")),
-    Plan(segments=4, warmup=2, cuts=("blocks.2", "blocks.3", "blocks.5", "blocks.6"), forecast=0),
+    Plan(segments=4, warmup=2, cuts=("blocks.2", "blocks.3", "blocks.5", "blocks.6"), forecast=0, cooldown=1),
     Plan(segments=4, warmup=2, cuts=("blocks.0", "blocks.2", "blocks.4", "blocks.5")),
     Plan(segments=2, stride=2, warmup=4),
     Plan(segments=2, stride=3, warmup=1, forecast=0),
     Plan(segments=2, stride=4, warmup=2, cuts=("blocks.3", "blocks.5")),
+    Plan(segments=3, warmup=2, cuts=("blocks.1", "blocks.3", "blocks.6"), cooldown=2),
     Plan(segments=3, stride=2, warmup=3, cuts=("blocks.0", "blocks.2", "blocks.5"), time_shift=True),
     Plan(segments=2, warmup=3, cuts=("blocks.0", "blocks.4")),
 )
@@ -162,4 +163,5 @@ def label(plan: Plan) -> str:
     """A short name for test reports."""
     kind = "auto" if plan.cuts is None else "linear" if plan.cuts[0] in ("blocks.0", "conv_in") else "wrapped"
     shift = "-shift" * plan.time_shift
-    return f"N{plan.segments}-S{plan.stride}-W{plan.warmup}-{kind}-forecast{plan.forecast}{shift}"
+    cooldown = f"-C{plan.cooldown}" if plan.cooldown else ""
+    return f"N{plan.segments}-S{plan.stride}-W{plan.warmup}{cooldown}-{kind}-forecast{plan.forecast}{shift}"

@@ -123,8 +123,8 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
 
 
 def options(preset: str = "Exact", devices: str = "cpu,cpu", **changes: Any) -> dict[str, Any]:
-    rest = {"segments": 0, "stride": 1, "warmup": 3, "time_shift": False, "forecast": True, "cuts": "", **changes}
-    return node("AsyncDiffOptions", preset=preset, devices=devices, **rest)
+    rest = {"segments": 0, "stride": 1, "warmup": 3, "time_shift": False, "forecast": True, "cuts": "", "cooldown": 1}
+    return node("AsyncDiffOptions", preset=preset, devices=devices, **rest | changes)
 
 
 def sampler(class_type: str, seed: int, steps: int = 4, model: str = "source", **changes: Any) -> dict[str, Any]:

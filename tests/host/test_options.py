@@ -19,6 +19,7 @@ from asyncdiff_nodes.host.route import attach
         (Options("Custom", "cpu,cpu", segments=-1), PlanError, "segments=-1"),
         (Options("Custom", "cpu,cpu", segments=2, warmup=0), PlanError, "warmup=0"),
         (Options("Custom", "cpu,cpu", segments=2, stride=9), PlanError, "stride=9"),
+        (Options("Custom", "cpu,cpu", cooldown=-1), PlanError, "cooldown=-1"),
         (Options("Balanced", "cpu,cpu", cuts="input_blocks.3"), PlanError, "1 cuts for 2 segments"),
     ],
 )
@@ -53,6 +54,12 @@ def test_presets(options, segments, stride, warmup, ranks):
     assert (plan.segments, plan.stride, plan.warmup) == (segments, stride, warmup)
     assert devices == ("cpu",) * ranks
     assert plan.fresh_skips is (options.preset != "Fast")
+    assert plan.cooldown == options.cooldown == 1
+
+
+def test_custom_may_do_without_a_cool_down():
+    plan, _ = Options("Custom", "cpu,cpu", cooldown=0).resolve()
+    assert plan.cooldown == 0
 
 
 def test_one_device():
