@@ -20,6 +20,7 @@ from rich.table import Table
 from skimage.metrics import peak_signal_noise_ratio
 
 from asyncdiff_nodes.demo import DemoPipeline
+from asyncdiff_nodes.demo.pipeline import SCHEDULERS
 from asyncdiff_nodes.engine import Plan, WorkerGroup, block_seconds, find_family, meta_copy, trace
 
 from .plan import MIB
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup", type=int, default=3, metavar="W", help="synchronous steps at the start")
     parser.add_argument("--cooldown", type=int, default=1, metavar="C", help="synchronous steps at the end")
     parser.add_argument("--steps", type=positive, default=30, metavar="T", help="denoising steps")
-    parser.add_argument("--scheduler", default="ddim", help="ddim, euler, dpmpp_2m or euler_a")
+    parser.add_argument("--scheduler", default="ddim", help=", ".join(SCHEDULERS))
     parser.add_argument("--cfg", type=float, default=None, help="guidance scale; default: the model's")
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise")
     parser.add_argument("--devices", default=None, help="comma-separated, one per rank; default: cpu for each")
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             task = progress.add_task(name, total=steps)
             return lambda: progress.advance(task)
 
-        total = arguments.steps
+        total, levels = arguments.steps, pipeline.levels(arguments.scheduler, arguments.steps)
         sequential, times = sample(pipeline.unet, _nothing, total, advancing("sequential", total))
         # the first step pays for one-time preparations on both sides
         rows.append({"method": "sequential", "steps": total, "step_s": statistics.median(times[1:] or times), "speedup": 1.0})
@@ -93,11 +94,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 pictures[method], times = sample(group, group.begin, total, advancing(method, total))
                 stats = group.stats()
             # medians of whole batches, since the later calls of a batch take no time
-            steps = times[plan.warmup : total - variant.cooldown] or times
+            steps = times[plan.warmup : total - variant.at(levels).cooldown] or times
             batches = [sum(steps[i : i + plan.stride]) / plan.stride for i in range(0, len(steps), plan.stride)]
             row = {"method": method, "steps": total, "step_s": statistics.median(batches)}
             rows.append({**row, "mib_per_call": stats.bytes_per_call / MIB})
-        fewer = min(total, math.ceil(placements["AsyncDiff"].cost(total)))
+        fewer = min(total, math.ceil(placements["AsyncDiff"].cost(total, levels)))
         pictures["fewer steps"], times = sample(pipeline.unet, _nothing, fewer, advancing("fewer steps", fewer))
         rows.append({"method": "fewer steps", "steps": fewer, "step_s": statistics.median(times[1:] or times)})
     for row in rows[1:]:

@@ -18,6 +18,7 @@ from diffusers import (
 from safetensors.torch import load_file
 
 from asyncdiff_nodes.diffusers import noise_levels
+from asyncdiff_nodes.engine import NoiseLevels
 
 from .text_encoder import TextEncoder
 from .tokenizer import WordTokenizer
@@ -31,10 +32,12 @@ FILES = (
     "vocab.json",
     "scheduler/scheduler_config.json",
 )
+_DPMPP_2M = {"algorithm_type": "dpmsolver++", "solver_order": 2}
 SCHEDULERS = {
     "ddim": (DDIMScheduler, {"clip_sample": False}),
     "euler": (EulerDiscreteScheduler, {}),
-    "dpmpp_2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpmpp_2m": (DPMSolverMultistepScheduler, _DPMPP_2M),
+    "dpmpp_2m_karras": (DPMSolverMultistepScheduler, _DPMPP_2M | {"use_karras_sigmas": True}),
     "euler_a": (EulerAncestralDiscreteScheduler, {}),
 }
 #: DDIM-only keys that the other schedulers do not know.
@@ -104,7 +107,7 @@ class DemoPipeline:
         return list(dict.fromkeys(word for prompt in prompts for word in self.tokenizer.unknown(prompt)))
 
     def make_scheduler(self, name: str):  # noqa: ANN201 - four unrelated diffusers classes
-        """A new diffusers scheduler: "ddim", "euler", "dpmpp_2m" or "euler_a"."""
+        """A new diffusers scheduler, one of ``SCHEDULERS``."""
         if name not in SCHEDULERS:
             raise ValueError(f"scheduler: {name!r} is unknown; choose one of {', '.join(SCHEDULERS)}")
         kind, extra = SCHEDULERS[name]
@@ -112,6 +115,12 @@ class DemoPipeline:
         if kind is not DDIMScheduler:
             config = {key: value for key, value in config.items() if key not in DDIM_KEYS}
         return kind.from_config(config, **extra)
+
+    def levels(self, scheduler: str, steps: int) -> NoiseLevels:
+        """Noise of every call of a run."""
+        solver = self.make_scheduler(scheduler)
+        solver.set_timesteps(steps)
+        return noise_levels(solver)
 
     def initial_noise(self, count: int, seed: int) -> torch.Tensor:
         """Unit noise [count, C, H, W], float32 on the CPU; row i depends on ``seed`` and i alone."""

@@ -160,7 +160,9 @@ class WorkerGroup:
         needed = plan.stride > 1 or ((plan.forecast or plan.cooldown) and plan.warmup < len(timesteps or ()))
         if not needed:
             timesteps = levels = None  # each call brings all that it needs: the caller need not follow any schedule
-        self._run = Run(self._run.number + 1, plan, None if timesteps is None else tuple(map(float, timesteps)), levels)
+        self._run = Run(
+            self._run.number + 1, plan.at(levels), None if timesteps is None else tuple(map(float, timesteps)), levels
+        )
         self._streams.clear()
         self._last.clear()
         self._results.clear()

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+NOTABLE = 0.1  # noise, beside a picture's own deviation of about 1
+
 
 @dataclass(frozen=True)
 class NoiseLevels:
@@ -28,6 +30,18 @@ class NoiseLevels:
     def __post_init__(self) -> None:
         if len(self.sigmas) != len(self.scales) or not all(0 < scale < float("inf") for scale in self.scales):
             raise ValueError(f"{len(self.sigmas)} sigmas and the scales {self.scales}: give one positive scale for each sigma")
+
+    @property
+    def leap(self) -> int:
+        """Which call, counted from the end, leaps from notable noise towards none; 0 if the noise fades out smoothly.
+
+        1 where the last step goes from there to none (the host's ``simple``), 2 where one more call follows, which tidies up
+        (DDIM, the host's ``normal``). Schedules such as ``karras`` have no leap.
+        """
+        for n, (noise, rest) in enumerate(zip(self.sigmas[:-3:-1], (0.0, *self.sigmas[-1:]), strict=False), start=1):
+            if noise >= NOTABLE and rest < noise / 2:
+                return n
+        return 0
 
     @classmethod
     def unknown(cls, calls: int) -> NoiseLevels:

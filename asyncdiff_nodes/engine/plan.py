@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import PlanError
 from .graph import BlockGraph
+from .lookahead import NoiseLevels
 from .partition import Arcs, best_starts
 
 MAX_STRIDE = 4
@@ -33,8 +34,9 @@ class Plan:
         fresh_skips: how automatic cuts are chosen with ``forecast=1``. The last segment computes the first, full-size blocks anew
             on this call's own input, if that makes the slowest segment at most a third slower: the picture is nearer to the
             sequential one, by far so with samplers that add noise in every step. False for speed alone.
-        cooldown: trailing synchronous calls, of runs whose schedule is known. Later calls make up for much of what was wrong in
-            a call, but nothing does for the last one: an exact call is worth more there than anywhere else.
+        cooldown: C, synchronous calls at the end of runs whose schedule is known. Later calls make up for much of what was wrong
+            in a call, but nothing does for the one that leaps to a clean picture: an exact call is worth more there than
+            anywhere else. Schedules that fade out without a leap have no cool-down (:attr:`~.lookahead.NoiseLevels.leap`).
     """
 
     segments: int = 2
@@ -71,6 +73,12 @@ class Plan:
                 raise PlanError(
                     f"{len(self.cuts)} cuts for {self.segments} segments: name one cut per segment, the block that it begins with"
                 )
+
+    def at(self, levels: NoiseLevels | None) -> Plan:
+        """This plan for a run with these noise levels: ``cooldown`` is then the number of calls from the leap to the end."""
+        if not self.cooldown or levels is None:
+            return self
+        return replace(self, cooldown=self.cooldown + levels.leap - 1 if levels.leap else 0)
 
     @property
     def world_size(self) -> int:
@@ -147,10 +155,11 @@ class Placement(Mapping[str, int]):
         """Fraction of the model's cost in each segment: MACs, or what was given for them. A block may be in two of them."""
         return tuple(sum(self.costs[i] for i in self.owned(d)) / sum(self.costs) for d in range(self.plan.segments))
 
-    def cost(self, steps: int) -> float:
-        """Of a run of ``steps`` calls, in evaluations of the unrouted model, communication left out."""
-        synchronous = min(self.plan.warmup + self.plan.cooldown, steps)
-        batches = math.ceil((steps - synchronous) / self.plan.stride)
+    def cost(self, steps: int, levels: NoiseLevels | None = None) -> float:
+        """Of a run of ``steps`` calls with these noise levels, in evaluations of the unrouted model, communication left out."""
+        plan = self.plan.at(levels)
+        synchronous = min(plan.warmup + plan.cooldown, steps)
+        batches = math.ceil((steps - synchronous) / plan.stride)
         return synchronous + batches * max(self.shares) + self._lag(batches)
 
     def _lag(self, batches: int) -> float:

@@ -44,6 +44,7 @@ class Simulator:
         skeleton = meta_copy(module)
         args, kwargs = example_inputs or self._family.example_inputs(skeleton, None, 2)
         self.placement: Placement = place(trace(skeleton, self._family, args, kwargs), plan)
+        self._run_plan = plan
         self._timesteps: list[float] | None = None
         self._levels: NoiseLevels | None = None
         self._streams: dict[Hashable, dict[str, Any]] = {}
@@ -70,13 +71,14 @@ class Simulator:
     def begin(self, timesteps: Sequence[float] | torch.Tensor | None = None, levels: NoiseLevels | None = None) -> None:
         """Start a new run, all of whose streams begin with its first call; see ``WorkerGroup.begin``."""
         self._timesteps = None if timesteps is None else [float(t) for t in timesteps]
+        self._run_plan = self.plan.at(levels)
         self._levels = levels or (NoiseLevels.unknown(len(self._timesteps)) if self._timesteps else None)
         self._streams.clear()
 
     @torch.no_grad()
     def __call__(self, *args: Any, stream: Hashable = None, **kwargs: Any) -> Any:
         """One call; see ``WorkerGroup.__call__``."""
-        plan, state = self.plan, self._streams.setdefault(stream, {"k": 0, "history": [], "results": {}})
+        plan, state = self._run_plan, self._streams.setdefault(stream, {"k": 0, "history": [], "results": {}})
         inputs = Inputs.take(args, kwargs, self._family.timestep)
         ahead = bool(plan.forecast and self._levels is not None)
         if ahead:

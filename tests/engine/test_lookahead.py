@@ -195,3 +195,34 @@ def test_calls_do_not_go_back(group):
     group(x, TIMESTEPS[2], **kwargs)
     with pytest.raises(ScheduleError, match=r"call 2 has timestep 900, but begin\(\) announced 350"):
         group(x, TIMESTEPS[0], **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "leap", "cooldown"),
+    [
+        ((3.0, 1.0, 0.5, 0.26), 1, 1),  # and then none
+        ((3.0, 1.0, 0.3, 0.03), 2, 2),  # the last call only tidies up
+        ((3.0, 0.16, 0.14, 0.04), 2, 2),
+        ((0.22, 0.14, 0.09, 0.06, 0.04, 0.03), 0, 0),  # fades out
+        ((3.0,), 1, 1),
+        ((0.03,), 0, 0),
+    ],
+)
+def test_the_cool_down_ends_with_the_leap_to_a_clean_picture(sigmas, leap, cooldown):
+    levels = NoiseLevels(sigmas, (1.0,) * len(sigmas))
+    assert levels.leap == leap
+    assert Plan(cooldown=1).at(levels).cooldown == cooldown
+    assert Plan(cooldown=2).at(levels).cooldown == (cooldown and cooldown + 1)
+    assert Plan().at(levels) == Plan(), "who wants none gets none"
+    assert Plan(cooldown=3).at(None).cooldown == 3
+
+
+@pytest.mark.parametrize(("end", "synchronous"), [([0.93, 0.99], [7]), ([0.93, 0.999], [6, 7]), ([0.995, 0.998], [])])
+def test_a_run_cools_down_by_its_levels(group, end, synchronous):
+    plan, levels = Plan(warmup=2, cooldown=1), NoiseLevels.variance_preserving([*ALPHAS[:-2], *end])
+    group.begin(TIMESTEPS, plan, levels=levels)
+    found = toys.denoise(group, TIMESTEPS)
+    assert sorted({record.call for record in group.stats().records if record.synchronous}) == [0, 1, *synchronous]
+    with Simulator(toys.chain(ToyBlock, ToyBlock), plan, family=TOY) as simulator:
+        simulator.begin(TIMESTEPS, levels)
+        assert torch.equal(found, toys.denoise(simulator, TIMESTEPS))
