@@ -40,6 +40,7 @@ class CallMessage:
     Attributes:
         run, stream, index: which call of which stream.
         targets, reads: as in :class:`~.schedule.Call`; ``reads`` is this rank's.
+        why: it is synchronous: "warm-up", "cool-down", or "" where it is not.
         ahead: the call is no call of the caller's; see :func:`~.schedule.calls_ahead`.
         leaves, structure, positional: as in :class:`~.inputs.Inputs`.
         timestep: this rank's.
@@ -51,6 +52,7 @@ class CallMessage:
     stream: Hashable
     index: int
     synchronous: bool
+    why: str
     computes: bool
     ahead: bool
     targets: tuple[int, ...]
@@ -171,6 +173,7 @@ class Stream:
             stream=self._key,
             index=call.index,
             synchronous=synchronous,
+            why=("warm-up" if call.index < plan.warmup else "cool-down") if call.kind is Kind.SYNCHRONOUS else "",
             computes=computes,
             ahead=call.kind is Kind.AHEAD,
             targets=call.targets,

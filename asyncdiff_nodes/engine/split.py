@@ -133,6 +133,7 @@ class SplitModel:
             "rank": self._share.rank,
             "segment": self._share.segment,
             "synchronous": message.synchronous and not message.ahead,
+            "why": message.why,
             "ahead": message.ahead,
             "bytes_sent": self._transport.bytes_sent - sent,
         }

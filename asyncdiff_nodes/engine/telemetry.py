@@ -21,6 +21,7 @@ class CallRecord:
         compute, wait: seconds of it spent computing, and waiting for values of other ranks.
         waits: start and end of each of these waits.
         bytes_sent: payload bytes that this rank sent to other ranks.
+        why: it is synchronous: "warm-up", "cool-down", or "" where it is not.
         ahead: done for later calls, after this rank's part of the last synchronous call.
         drift: producer block -> relative L2 change of its output since the value before, for values received.
     """
@@ -37,7 +38,24 @@ class CallRecord:
     bytes_sent: int
     waits: tuple[tuple[float, float], ...] = ()
     ahead: bool = False
+    why: str = ""
     drift: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CallSummary:
+    """One call of one stream, on all ranks.
+
+    Attributes:
+        stream, call, synchronous, why: as in :class:`CallRecord`.
+        drift: mean over all values that were received; None where nothing was received before, or at all.
+    """
+
+    stream: str
+    call: int
+    synchronous: bool
+    why: str
+    drift: float | None
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,20 @@ class RunStats:
         """All records, by call and rank."""
         found = [record for rank in self.ranks for record in rank.records]
         return sorted(found, key=lambda r: (r.call, r.stream, r.rank))
+
+    @property
+    def calls(self) -> list[CallSummary]:
+        """The run call by call: which were synchronous, and why, and how much changed since the call before."""
+        found: dict[tuple[int, str], list[CallRecord]] = {}
+        for record in self.records:
+            if not record.ahead:
+                found.setdefault((record.call, record.stream), []).append(record)
+        summaries = []
+        for (call, stream), records in found.items():
+            drifts = [value for record in records for value in record.drift.values()]
+            drift = sum(drifts) / len(drifts) if drifts else None
+            summaries.append(CallSummary(stream, call, records[0].synchronous, records[0].why, drift))
+        return summaries
 
     @property
     def bytes_sent(self) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from comfy_execution.utils import get_executing_context
 
 from asyncdiff_nodes.engine import Placement, Plan, RunStats, WorkerGroup
-from asyncdiff_nodes.engine.telemetry import RankReport
+from asyncdiff_nodes.engine.telemetry import CallSummary, RankReport
 from asyncdiff_nodes.prompt_server import prompt_server
 
 from .options import ALWAYS
@@ -61,13 +61,13 @@ class RunRecord:
         if self.stats is None:
             return "\n".join([*([] if self.plan else ["AsyncDiff was not used: ComfyUI sampled as usual."]), *lines])
         plan, timing = self.plan, self.timing
-        calls, streams = timing.calls, {stream for stream, _ in timing.calls}
+        calls, streams = self.stats.calls, {stream for stream, _ in timing.calls}
         warmup = "every step synchronous" if plan.warmup >= ALWAYS else f"warm-up {plan.warmup}"
         stale = "working ahead" if plan.forecast else "reuse"
         lines[:0] = [
             f"Plan: {plan.segments} segments, stride {plan.stride}, {warmup}, {stale}"
             + (", time shift" if plan.time_shift else ""),
-            f"Calls: {len(calls)} on {len(streams)} stream(s), {sum(calls.values())} of them synchronous",
+            f"Calls: {len(calls)} on {len(streams)} stream(s); synchronous: {_synchronous(calls)}",
         ]
         if timing.step_seconds:
             whole = timing.sequential_seconds
@@ -75,11 +75,13 @@ class RunRecord:
             lines.append(f"Step: {timing.step_seconds:.3f} s asynchronous{gain}")
         lines.append(f"Sent between ranks: {_mib(self.stats.bytes_per_call)} per call; planned {_mib(self.stats.planned_bytes)}")
         lines += [self._rank_line(rank, timing) for rank in self.stats.ranks]
-        drifts = [value for record in timing.computing if not record.synchronous for value in record.drift.values()]
+        drifts: dict[int, list[float]] = {}
+        for call in calls:
+            if call.drift is not None:
+                drifts.setdefault(call.call + 1, []).append(call.drift)
         if drifts:
-            lines.append(
-                f"Drift of what was sent, from call to call: median {statistics.median(drifts):.1%}, most {max(drifts):.1%}"
-            )
+            by_call = ", ".join(f"{number}: {statistics.mean(values):.0%}" for number, values in drifts.items())
+            lines.append(f"Drift of what was sent, since the call before: {by_call}")
         return "\n".join(lines)
 
     def _rank_line(self, rank: RankReport, timing: Timing) -> str:
@@ -110,6 +112,16 @@ def publish(record: RunRecord) -> None:
     server = prompt_server()
     if context is not None and server is not None:
         server.send_progress_text(f"AsyncDiff: {record.line}", context.node_id)
+
+
+def _synchronous(calls: Sequence[CallSummary]) -> str:
+    """Numbers of the synchronous calls, from 1, and why they were."""
+    found: dict[str, list[int]] = {}
+    for call in calls:
+        if call.synchronous:
+            found.setdefault(call.why, []).append(call.call + 1)
+    spans = [(f"{min(n)} to {max(n)}" if min(n) < max(n) else str(min(n)), why) for why, n in found.items()]
+    return ", ".join(f"{span} ({why})" for span, why in spans) or "none"
 
 
 def _mib(size: float) -> str:

@@ -154,6 +154,9 @@ def test_drift_is_the_relative_change_of_what_arrived(toy_group):
             group(x, t, **kwargs)
     found = {name: drift for r in group.stats().records if r.call == 1 for name, drift in r.drift.items()}
     assert found
+    first, second = group.stats().calls
+    assert (first.why, first.synchronous, first.drift) == ("warm-up", True, None) and second.why == "warm-up"
+    assert second.drift == pytest.approx(sum(found.values()) / len(found))
     for name, drift in found.items():
         old, new = (torch.cat([v.flatten() for v in (o if isinstance(o, tuple) else (o,))]) for o in outputs[name])
         assert drift == pytest.approx(((new - old).norm() / old.norm()).item(), rel=1e-4)

@@ -257,7 +257,14 @@ def test_the_report_is_text_and_a_picture(page):
     run = page.run(routed_only(steps=8, chosen=options("Balanced"), report=report, picture=picture))
     assert run.done, run.history["status"]
     (text,) = run.history["outputs"]["report"]["text"]
-    for part in ("Plan: 2 segments, stride 1, warm-up 3", "Calls: 8 on 1 stream", "Rank 0 on cpu", "Rank 1 on cpu", "Drift"):
+    for part in (
+        "Plan: 2 segments, stride 1, warm-up 3",
+        "Calls: 8 on 1 stream",
+        "1 to 3 (warm-up), 7 to 8 (cool-down)",
+        "Rank 0 on cpu",
+        "Rank 1 on cpu",
+        "Drift",
+    ):
         assert part in text, text
     (image,) = run.history["outputs"]["picture"]["images"]
     with Image.open(page.server.base / "output" / image["subfolder"] / image["filename"]) as timeline:
