@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import emoji_table  # noqa: E402
 from asyncdiff_nodes.demo import DemoPipeline  # noqa: E402
+from asyncdiff_nodes.demo.features import features, kernel_distance, training_features  # noqa: E402
 from asyncdiff_nodes.demo.pipeline import SCHEDULERS, WEIGHTS  # noqa: E402
 
 
@@ -116,3 +118,14 @@ def test_bad_input_is_named(pipeline, options, message):
 def test_incomplete_weights_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"vocab\.json"):
         DemoPipeline.load(tmp_path)
+
+
+def test_kernel_distance_from_the_training_set_grows_as_pictures_get_worse():
+    pipeline, reference = DemoPipeline.load(), training_features()
+    assert reference.shape == (295, 96)
+    prompts = json.loads((WEIGHTS / "prompts.json").read_text())["training"][::12]
+    pictures = pipeline.sample(prompts, steps=4, output="float")
+    noise = np.random.default_rng(0).normal(size=pictures.shape).astype(np.float32)
+    distances = [kernel_distance(features(pipeline, pictures + sigma * noise), reference) for sigma in (0, 0.3, 0.6)]
+    assert distances == sorted(distances) and distances[-1] > distances[0] + 10, distances
+    assert kernel_distance(reference[::2], reference[1::2]) < 10 < distances[-1], "two halves of one set are near"

@@ -29,6 +29,7 @@ from asyncdiff_nodes.demo.pipeline import SCHEDULERS, WEIGHTS
 from asyncdiff_nodes.engine import Placement, Plan, PlanError, Simulator
 from asyncdiff_nodes.engine.devices import parse_devices
 
+from .compare_page import write_page
 from .demo import psnr
 from .report import console, parse_plans, positive
 from .zoo import PUBLISHED_CUTS
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="where to compute")
     parser.add_argument("--threads", type=positive, default=1, help="threads of each process on a CPU")
     parser.add_argument("--jobs", type=positive, default=1, help="processes that draw at once")
+    parser.add_argument("--html", metavar="FILE", default=None, help="also write a page with plots and pictures, in one file")
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             sequential = drawn[todo]
         rows.append({**row, **_distance(sequential, drawn[todo])})
     _print(rows, out)
+    if arguments.html:
+        write_page(arguments.html, rows, [drawn[todo] for _, todo in wanted], METHODS)
+        out.print(f"{arguments.html}: plots and pictures")
     return {"model": "demo", **facts, "rows": rows}
 
 
@@ -148,7 +153,7 @@ def _distance(reference: np.ndarray, pictures: np.ndarray) -> dict[str, Any]:
     likeness = [structural_similarity(a, b, data_range=1.0, channel_axis=2) for a, b in zip(reference, pictures, strict=True)]
     return {
         "psnr": mean, "psnr_ci": [mean - half, mean + half], "ssim": float(np.mean(likeness)), "pairs": count,
-        "set_distance": kernel_distance(features(_pipeline(), pictures), training_features()),
+        "kernel_distance": kernel_distance(features(_pipeline(), pictures), training_features()),
     }  # fmt: skip
 
 
@@ -172,7 +177,7 @@ def _cases(text: str, pairs: int) -> list[tuple[str, int, int]]:
 
 def _print(rows: list[dict[str, Any]], out: Any) -> None:
     table = Table(
-        "sampler", "steps", "pairs", "plan", "method", "cost", "PSNR, dB", "95 % interval", "SSIM", "set distance",
+        "sampler", "steps", "pairs", "plan", "method", "cost", "PSNR, dB", "95 % interval", "SSIM", "kernel distance",
         title="Distance from the sequential pictures",
     )  # fmt: skip
     for row in rows:
@@ -180,7 +185,7 @@ def _print(rows: list[dict[str, Any]], out: Any) -> None:
             low, high = row["psnr_ci"]
             table.add_row(
                 row["sampler"], str(row["steps"]), str(row["pairs"]), row["plan"], METHODS[row["method"]], f"{row['cost']:.1f}",
-                f"{row['psnr']:.1f}", f"{low:.1f} to {high:.1f}", f"{row['ssim']:.3f}", f"{row['set_distance']:.1f}",
+                f"{row['psnr']:.1f}", f"{low:.1f} to {high:.1f}", f"{row['ssim']:.3f}", f"{row['kernel_distance']:.1f}",
                 end_section=row["method"] == "fewer-steps",
             )  # fmt: skip
     out.print(table)

@@ -1,13 +1,14 @@
 """``asyncdiff similarity``: how alike each block's output is from one denoising step to the next (paper section 3.2, figure 3).
 
 Asynchrony lives on this likeness, and it is not the same everywhere: the heat map shows where a value of the step before is as
-good as new, and where it is not. The demo model, sampled sequentially.
+good as new, and where it is not. The demo model, sampled sequentially. Below the blocks are the model's results: without and with
+the prompt, the guidance direction between them, and what classifier-free guidance makes of them, which is all the sampler sees.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this command."""
     parser.add_argument("--sampler", default="ddim", help=f"one of {', '.join(SCHEDULERS)}")
     parser.add_argument("--steps", type=positive, default=50, help="denoising steps, two or more")
+    parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale")
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="threads")
     parser.add_argument("--picture", default="out/similarity.png", metavar="FILE", help="where to put the heat map")
@@ -43,34 +45,51 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     unet = pipeline.unet
     skeleton = meta_copy(unet)
     graph = trace(skeleton, find_family(unet), *find_family(unet).example_inputs(skeleton, None, 2))
-    with _watched(unet, graph) as found:
-        pipeline.sample(list(PROMPTS), steps=arguments.steps, scheduler=arguments.sampler, seed=arguments.seed)
+    with _watched(unet, graph) as (found, watch):
+
+        def predict(*args: Any, **kwargs: Any) -> Any:
+            result = unet(*args, **kwargs)
+            without, prompted = result[0].chunk(2)
+            direction = prompted - without
+            for name, value in zip(_RESULTS, (without, prompted, direction, without + arguments.cfg * direction), strict=True):
+                watch(name, value)
+            return result
+
+        pipeline.sample(list(PROMPTS), arguments.steps, arguments.cfg, arguments.sampler, arguments.seed, unet=predict)
     readers = {p: [graph.names[c] for q, c in sorted(graph.edges) if q == p] for p, _ in graph.edges}
     rows = [
         {"block": name, "readers": readers.get(index, []), **{kind: values[name] for kind, values in found.items()}}
-        for index, name in enumerate(graph.names)
+        for index, name in enumerate((*graph.names, *_RESULTS))
     ]
     path = Path(arguments.picture)
     path.parent.mkdir(parents=True, exist_ok=True)
     _heat_map(rows, f"demo model, {arguments.sampler}, {arguments.steps} steps").savefig(path, dpi=110)
     _print(rows, out)
     out.print(f"{path}: cosine similarity and relative change, per block and step")
-    facts = {name: getattr(arguments, name) for name in ("sampler", "steps", "seed")}
+    facts = {name: getattr(arguments, name) for name in ("sampler", "steps", "cfg", "seed")}
     return {"model": "demo", "prompts": list(PROMPTS), **facts, "rows": rows}
 
 
+_RESULTS = ("result, no prompt", "result, prompt", "guidance direction", "result after CFG")
+Found = dict[str, dict[str, list[float]]]
+
+
 @contextmanager
-def _watched(unet: nn.Module, graph: BlockGraph) -> Iterator[dict[str, dict[str, list[float]]]]:
-    """Within it, every call adds each block's likeness to its call before: kind -> block -> [steps - 1], means over the batch."""
-    found: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in graph.names} for kind in ("cosine", "change")}
+def _watched(unet: nn.Module, graph: BlockGraph) -> Iterator[tuple[Found, Callable[[str, Any], None]]]:
+    """Within it, every call adds each block's likeness to its call before: kind -> block -> [steps - 1], means over the batch.
+
+    Yields that, and a function that adds the likeness of other values in the same way.
+    """
+    names = (*graph.names, *_RESULTS)
+    found: Found = {kind: {name: [] for name in names} for kind in ("cosine", "change")}
     before: dict[str, torch.Tensor] = {}
 
     def watch(name: str, output: Any) -> None:
         value = torch.cat([leaf.flatten(1) for leaf in flatten(output)[0]], dim=1)
         if name in before:
             old = before[name]
-            found["cosine"][name].append(torch.cosine_similarity(old, value, dim=1).mean().item())
-            found["change"][name].append(((value - old).norm(dim=1) / old.norm(dim=1)).mean().item())
+            found["cosine"][name].append(round(torch.cosine_similarity(old, value, dim=1).mean().item(), 5))
+            found["change"][name].append(round(((value - old).norm(dim=1) / old.norm(dim=1)).mean().item(), 5))
         before[name] = value.clone()
 
     handles = [
@@ -78,7 +97,7 @@ def _watched(unet: nn.Module, graph: BlockGraph) -> Iterator[dict[str, dict[str,
         for name in graph.names
     ]
     try:
-        yield found
+        yield found, watch
     finally:
         for handle in handles:
             handle.remove()

@@ -147,8 +147,8 @@ class AsyncDiffOptions(ReadsSettings):
                     min=0,
                     max=10000,
                     tooltip=custom
-                    + "Exact steps at the end. One of them keeps the picture closer than anything else for its time; "
-                    "with 0, what is not exact in the last step is seen in the picture.",
+                    + "Exact steps at the end, where the schedule leaps to a clean picture. One of them keeps the picture "
+                    "closer than anything else for its time. Schedules that fade out (karras) do without.",
                 ),
             ],
             outputs=[OptionsType.Output(display_name="options")],
