@@ -162,6 +162,32 @@ class Placement(Mapping[str, int]):
         batches = math.ceil((steps - synchronous) / plan.stride)
         return synchronous + batches * max(self.shares) + self._lag(batches)
 
+    def within(self, speedup: float, steps: int, levels: NoiseLevels | None = None) -> Plan:
+        """The plan with the longest warm-up that makes a run of ``steps`` calls at least ``speedup`` times as fast as unrouted.
+
+        By :meth:`cost`, for equal devices: what they really gain is less where links are slow or shares mislead.
+
+        Raises:
+            PlanError: no warm-up is short enough; the message says what can be had.
+        """
+        best = None
+        for warmup in range(1, steps + 1, self.plan.stride):
+            tried = replace(self.plan, warmup=warmup)
+            gain = steps / self.under(tried).cost(steps, levels)
+            if gain < speedup:
+                break
+            best = tried
+        if best is None:
+            raise PlanError(
+                f"speedup={speedup:g} is out of reach: {steps} steps with {self.plan.segments} segments and stride "
+                f"{self.plan.stride} are at most {gain:.2f} times as fast; take more devices, another stride, or ask for less"
+            )
+        return best
+
+    def under(self, plan: Plan) -> Placement:
+        """The same cuts under another plan."""
+        return Placement(self.graph, plan, self.starts, self.costs)
+
     def _lag(self, batches: int) -> float:
         """How long after the warm-up the slowest rank is done with what it works ahead for the first of ``batches``."""
         if not self.plan.forecast:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ class Options:
         cuts: block names where the segments begin, separated by commas; empty for automatic ones.
         segments: number of segments, 0 for as many as the devices allow.
         stride, warmup, time_shift, forecast, cooldown: see :class:`~asyncdiff_nodes.engine.Plan`.
+        speedup: of the whole run; the warm-up is then as long as that allows, whatever ``warmup`` says. 0 for none in particular.
     """
 
     preset: str = "Balanced"
@@ -43,6 +45,7 @@ class Options:
     time_shift: bool = False
     forecast: bool = True
     cooldown: int = 1
+    speedup: float = 0.0
 
     def resolve(self) -> tuple[Plan, tuple[str, ...]]:
         """The plan, and one device per rank.
@@ -57,6 +60,8 @@ class Options:
         count = len(devices)
         knobs: dict[str, Any] = {"cuts": tuple(_words(self.cuts)) or None}
         if self.preset == "Custom":
+            if self.speedup and not 1 <= self.speedup < math.inf:
+                raise PlanError(f"speedup={self.speedup:g} is out of range: choose 1 or more, or 0 for none in particular")
             if self.segments < 0:
                 raise PlanError(f"segments={self.segments} is out of range: choose 2 or more, or 0 for automatic")
             segments = self.segments or count - self.stride + 1

@@ -23,6 +23,7 @@ from asyncdiff_nodes.engine import (
     GroupClosedError,
     NoiseLevels,
     Plan,
+    PlanError,
     ScheduleError,
     UnsupportedModelError,
     WorkerGroup,
@@ -151,10 +152,16 @@ class Sampling:
         except UnsupportedModelError as error:
             return self._note(f"this model cannot be split: {error}")
         self._prepare_model(patcher)
-        self._plan = plan
         sampling, sigmas = patcher.get_model_object("model_sampling"), self._sigmas[:-1]
         scales = sampling.calculate_input(sigmas, torch.ones_like(sigmas))
         levels = NoiseLevels(tuple(sigmas.tolist()), tuple(scales.tolist()))
+        if self._options.preset == "Custom" and self._options.speedup:
+            try:
+                plan = group.placement.under(plan).within(self._options.speedup, len(sigmas), levels)
+            except PlanError as error:
+                self._note(str(error))
+                plan = replace(plan, warmup=1)
+        self._plan = plan
         group.begin(sampling.timestep(sigmas), plan, self._progress.add, levels)
         self.group = group
         self._progress.sampling(group, plan)

@@ -150,6 +150,16 @@ class AsyncDiffOptions(ReadsSettings):
                     + "Exact steps at the end, where the schedule leaps to a clean picture. One of them keeps the picture "
                     "closer than anything else for its time. Schedules that fade out (karras) do without.",
                 ),
+                io.Float.Input(
+                    "speedup",
+                    default=0.0,
+                    min=0.0,
+                    max=16.0,
+                    step=0.1,
+                    tooltip=custom
+                    + "How many times as fast the whole run should be, at least: the warm-up is then as long as that "
+                    "allows, whatever it says above. 0: no matter. Reckoned for equal devices.",
+                ),
             ],
             outputs=[OptionsType.Output(display_name="options")],
         )

@@ -123,7 +123,16 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
 
 
 def options(preset: str = "Exact", devices: str = "cpu,cpu", **changes: Any) -> dict[str, Any]:
-    rest = {"segments": 0, "stride": 1, "warmup": 3, "time_shift": False, "forecast": True, "cuts": "", "cooldown": 1}
+    rest = {
+        "segments": 0,
+        "stride": 1,
+        "warmup": 3,
+        "time_shift": False,
+        "forecast": True,
+        "cuts": "",
+        "cooldown": 1,
+        "speedup": 0.0,
+    }
     return node("AsyncDiffOptions", preset=preset, devices=devices, **rest | changes)
 
 

@@ -1,10 +1,13 @@
 """Bad options: an error that names the input, the value and the cure, before anything is started."""
 
+from dataclasses import replace
+
 import pytest
 import small
 
 from asyncdiff_nodes.engine import DeviceError, PlanError
 from asyncdiff_nodes.host.options import ALWAYS, OneDeviceError, Options
+from asyncdiff_nodes.host.report import last_run
 from asyncdiff_nodes.host.route import attach
 
 
@@ -20,6 +23,7 @@ from asyncdiff_nodes.host.route import attach
         (Options("Custom", "cpu,cpu", segments=2, warmup=0), PlanError, "warmup=0"),
         (Options("Custom", "cpu,cpu", segments=2, stride=9), PlanError, "stride=9"),
         (Options("Custom", "cpu,cpu", cooldown=-1), PlanError, "cooldown=-1"),
+        (Options("Custom", "cpu,cpu", speedup=0.5), PlanError, "speedup=0.5"),
         (Options("Balanced", "cpu,cpu", cuts="input_blocks.3"), PlanError, "1 cuts for 2 segments"),
     ],
 )
@@ -67,3 +71,22 @@ def test_one_device():
         Options().resolve()
     with pytest.raises(OneDeviceError, match="only one device"):
         Options(devices="cpu").resolve()
+
+
+def test_the_warm_up_follows_from_the_speed_up_wanted(sd15, prompts):
+    import nodes
+
+    def sample(speedup):
+        model = attach(sd15, Options("Custom", "cpu,cpu", speedup=speedup))
+        nodes.KSampler().sample(model, 5, 20, 7.0, "euler", "normal", *prompts, small.latent())
+        return last_run()
+
+    def gain(record, warmup):
+        plan = replace(record.plan, warmup=warmup, cooldown=2)  # the leap of this schedule is its last call but one
+        return 20 / record.placement.under(plan).cost(20)
+
+    record = sample(1.25)
+    assert gain(record, record.plan.warmup) >= 1.25 > gain(record, record.plan.warmup + 1) and not record.notes
+    record = sample(2.0)
+    (note,) = record.notes
+    assert note.startswith("speedup=2 is out of reach: 20 steps") and record.plan.warmup == 1

@@ -1,0 +1,90 @@
+"""Write the tables of docs/quality.md and README.md from docs/data, between the marks that name them.
+
+python tools/quality_page.py
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/quality.md")
+SAMPLERS = {
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_karras": "DPM++ 2M Karras",
+    "euler_a": "Euler a",
+}
+Row = dict[str, Any]
+
+
+def cases(name: str) -> Iterator[tuple[str, Row, dict[str, Row]]]:
+    """Of each plan of each run in docs/data/NAME.json: the run, its sequential row, and method -> row."""
+    rows = json.loads((ROOT / "docs" / "data" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    for (sampler, steps), run in itertools.groupby(rows, key=lambda row: (row["sampler"], row["steps"])):
+        sequential, *others = run
+        for _, plan in itertools.groupby(others, key=lambda row: row["plan"]):
+            yield f"{SAMPLERS[sampler]}, {steps}", sequential, {row["method"]: row for row in plan}
+
+
+def short(name: str) -> str:
+    """PSNR and costs."""
+    lines = ["| sampler, steps | plan N,S,W | published method | AsyncDiff here | fewer steps |", "|---|---|---:|---:|---:|"]
+    for run, _, rows in cases(name):
+        cells = (f"{rows[m]['psnr']:.1f} ({rows[m]['cost']:.1f})" for m in ("published", "ours", "fewer-steps"))
+        lines.append(f"| {run} | {rows['ours']['plan']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def full(name: str) -> str:
+    """PSNR with intervals, SSIM and what is gained."""
+    lines = [
+        "| sampler, steps | pairs | plan N,S,W + C | published method | AsyncDiff here | fewer steps | gain | gain |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for run, _, rows in cases(name):
+        ours, published, fewer = (rows[m] for m in ("ours", "published", "fewer-steps"))
+        cells = (
+            f"{r['psnr']:.1f} ± {r['psnr_ci'][1] - r['psnr']:.1f}, {r['ssim']:.3f} ({r['cost']:.1f})"
+            for r in (published, ours, fewer)
+        )
+        gains = (f"{ours['psnr'] - other['psnr']:+.1f}" for other in (published, fewer))
+        plan = f"{ours['plan']} + {ours['cooldown']}"
+        lines.append(f"| {run} | {ours['pairs']} | {plan} | {' | '.join(cells)} | {' | '.join(gains)} |")
+    return "\n".join(lines)
+
+
+def sets(name: str) -> str:
+    """Kernel distances, of runs with enough pairs."""
+    lines = [
+        "| sampler, steps | plan N,S,W | sequential | published method | AsyncDiff here | fewer steps |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for run, sequential, rows in cases(name):
+        if sequential["pairs"] >= 64:
+            cells = (
+                f"{r['kernel_distance']:.1f}" for r in (sequential, *(rows[m] for m in ("published", "ours", "fewer-steps")))
+            )
+            lines.append(f"| {run} | {rows['ours']['plan']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {"short": short, "full": full, "sets": sets}
+MARKED = re.compile(r"(<!-- table (\w+) of ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(text: str) -> str:
+    """``text`` with what its marks name."""
+    return MARKED.sub(lambda mark: f"{mark[1]}\n{TABLES[mark[2]](mark[3])}\n\n{mark[4]}", text)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
