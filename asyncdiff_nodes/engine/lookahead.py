@@ -20,12 +20,16 @@ NOTABLE = 0.1  # noise, beside a picture's own deviation of about 1
 class NoiseLevels:
     """Of every call of a run, in order: its input is ``scales[k] * (clean + sigmas[k] * noise)``.
 
+    Attributes:
+        rest: the sigma that the run ends with.
+
     Raises:
         ValueError: not one positive scale for each sigma.
     """
 
     sigmas: tuple[float, ...]
     scales: tuple[float, ...]
+    rest: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.sigmas) != len(self.scales) or not all(0 < scale < float("inf") for scale in self.scales):
@@ -33,13 +37,13 @@ class NoiseLevels:
 
     @property
     def leap(self) -> int:
-        """Which call, counted from the end, leaps from notable noise towards none; 0 if the noise fades out smoothly.
+        """Which of the last two calls, counted from the end, leaps from notable noise to less; 0 if the noise fades out before.
 
         1 where the last step goes from there to none (the host's ``simple``), 2 where one more call follows, which tidies up
-        (DDIM, the host's ``normal``). Schedules such as ``karras`` have no leap.
+        (DDIM, the host's ``normal``). Schedules such as ``karras`` have no leap, nor have runs that leave noise to another model.
         """
-        for n, (noise, rest) in enumerate(zip(self.sigmas[:-3:-1], (0.0, *self.sigmas[-1:]), strict=False), start=1):
-            if noise >= NOTABLE and rest < noise / 2:
+        for n, (noise, rest) in enumerate(zip(self.sigmas[:-3:-1], (self.rest, *self.sigmas[-1:]), strict=False), start=1):
+            if noise >= NOTABLE > rest:
                 return n
         return 0
 

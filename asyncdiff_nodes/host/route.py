@@ -154,7 +154,7 @@ class Sampling:
         self._prepare_model(patcher)
         sampling, sigmas = patcher.get_model_object("model_sampling"), self._sigmas[:-1]
         scales = sampling.calculate_input(sigmas, torch.ones_like(sigmas))
-        levels = NoiseLevels(tuple(sigmas.tolist()), tuple(scales.tolist()))
+        levels = NoiseLevels(tuple(sigmas.tolist()), tuple(scales.tolist()), float(self._sigmas[-1]))
         if self._options.preset == "Custom" and self._options.speedup:
             try:
                 plan = group.placement.under(plan).within(self._options.speedup, len(sigmas), levels)

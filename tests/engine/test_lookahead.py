@@ -214,6 +214,7 @@ def test_the_cool_down_ends_with_the_leap_to_a_clean_picture(sigmas, leap, coold
     assert Plan(cooldown=1).at(levels).cooldown == cooldown
     assert Plan(cooldown=2).at(levels).cooldown == (cooldown and cooldown + 1)
     assert Plan().at(levels) == Plan(), "who wants none gets none"
+    assert NoiseLevels((3.0, 1.0), (1.0, 1.0), rest=0.3).leap == 0, "what follows makes up for it"
     assert Plan(cooldown=3).at(None).cooldown == 3
 
 
