@@ -70,10 +70,10 @@ class Options:
             knobs |= {name: getattr(self, name) for name in ("stride", "warmup", "time_shift", "cooldown")}
             knobs["forecast"] = int(self.forecast)
         else:
-            stride = 2 if self.preset == "Turbo" and count > 2 else 1
+            preset = "Fast" if self.preset == "Turbo" and count < 3 else self.preset  # stride 2 takes three devices
+            stride = 2 if preset == "Turbo" else 1
             segments, knobs["stride"] = count - stride + 1, stride
-            knobs |= {"warmup": {"Exact": ALWAYS, "Balanced": 3}.get(self.preset, 1), "cooldown": 1}
-            knobs["fresh_skips"] = self.preset != "Fast"
+            knobs |= {"warmup": {"Exact": ALWAYS, "Fast": 2}.get(preset, 3), "cooldown": 1, "fresh_skips": preset != "Fast"}
         plan = Plan(segments=segments, **knobs)
         if plan.world_size > count:
             raise PlanError(

@@ -79,10 +79,10 @@ class AsyncDiffOptions(ReadsSettings):
                     options=["Exact", "Balanced", "Fast", "Turbo", "Custom"],
                     default="Balanced",
                     tooltip=(
-                        "Balanced: three exact steps, then all devices at once; the picture stays very close, most of all with "
-                        "two devices. Fast: one exact step, and hardly any work done twice; small details change. Turbo: one "
-                        "exact step, and two steps per round with three or more devices; details change. Exact: KSampler's "
-                        "picture, with the weights shared out but no faster. Custom: the settings below."
+                        "Balanced: three exact steps, then all devices at once, and an exact last step; the picture stays very "
+                        "close, most of all with two devices. Fast: two exact steps first, and hardly any work done twice; small "
+                        "details change. Turbo: like Balanced, but two steps per round with three or more devices; details "
+                        "change. Exact: KSampler's picture, the weights shared out but no faster. Custom: the settings below."
                     ),
                 ),
                 io.String.Input(
