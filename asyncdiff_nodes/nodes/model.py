@@ -79,10 +79,12 @@ class AsyncDiffOptions(ReadsSettings):
                     options=["Exact", "Balanced", "Fast", "Turbo", "Custom"],
                     default="Balanced",
                     tooltip=(
-                        "Balanced: three exact steps, then all devices at once, and an exact last step; the picture stays very "
-                        "close, most of all with two devices. Fast: two exact steps first, and hardly any work done twice; small "
-                        "details change. Turbo: like Balanced, but two steps per round with three or more devices; details "
-                        "change. Exact: KSampler's picture, the weights shared out but no faster. Custom: the settings below."
+                        "Balanced: three exact steps, then all devices at once, and an exact last step; the picture stays "
+                        "very close (20 steps of the demo model: 1.4x and 58 dB with 2 devices, 2.0x and 43 dB with 4). "
+                        "Fast: two exact steps first, and hardly any work done twice; small details change. Turbo: like "
+                        "Balanced, but two steps per round with three or more devices; details change (2.2x and 44 dB with "
+                        "3, 2.5x and 36 dB with 4). Exact: KSampler's picture, the weights shared out but no faster. "
+                        "Custom: the settings below."
                     ),
                 ),
                 io.String.Input(
