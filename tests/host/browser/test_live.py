@@ -39,11 +39,11 @@ def refusal(server, path, data=None, kind="application/json"):
 
 
 def test_nothing_is_sent_to_a_page_that_did_not_ask(watcher):
-    run = watcher.run(routed_only(chosen=BALANCED))
+    run = watcher.run(routed_only(steps=8, chosen=BALANCED))
     assert run.done and not run.of(EVENT)
     state = watcher.server.get("/asyncdiff/state")
-    assert (state["run"]["phase"], state["run"]["step"], state["run"]["steps"]) == ("done", 4, 4)
-    assert len(state["run"]["records"]) == 2 * 4 + 1, "rank 0 gets ahead once"
+    assert (state["run"]["phase"], state["run"]["step"], state["run"]["steps"]) == ("done", 8, 8)
+    assert len(state["run"]["records"]) == 2 * 8 + 1, "rank 0 gets ahead once"
     assert "Plan: 2 segments" in state["report"]
     assert state["workers"][-1]["devices"] == ["cpu", "cpu"]
 
