@@ -45,7 +45,8 @@ def short(name: str) -> str:
 def full(name: str) -> str:
     """PSNR with intervals, SSIM and what is gained."""
     lines = [
-        "| sampler, steps | pairs | plan N,S,W + C | published method | AsyncDiff here | fewer steps | gain | gain |",
+        "| sampler, steps | pairs | plan N,S,W + C | published method | AsyncDiff here | fewer steps "
+        "| over published | over fewer steps |",
         "|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     for run, _, rows in cases(name):
