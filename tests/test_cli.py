@@ -76,7 +76,7 @@ def test_plan_takes_cuts_stride_and_speeds(tmp_path):
         (["compare", "--runs", "ddim:20,ddim:0"], "ddim:0"),
         (["compare", "--runs", "ddim"], "such as ddim:50"),
         (["compare", "--device", "cuda:99"], "cuda:99"),
-        (["compare", "--runs", "ddim:4", "--plans", "2,1,3,1"], "no asynchronous step for Plan.segments=2"),
+        (["compare", "--runs", "ddim:4", "--plans", "2,1,3,1"], "no asynchronous step"),
         (["compare", "--runs", "magic:4"], "magic"),
     ],
 )

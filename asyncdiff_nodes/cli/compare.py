@@ -73,7 +73,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure; returns one row per method, plan, sampler and number of steps."""
     plans, cases = parse_plans(arguments.plans), _cases(arguments.runs, arguments.pairs)
     if late := [plan for plan in plans if any(plan.warmup + plan.cooldown >= steps for _, steps, _ in cases)]:
-        raise PlanError(f"--runs {arguments.runs} leaves no asynchronous step for {late[0]}: take more steps")
+        raise PlanError(
+            f"--runs {arguments.runs} leaves no asynchronous step between warm-up and cool-down ({late[0]}): take more"
+        )
     if unknown := [plan for plan in plans if plan.segments not in PUBLISHED_CUTS["demo"]]:
         raise PlanError(f"--plans: the published method has no cuts for {unknown[0].segments} segments: choose 2, 3 or 4")
     parse_devices([arguments.device])
