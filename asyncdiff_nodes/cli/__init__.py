@@ -36,10 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("--json", metavar="FILE", default=None, help="also write the numbers to FILE")
         command.set_defaults(run=module.run)
     arguments = parser.parse_args(argv)
+    arguments.invocation = " ".join(["asyncdiff", *(sys.argv[1:] if argv is None else argv)])
     try:
         result = arguments.run(arguments)
         if arguments.json:
-            write_json(arguments.json, result, argv)
+            write_json(arguments.json, result, arguments.invocation)
     except (AsyncDiffError, FileNotFoundError, ValueError) as error:
         print(f"asyncdiff {arguments.command}: {error}", file=sys.stderr)
         return 2

@@ -29,7 +29,6 @@ from asyncdiff_nodes.demo.pipeline import SCHEDULERS, WEIGHTS
 from asyncdiff_nodes.engine import Placement, Plan, PlanError, Simulator
 from asyncdiff_nodes.engine.devices import parse_devices
 
-from .compare_page import write_page
 from .demo import psnr
 from .report import console, parse_plans, positive
 from .zoo import PUBLISHED_CUTS
@@ -109,7 +108,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         rows.append({**row, **_distance(sequential, drawn[todo])})
     _print(rows, out)
     if arguments.html:
-        write_page(arguments.html, rows, [drawn[todo] for _, todo in wanted], METHODS)
+        from .compare_page import write_page  # here, not above: every command imports this module
+
+        write_page(arguments.html, arguments.invocation, rows, [drawn[todo] for _, todo in wanted], METHODS)
         out.print(f"{arguments.html}: plots and pictures")
     return {"model": "demo", **facts, "rows": rows}
 

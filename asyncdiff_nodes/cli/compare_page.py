@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment
+from matplotlib.figure import Figure
 from PIL import Image
 
 _SHOWN, _ZOOM = 8, 2  # pictures of a row, and their size beside the model's
@@ -54,10 +54,13 @@ where they are near copies.</p>
 """)
 
 
-def write_page(path: str, rows: Sequence[dict[str, Any]], pictures: Sequence[np.ndarray], methods: Mapping[str, str]) -> None:
+def write_page(
+    path: str, invocation: str, rows: Sequence[dict[str, Any]], pictures: Sequence[np.ndarray], methods: Mapping[str, str]
+) -> None:
     """Write the page.
 
     Args:
+        invocation: the command line that made it.
         rows: of the result, by run.
         pictures: of each row, [pairs, H, W, 3] in 0..1.
         methods: what to call each method.
@@ -69,8 +72,7 @@ def write_page(path: str, rows: Sequence[dict[str, Any]], pictures: Sequence[np.
         facts = {"sampler": sampler, "steps": steps, "pairs": shown[0]["pairs"]}
         runs.append({**facts, "rows": shown, "plot": _plot(shown, methods)})
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["asyncdiff", *sys.argv[1:]])
-    Path(path).write_text(_PAGE.render(runs=runs, methods=methods, command=command), encoding="utf-8")
+    Path(path).write_text(_PAGE.render(runs=runs, methods=methods, command=invocation), encoding="utf-8")
 
 
 def _strip(pictures: np.ndarray) -> Image.Image:
@@ -82,8 +84,6 @@ def _strip(pictures: np.ndarray) -> Image.Image:
 
 def _plot(rows: Sequence[dict[str, Any]], methods: Mapping[str, str]) -> str:
     """PSNR against cost, one colour per method."""
-    from matplotlib.figure import Figure  # here, not above: every command imports this module
-
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     for method, (marker, colour) in _STYLE.items():

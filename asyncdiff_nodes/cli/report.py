@@ -7,7 +7,6 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +35,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write_json(path: str, result: dict[str, Any], argv: Sequence[str] | None) -> None:
+def write_json(path: str, result: dict[str, Any], invocation: str) -> None:
     """Write ``result`` with the command, the commit and the machine it was made by."""
-    words = sys.argv[1:] if argv is None else argv
-    record = {"command": " ".join(["asyncdiff", *words]), "commit": _commit(), "machine": machine(), **result}
+    record = {"command": invocation, "commit": _commit(), "machine": machine(), **result}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -6,6 +6,8 @@ pictures apart as well (Tang et al., NeurIPS 2023, *Emergent correspondence from
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from safetensors.torch import load_file
@@ -30,6 +32,7 @@ def features(pipeline: DemoPipeline, pictures: np.ndarray) -> np.ndarray:
     return torch.cat(found).cpu().numpy()
 
 
+@cache
 def training_features() -> np.ndarray:
     """Features [295, D] of the training pictures, which are not part of the package."""
     return load_file(TRAINING_SET)["features"].float().numpy()

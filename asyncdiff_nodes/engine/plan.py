@@ -155,15 +155,19 @@ class Placement(Mapping[str, int]):
         """Fraction of the model's cost in each segment: MACs, or what was given for them. A block may be in two of them."""
         return tuple(sum(self.costs[i] for i in self.owned(d)) / sum(self.costs) for d in range(self.plan.segments))
 
-    def cost(self, steps: int, levels: NoiseLevels | None = None) -> float:
-        """Of a run of ``steps`` calls with these noise levels, in evaluations of the unrouted model, communication left out."""
-        plan = self.plan.at(levels)
+    def cost(self, steps: int, levels: NoiseLevels | None = None, plan: Plan | None = None) -> float:
+        """Of a run of ``steps`` calls with these noise levels, in evaluations of the unrouted model, communication left out.
+
+        Args:
+            plan: of the run, if not the placement's own; see ``WorkerGroup.begin``.
+        """
+        plan = (plan or self.plan).at(levels)
         synchronous = min(plan.warmup + plan.cooldown, steps)
         batches = math.ceil((steps - synchronous) / plan.stride)
         return synchronous + batches * max(self.shares) + self._lag(batches)
 
-    def within(self, speedup: float, steps: int, levels: NoiseLevels | None = None) -> Plan:
-        """The plan with the longest warm-up that makes a run of ``steps`` calls at least ``speedup`` times as fast as unrouted.
+    def within(self, speedup: float, plan: Plan, steps: int, levels: NoiseLevels | None = None) -> Plan:
+        """``plan`` with the longest warm-up that makes a run of ``steps`` calls at least ``speedup`` times as fast as unrouted.
 
         By :meth:`cost`, for equal devices: what they really gain is less where links are slow or shares mislead.
 
@@ -171,22 +175,18 @@ class Placement(Mapping[str, int]):
             PlanError: no warm-up is short enough; the message says what can be had.
         """
         best = None
-        for warmup in range(1, steps + 1, self.plan.stride):
-            tried = replace(self.plan, warmup=warmup)
-            gain = steps / self.under(tried).cost(steps, levels)
+        for warmup in range(1, steps + 1, plan.stride):
+            tried = replace(plan, warmup=warmup)
+            gain = steps / self.cost(steps, levels, tried)
             if gain < speedup:
                 break
             best = tried
         if best is None:
             raise PlanError(
-                f"speedup={speedup:g} is out of reach: {steps} steps with {self.plan.segments} segments and stride "
-                f"{self.plan.stride} are at most {gain:.2f} times as fast; take more devices, another stride, or ask for less"
+                f"speedup={speedup:g} is out of reach: {steps} steps with {plan.segments} segments and stride "
+                f"{plan.stride} are at most {gain:.2f} times as fast; take more devices, another stride, or ask for less"
             )
         return best
-
-    def under(self, plan: Plan) -> Placement:
-        """The same cuts under another plan."""
-        return Placement(self.graph, plan, self.starts, self.costs)
 
     def _lag(self, batches: int) -> float:
         """How long after the warm-up the slowest rank is done with what it works ahead for the first of ``batches``."""

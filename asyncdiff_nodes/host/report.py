@@ -61,7 +61,8 @@ class RunRecord:
         if self.stats is None:
             return "\n".join([*([] if self.plan else ["AsyncDiff was not used: ComfyUI sampled as usual."]), *lines])
         plan, timing = self.plan, self.timing
-        calls, streams = self.stats.calls, {stream for stream, _ in timing.calls}
+        calls = self.stats.calls
+        streams = {call.stream for call in calls}
         warmup = "every step synchronous" if plan.warmup >= ALWAYS else f"warm-up {plan.warmup}"
         stale = "working ahead" if plan.forecast else "reuse"
         lines[:0] = [

@@ -157,7 +157,7 @@ class Sampling:
         levels = NoiseLevels(tuple(sigmas.tolist()), tuple(scales.tolist()), float(self._sigmas[-1]))
         if self._options.preset == "Custom" and self._options.speedup:
             try:
-                plan = group.placement.under(plan).within(self._options.speedup, len(sigmas), levels)
+                plan = group.placement.within(self._options.speedup, plan, len(sigmas), levels)
             except PlanError as error:
                 self._note(str(error))
                 plan = replace(plan, warmup=1)

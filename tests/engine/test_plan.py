@@ -303,11 +303,14 @@ def test_cost_of_a_run_of_ten_calls(plan, cost):
 def test_the_longest_warm_up_within_a_budget():
     blocks = tuple(Block(f"b{i}", (TensorMeta((1,), (1,), torch.float16),), 0, 100, 0) for i in range(4))
     graph = BlockGraph(blocks, frozenset({(0, 1), (1, 2), (2, 3)}), 0, 0)
-    placement = place(graph, Plan(warmup=3, cooldown=1, cuts=("b0", "b2")))
+    own = Plan(warmup=3, cooldown=1, cuts=("b0", "b2"))
+    placement = place(graph, own)
     for wanted, warmup in ((1.0, 20), (1.25, 11), (1.6, 4), (1.8, 1)):  # 20 / (W + 1 + (19 - W) / 2)
-        plan = placement.within(wanted, 20)
+        plan = placement.within(wanted, own, 20)
         assert plan == Plan(warmup=warmup, cooldown=1, cuts=("b0", "b2"))
     with pytest.raises(PlanError, match=r"speedup=1\.9 is out of reach: 20 steps with 2 segments .*at most 1\.82 times"):
-        placement.within(1.9, 20)
-    stride = place(graph, Plan(stride=2, cuts=("b0", "b2"), forecast=0)).within(2.5, 20)
-    assert stride.warmup == 3  # 20 / (3 + 9 / 2); with 5 it is 20 / (5 + 8 / 2), and even ones repeat a result
+        placement.within(1.9, own, 20)
+    own = Plan(stride=2, cuts=("b0", "b2"), forecast=0)
+    assert (
+        place(graph, own).within(2.5, own, 20).warmup == 3
+    )  # 20 / (3 + 9 / 2); with 5 it is 20 / (5 + 8 / 2), and even ones repeat a result

@@ -83,7 +83,7 @@ def test_the_warm_up_follows_from_the_speed_up_wanted(sd15, prompts):
 
     def gain(record, warmup):
         plan = replace(record.plan, warmup=warmup, cooldown=2)  # the leap of this schedule is its last call but one
-        return 20 / record.placement.under(plan).cost(20)
+        return 20 / record.placement.cost(20, plan=plan)
 
     record = sample(1.25)
     assert gain(record, record.plan.warmup) >= 1.25 > gain(record, record.plan.warmup + 1) and not record.notes
