@@ -7,20 +7,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+)
 from torch import nn
 
 from asyncdiff_nodes.engine import NoiseLevels, Plan, RunStats, ScheduleError, WorkerGroup
 
+_DPMPP_2M = {"algorithm_type": "dpmsolver++", "solver_order": 2}
+SCHEDULERS = {
+    "ddim": (DDIMScheduler, {"clip_sample": False}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "dpmpp_2m": (DPMSolverMultistepScheduler, _DPMPP_2M),
+    "dpmpp_2m_karras": (DPMSolverMultistepScheduler, _DPMPP_2M | {"use_karras_sigmas": True}),
+    "euler_a": (EulerAncestralDiscreteScheduler, {}),
+}
+#: DDIM-only keys that the other schedulers do not know.
+_DDIM_KEYS = ("_class_name", "clip_sample", "set_alpha_to_one")
 
-class RoutedUNet(nn.Module):
-    """Stands in for ``pipe.unet``: same configuration and signature, computed by the group.
+
+def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
+    """A new diffusers scheduler, one of ``SCHEDULERS``, for a model with this scheduler configuration.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in SCHEDULERS:
+        raise ValueError(f"scheduler: {name!r} is unknown; choose one of {', '.join(SCHEDULERS)}")
+    kind, extra = SCHEDULERS[name]
+    if kind is not DDIMScheduler:
+        config = {key: value for key, value in config.items() if key not in _DDIM_KEYS}
+    return kind.from_config(config, **extra)
+
+
+def denoiser_of(pipe: Any) -> str:
+    """Name of the pipeline's component that denoises: ``unet`` or ``transformer``.
+
+    Raises:
+        TypeError: it has neither.
+    """
+    for name in ("unet", "transformer"):
+        if isinstance(getattr(pipe, name, None), nn.Module):
+            return name
+    raise TypeError(f"{type(pipe).__name__} has no unet or transformer to route: pass a pipeline such as StableDiffusionPipeline")
+
+
+class RoutedDenoiser(nn.Module):
+    """Stands in for ``pipe.unet`` or ``pipe.transformer``: same configuration and signature, computed by the group.
 
     A pipeline run begins when its scheduler has a new ``timesteps`` tensor, which every ``set_timesteps`` makes.
     """
@@ -28,7 +71,7 @@ class RoutedUNet(nn.Module):
     def __init__(self, pipe: Any, group: WorkerGroup) -> None:
         super().__init__()
         # in __dict__, so that they are no submodules: moving or saving the pipeline must not touch the original through us
-        self.__dict__["original"] = pipe.unet
+        self.__dict__["original"] = getattr(pipe, denoiser_of(pipe))
         self.__dict__["_pipe"] = pipe
         self.group = group
         self._timesteps: torch.Tensor | None = None
@@ -39,19 +82,19 @@ class RoutedUNet(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["original"], name)  # config, dtype, device, add_embedding, ...
 
-    def forward(self, sample: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        """One call of the denoiser; see ``UNet2DConditionModel.forward``."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """One call of the denoiser; see the original's ``forward``."""
         timesteps = self._pipe.scheduler.timesteps
         if timesteps is not self._timesteps:
             self.group.begin(timesteps, levels=noise_levels(self._pipe.scheduler))
             self._timesteps = timesteps
         try:
-            return self.group(sample, timestep, *args, **kwargs)
+            return self.group(*args, **kwargs)
         except ScheduleError:
             if self.group.plan.stride > 1:
                 raise
             self.group.begin(plan=replace(self.group.plan, forecast=0))  # a pipeline with calls of its own
-            return self.group(sample, timestep, *args, **kwargs)
+            return self.group(*args, **kwargs)
 
     def stats(self) -> RunStats:
         """Telemetry of the last run."""
@@ -71,23 +114,22 @@ def noise_levels(scheduler: Any) -> NoiseLevels | None:
 @contextmanager
 def accelerate(
     pipe: Any, plan: Plan | None = None, devices: Sequence[str] = ("cpu", "cpu"), **options: Any
-) -> Iterator[RoutedUNet]:
-    """Route ``pipe.unet`` to a worker group within the ``with`` block.
+) -> Iterator[RoutedDenoiser]:
+    """Route ``pipe.unet`` or ``pipe.transformer`` to a worker group within the ``with`` block.
 
     Args:
-        pipe: a diffusers pipeline with a ``unet`` and a ``scheduler``.
+        pipe: a diffusers pipeline with a denoiser of a supported family and a ``scheduler``.
         plan, devices, options: as for :class:`~asyncdiff_nodes.engine.WorkerGroup`.
 
     Raises:
-        TypeError: the pipeline has no UNet.
+        TypeError: the pipeline has neither.
         AsyncDiffError: see :class:`~asyncdiff_nodes.engine.WorkerGroup`.
     """
-    if not isinstance(getattr(pipe, "unet", None), nn.Module):
-        raise TypeError(f"{type(pipe).__name__} has no unet to route: pass a UNet pipeline such as StableDiffusionPipeline")
-    with WorkerGroup(pipe.unet, plan, devices, **options) as group:
-        routed = RoutedUNet(pipe, group)
-        pipe.unet = routed
+    name = denoiser_of(pipe)
+    with WorkerGroup(getattr(pipe, name), plan, devices, **options) as group:
+        routed = RoutedDenoiser(pipe, group)
+        setattr(pipe, name, routed)
         try:
             yield routed
         finally:
-            pipe.unet = routed.original
+            setattr(pipe, name, routed.original)

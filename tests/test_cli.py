@@ -102,9 +102,9 @@ def test_compare_puts_the_published_method_and_fewer_steps_beside_ours(tmp_path)
     status, result = run(tmp_path, "compare", *arguments)
     assert status == 0
     text = page.read_text()
-    assert text.count("data:image/png;base64,") == 1 + 4 and "asyncdiff compare --plans 2,1,1,1 --runs ddim:8:8" in text
+    assert text.count("data:image/png;base64,") == 1 + 5 and "asyncdiff compare --plans 2,1,1,1 --runs ddim:8:8" in text
     rows = {row["method"]: row for row in result["rows"]}
-    assert list(rows) == ["sequential", "published", "ours", "fewer-steps"]
+    assert list(rows) == ["sequential", "published", "ours", "ours-fast", "fewer-steps"]
     assert (rows["sequential"]["psnr"], rows["sequential"]["ssim"]) == (100, 1)
     for row in list(rows.values())[1:]:
         assert (row["plan"], row["sampler"], row["steps"], row["pairs"]) == ("2,1,1", "ddim", 8, 8)
@@ -116,6 +116,8 @@ def test_compare_puts_the_published_method_and_fewer_steps_beside_ours(tmp_path)
     assert 0 < rows["ours"]["cost"] - (1 + 5 * planned["max_share"] + 2) < 0.3
     assert rows["published"]["cost"] == pytest.approx(1 + 7 * planned["published"]["max_share"])
     assert rows["fewer-steps"]["cost"] == math.ceil(rows["ours"]["cost"])
+    assert rows["ours-fast"]["cost"] < rows["ours"]["cost"]
+    assert rows["ours"]["mib_per_call"] < rows["ours-fast"]["mib_per_call"] < rows["published"]["mib_per_call"]
 
 
 def test_similarity_of_every_block_and_step(tmp_path):
@@ -123,9 +125,9 @@ def test_similarity_of_every_block_and_step(tmp_path):
     pipeline = DemoPipeline.load()
     seen = {"conv_in": [], "mid_block.attentions.0": []}
     for name, outputs in seen.items():
-        pipeline.unet.get_submodule(name).register_forward_hook(lambda _, __, out, outputs=outputs: outputs.append(out))
+        pipeline.denoiser.get_submodule(name).register_forward_hook(lambda _, __, out, outputs=outputs: outputs.append(out))
     results = []
-    pipeline.unet.register_forward_hook(lambda _, __, out: results.append(out[0]))
+    pipeline.denoiser.register_forward_hook(lambda _, __, out: results.append(out[0]))
     pipeline.sample(list(PROMPTS), steps=3, cfg=4.0, seed=4)
     seen["result after CFG"] = [4 * prompted - 3 * without for without, prompted in (out.chunk(2) for out in results)]
     picture = tmp_path / "map.png"

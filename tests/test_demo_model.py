@@ -17,7 +17,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 import emoji_table  # noqa: E402
 from asyncdiff_nodes.demo import DemoPipeline  # noqa: E402
 from asyncdiff_nodes.demo.features import features, kernel_distance, training_features  # noqa: E402
-from asyncdiff_nodes.demo.pipeline import SCHEDULERS, WEIGHTS  # noqa: E402
+from asyncdiff_nodes.demo.pipeline import WEIGHTS  # noqa: E402
+from asyncdiff_nodes.diffusers import SCHEDULERS  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +33,15 @@ def test_weights_folder_is_small_and_holds_no_pickle():
 
 
 def test_loads_in_the_dtype_asked_for(pipeline):
-    assert {p.dtype for p in pipeline.unet.parameters()} == {torch.float32}
+    assert {p.dtype for p in pipeline.denoiser.parameters()} == {torch.float32}
     half = DemoPipeline.load(dtype=torch.float16)
-    assert {p.dtype for p in half.unet.parameters()} == {torch.float16}
+    assert {p.dtype for p in half.denoiser.parameters()} == {torch.float16}
     assert half.encode(["red heart"]).dtype == torch.float16
 
 
 def test_encode_shape(pipeline):
     context = pipeline.encode(["red heart", ""])
-    assert context.shape == (2, pipeline.tokenizer.length, pipeline.unet.config.cross_attention_dim)
+    assert context.shape == (2, pipeline.tokenizer.length, pipeline.denoiser.config.cross_attention_dim)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -63,22 +64,22 @@ def test_seed_and_position_change_the_picture(pipeline):
     assert not np.array_equal(pair, pipeline.sample(["pizza", "pizza"], steps=2, seed=1))
 
 
-def test_own_unet_and_callbacks_are_called(pipeline):
+def test_own_denoiser_and_callbacks_are_called(pipeline):
     calls, started, progress = [], [], []
 
-    def unet(sample, timestep, encoder_hidden_states, return_dict):
+    def denoiser(sample, timestep, encoder_hidden_states, return_dict):
         calls.append((tuple(sample.shape), timestep.ndim, tuple(encoder_hidden_states.shape[:2]), return_dict))
         return (torch.zeros_like(sample),)
 
     pipeline.sample(
         ["red heart", "pizza"],
         steps=3,
-        unet=unet,
+        denoiser=denoiser,
         on_start=lambda timesteps, levels: started.append((timesteps, levels)),
         callback=lambda i, n: progress.append((i, n)),
     )
-    side = pipeline.unet.config.sample_size
-    assert calls == [((4, 12, side, side), 0, (4, pipeline.tokenizer.length), False)] * 3
+    side = pipeline.denoiser.config.sample_size
+    assert calls == [((4, 12, side, side), 1, (4, pipeline.tokenizer.length), False)] * 3
     ((timesteps, levels),) = started
     assert len(timesteps) == len(levels.sigmas) == len(levels.scales) == 3
     assert progress == [(1, 3), (2, 3), (3, 3)]
@@ -120,12 +121,12 @@ def test_incomplete_weights_folder_is_named(tmp_path):
         DemoPipeline.load(tmp_path)
 
 
-def test_kernel_distance_from_the_training_set_grows_as_pictures_get_worse():
-    pipeline, reference = DemoPipeline.load(), training_features()
+def test_kernel_distance_from_the_training_set_grows_as_pictures_get_worse(pipeline):
+    reference = training_features()
     assert reference.shape == (295, 96)
     prompts = json.loads((WEIGHTS / "prompts.json").read_text())["training"][::12]
     pictures = pipeline.sample(prompts, steps=4, output="float")
     noise = np.random.default_rng(0).normal(size=pictures.shape).astype(np.float32)
-    distances = [kernel_distance(features(pipeline, pictures + sigma * noise), reference) for sigma in (0, 0.3, 0.6)]
+    distances = [kernel_distance(features(pictures + sigma * noise), reference) for sigma in (0, 0.3, 0.6)]
     assert distances == sorted(distances) and distances[-1] > distances[0] + 10, distances
     assert kernel_distance(reference[::2], reference[1::2]) < 10 < distances[-1], "two halves of one set are near"

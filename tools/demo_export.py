@@ -23,33 +23,40 @@ def export_checkpoint(checkpoint: dict, models: torch.nn.ModuleDict, folder: Pat
 
     Args:
         checkpoint: as saved by the training: ``config``, ``words``, ``step``, ``seconds``, ``losses``, and ``command``.
-        models: "unet" and "text" with the EMA weights loaded.
+        models: "denoiser" and, of the UNet, "text", with the EMA weights loaded. The transformer goes to a folder of its own.
         folder: created when missing; its files are overwritten.
         limits: Markdown for the card's "Limits", written by someone who has looked at the pictures.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    models = models.half()
-    models["unet"].save_pretrained(folder / "unet", safe_serialization=True)
-    save_file({k: v.contiguous() for k, v in models["text"].state_dict().items()}, folder / "text_encoder.safetensors")
-    _write_json(folder / "text_encoder.json", models["text"].config)
-    WordTokenizer(checkpoint["words"], models["text"].config["length"]).save(folder / "vocab.json")
+    models, name = models.half(), checkpoint["config"]["backbone"]
+    models["denoiser"].save_pretrained(folder / name, safe_serialization=True)
+    if name == "unet":
+        _export_text(checkpoint, models["text"], folder)
+    pipeline, pages = DemoPipeline.load(folder, denoiser=name), folder if name == "unet" else folder / name
+    known = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+    for prompts in ("showcase", "heldout") if name == "unet" else ("showcase",):
+        labelled_grid(pipeline.sample(known[prompts]), known[prompts]).save(pages / f"{prompts}.png", optimize=True)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o644)  # safetensors writes files that only their owner may read
+    (pages / "README.md").write_text(model_card(_facts(checkpoint, models["denoiser"], pipeline, limits)), encoding="utf-8")
+
+
+def _export_text(checkpoint: dict, text: torch.nn.Module, folder: Path) -> None:
+    """Text encoder, vocabulary, schedule, prompts and loss curve."""
+    save_file({k: v.contiguous() for k, v in text.state_dict().items()}, folder / "text_encoder.safetensors")
+    _write_json(folder / "text_encoder.json", text.config)
+    WordTokenizer(checkpoint["words"], text.config["length"]).save(folder / "vocab.json")
     (folder / "scheduler").mkdir(exist_ok=True)
     _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER_CONFIG)
     training = [prompt for prompts in emoji_prompts().values() for prompt in prompts]
     prompts = {"showcase": list(SHOWCASE_PROMPTS), "heldout": list(HELDOUT_PROMPTS), "training": training}
     _write_json(folder / "prompts.json", prompts)
     loss_curve(checkpoint["losses"]).save(folder / "loss.png", optimize=True)
-    pipeline = DemoPipeline.load(folder)
-    for name in ("showcase", "heldout"):
-        labelled_grid(pipeline.sample(prompts[name]), prompts[name]).save(folder / f"{name}.png", optimize=True)
-    for path in folder.rglob("*.safetensors"):
-        path.chmod(0o644)  # safetensors writes files that only their owner may read
-    (folder / "README.md").write_text(model_card(_facts(checkpoint, models, limits)), encoding="utf-8")
 
 
-def _facts(checkpoint: dict, models: torch.nn.ModuleDict, limits: str) -> dict:
+def _facts(checkpoint: dict, denoiser: torch.nn.Module, pipeline: DemoPipeline, limits: str) -> dict:
     """Numbers of the model card."""
-    config = checkpoint["config"]
+    config, shape = checkpoint["config"], denoiser.config
     count = len(emoji_prompts())
     seen = checkpoint["step"] * config["batch"]
     return {
@@ -58,9 +65,12 @@ def _facts(checkpoint: dict, models: torch.nn.ModuleDict, limits: str) -> dict:
         "half": config["size"] // 2,
         "emoji": count,
         "words": len(checkpoint["words"]),
-        "length": models["text"].config["length"],
-        "unet": sum(p.numel() for p in models["unet"].parameters()),
-        "text": sum(p.numel() for p in models["text"].parameters()),
+        "length": pipeline.tokenizer.length,
+        "denoiser": sum(p.numel() for p in denoiser.parameters()),
+        "text": sum(p.numel() for p in pipeline.text_encoder.parameters()),
+        "layers": shape.get("num_layers"),
+        "width": shape.get("cross_attention_dim"),
+        "tokens": (config["size"] // 4) ** 2,
         "command": checkpoint["command"],
         "step": checkpoint["step"],
         "seen": seen,

@@ -25,10 +25,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "demo-train", help="where the emoji are")
     parser.add_argument("--fetch", action="store_true", help="download the emoji with `npm pack` when missing")
     args = parser.parse_args()
-    pipeline = DemoPipeline.load()
-    size = 2 * pipeline.unet.config.sample_size
+    size = 2 * DemoPipeline.load().denoiser.config.sample_size
     pictures, _ = load_images(archive_path(args.work, args.fetch), size)
-    found = features(pipeline, pictures.add(1).div(2).permute(0, 2, 3, 1).numpy())
+    found = features(pictures.add(1).div(2).permute(0, 2, 3, 1).numpy())
     save_file({"features": torch.from_numpy(found).half()}, TRAINING_SET)
     TRAINING_SET.chmod(0o644)  # safetensors writes files that only their owner may read
     print(f"{len(found)} pictures, {found.shape[1]} features each: {TRAINING_SET.relative_to(ROOT)}")

@@ -38,7 +38,7 @@ def draw(pipeline: DemoPipeline, noise: torch.Tensor, context: torch.Tensor) -> 
     image = pixel_unshuffle(noise, 2) * (solver.sigmas[0] ** 2 + 1).sqrt()
     for timestep in solver.timesteps:
         scaled = solver.scale_model_input(image, timestep)
-        uncond, cond = pipeline.unet(torch.cat([scaled, scaled]), timestep, context, return_dict=False)[0].chunk(2)
+        uncond, cond = pipeline.denoiser(torch.cat([scaled, scaled]), timestep, context, return_dict=False)[0].chunk(2)
         image = solver.step(uncond + CFG * (cond - uncond), timestep, image, return_dict=False)[0]
     return pixel_shuffle(image, 2)[0]
 
@@ -50,7 +50,7 @@ def main() -> None:
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).half()
     t = torch.tensor([999, 250])
     context = pipeline.encode(["", PROMPT])
-    v = pixel_shuffle(pipeline.unet(pixel_unshuffle(x.float(), 2), t, context, return_dict=False)[0], 2)
+    v = pixel_shuffle(pipeline.denoiser(pixel_unshuffle(x.float(), 2), t, context, return_dict=False)[0], 2)
     picture = draw(pipeline, x[:1].float(), context).add(1).div(2).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0)
     tensors = {"x": x, "t": t, "context": context, "v": v.contiguous(), "picture": picture.contiguous()}
     FILE.parent.mkdir(parents=True, exist_ok=True)

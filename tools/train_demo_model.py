@@ -4,6 +4,11 @@ The shipped weights were made on a CPU with one thread, started 57 minutes befor
 
     OMP_NUM_THREADS=1 python tools/train_demo_model.py --fresh --steps 5500 --until 06:10
 
+The transformer that ships beside it, which reads the same text encoder::
+
+    OMP_NUM_THREADS=1 python tools/train_demo_model.py --backbone transformer --work .cache/demo-transformer \
+        --fresh --steps 8000 --until HH:MM
+
 A larger model on a GPU, replacing the shipped one::
 
     python tools/train_demo_model.py --fetch --fresh --device cuda --size 64 --steps 100000 --batch 64 \\
@@ -30,8 +35,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from diffusers import UNet2DConditionModel  # noqa: E402
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel  # noqa: E402
 
+from asyncdiff_nodes.demo import DemoPipeline  # noqa: E402
 from asyncdiff_nodes.demo.text_encoder import TextEncoder  # noqa: E402
 from asyncdiff_nodes.demo.tokenizer import PAD, UNK, WordTokenizer  # noqa: E402
 from demo_export import export_checkpoint  # noqa: E402
@@ -51,6 +57,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--fetch", action="store_true", help="download the emoji with `npm pack` when missing")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--backbone", choices=("unet", "transformer"), default="unet", help="what denoises")
     parser.add_argument("--size", type=int, default=32, help="picture size in pixels")
     parser.add_argument("--channels", type=int, nargs=4, default=[48, 64, 96, 96])
     parser.add_argument("--heads", type=int, default=2)
@@ -71,7 +78,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def build_models(config: dict, words: list[str]) -> torch.nn.ModuleDict:
-    """UNet and text encoder for the settings saved with a checkpoint."""
+    """Denoiser and, with the UNet, its text encoder, for the settings saved with a checkpoint."""
+    if config["backbone"] == "transformer":
+        return torch.nn.ModuleDict({"denoiser": _transformer(config)})
     unet = UNet2DConditionModel(
         sample_size=config["size"] // 2,
         in_channels=12,
@@ -85,7 +94,23 @@ def build_models(config: dict, words: list[str]) -> torch.nn.ModuleDict:
         norm_num_groups=16,
     )
     text = TextEncoder(len(words), CONTEXT_LENGTH, config["dim"])
-    return torch.nn.ModuleDict({"unet": unet, "text": text})
+    return torch.nn.ModuleDict({"denoiser": unet, "text": text})
+
+
+def _transformer(config: dict) -> PixArtTransformer2DModel:
+    """12 blocks of self-attention, cross-attention and MLP on patches of 2 x 2 folded pixels."""
+    return PixArtTransformer2DModel(
+        sample_size=config["size"] // 2,
+        patch_size=2,
+        in_channels=12,
+        out_channels=12,
+        num_layers=12,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        cross_attention_dim=128,
+        caption_channels=config["dim"],
+        use_additional_conditions=False,
+    )
 
 
 def train(args: argparse.Namespace) -> None:
@@ -103,13 +128,14 @@ def train(args: argparse.Namespace) -> None:
 
     command = "python " + shlex.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
     config = {
-        key: getattr(args, key) for key in ("size", "channels", "dim", "heads", "batch", "lr", "steps", "ema", "gamma", "seed")
+        key: getattr(args, key)
+        for key in ("backbone", "size", "channels", "dim", "heads", "batch", "lr", "steps", "ema", "gamma", "seed")
     }
     checkpoint_path = args.work / "checkpoint.pt"
     state = None
     if checkpoint_path.exists() and not args.fresh:
         state = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-        for key in ("size", "channels", "dim", "heads"):
+        for key in ("backbone", "size", "channels", "dim", "heads"):
             if config[key] != state["config"][key]:
                 raise ValueError(
                     f"--{key}: {config[key]} differs from the checkpoint's {state['config'][key]}; "
@@ -117,6 +143,8 @@ def train(args: argparse.Namespace) -> None:
                 )
     torch.manual_seed(config["seed"])
     models = build_models(config, words).to(args.device)
+    # the transformer is trained on the shipped text encoder, as it is
+    encoder = models["text"] if "text" in models else DemoPipeline.load().text_encoder.to(args.device).requires_grad_(False)
     ema = copy.deepcopy(models).requires_grad_(False)
     optimizer = torch.optim.AdamW(models.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     step, seconds, losses = 0, 0.0, []
@@ -166,7 +194,7 @@ def train(args: argparse.Namespace) -> None:
         noise = torch.randn(clean.shape, generator=generator).to(args.device)
         timesteps = torch.randint(0, 1000, (len(rows),), generator=generator).to(args.device)
         noisy, target, weight = table.corrupt(clean, noise, timesteps)
-        predicted = models["unet"](noisy, timesteps, encoder_hidden_states=models["text"](tokens), return_dict=False)[0]
+        predicted = models["denoiser"](noisy, timestep=timesteps, encoder_hidden_states=encoder(tokens), return_dict=False)[0]
         loss = ((predicted - target).square().mean(dim=(1, 2, 3)) * weight).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -20,7 +20,7 @@ from rich.table import Table
 from skimage.metrics import peak_signal_noise_ratio
 
 from asyncdiff_nodes.demo import DemoPipeline
-from asyncdiff_nodes.demo.pipeline import SCHEDULERS
+from asyncdiff_nodes.diffusers import SCHEDULERS
 from asyncdiff_nodes.engine import Plan, WorkerGroup, block_seconds, find_family, meta_copy, trace
 
 from .plan import MIB
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
         options = {} if arguments.cfg is None else {"cfg": arguments.cfg}
         pictures = pipeline.sample(
-            list(arguments.prompts), steps=steps, scheduler=arguments.scheduler, seed=arguments.seed, unet=unet,
+            list(arguments.prompts), steps=steps, scheduler=arguments.scheduler, seed=arguments.seed, denoiser=unet,
             on_start=on_start, callback=callback, output="float", **options,
         )  # fmt: skip
         return pictures, [b - a for a, b in itertools.pairwise(times)]
@@ -82,13 +82,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             return lambda: progress.advance(task)
 
         total, levels = arguments.steps, pipeline.levels(arguments.scheduler, arguments.steps)
-        sequential, times = sample(pipeline.unet, _nothing, total, advancing("sequential", total))
+        sequential, times = sample(pipeline.denoiser, _nothing, total, advancing("sequential", total))
         # the first step pays for one-time preparations on both sides
         rows.append({"method": "sequential", "steps": total, "step_s": statistics.median(times[1:] or times), "speedup": 1.0})
         costs = _block_costs(pipeline, list(arguments.prompts))
         for method, variant in (("AsyncDiff", plan), ("plain reuse", replace(plan, forecast=0, cooldown=0))):
             progress.console.print(f"starting {plan.world_size} processes: {', '.join(devices)}")
-            with WorkerGroup(pipeline.unet, variant, devices, threads_per_rank=arguments.threads, costs=costs) as group:
+            with WorkerGroup(pipeline.denoiser, variant, devices, threads_per_rank=arguments.threads, costs=costs) as group:
                 placements[method] = group.placement
                 sample(group, group.begin, min(total, plan.warmup + 2), lambda: None)  # one-time preparations
                 pictures[method], times = sample(group, group.begin, total, advancing(method, total))
@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             row = {"method": method, "steps": total, "step_s": statistics.median(batches)}
             rows.append({**row, "mib_per_call": stats.bytes_per_call / MIB})
         fewer = min(total, math.ceil(placements["AsyncDiff"].cost(total, levels)))
-        pictures["fewer steps"], times = sample(pipeline.unet, _nothing, fewer, advancing("fewer steps", fewer))
+        pictures["fewer steps"], times = sample(pipeline.denoiser, _nothing, fewer, advancing("fewer steps", fewer))
         rows.append({"method": "fewer steps", "steps": fewer, "step_s": statistics.median(times[1:] or times)})
     for row in rows[1:]:
         row["speedup"] = rows[0]["step_s"] * total / (row["step_s"] * row["steps"])
@@ -126,8 +126,8 @@ def _block_costs(pipeline: DemoPipeline, prompts: list[str]) -> list[float]:
     context = pipeline.encode(prompts + prompts)
     sample = pipeline.initial_noise(len(prompts), 0).repeat(2, 1, 1, 1)
     args, kwargs = (sample, 500), {"encoder_hidden_states": context, "return_dict": False}
-    graph = trace(meta_copy(pipeline.unet), find_family(pipeline.unet), args, kwargs)
-    return block_seconds(pipeline.unet, graph, args, kwargs, repeats=5)
+    graph = trace(meta_copy(pipeline.denoiser), find_family(pipeline.denoiser), args, kwargs)
+    return block_seconds(pipeline.denoiser, graph, args, kwargs, repeats=5)
 
 
 def psnr(reference: np.ndarray, pictures: np.ndarray) -> np.ndarray:

@@ -59,6 +59,11 @@ def parse_plans(text: str) -> list[Plan]:
     return plans
 
 
+def number(value: float | None, digits: int) -> str:
+    """``value`` with so many digits, or nothing."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
 def positive(text: str) -> int:
     """An argparse type: a whole number of 1 or more."""
     number = int(text) if text.isdecimal() else 0

@@ -1,14 +1,14 @@
 """``asyncdiff similarity``: how alike each block's output is from one denoising step to the next (paper section 3.2, figure 3).
 
 Asynchrony lives on this likeness, and it is not the same everywhere: the heat map shows where a value of the step before is as
-good as new, and where it is not. The demo model, sampled sequentially. Below the blocks are the model's results: without and with
-the prompt, the guidance direction between them, and what classifier-free guidance makes of them, which is all the sampler sees.
+good as new, and where it is not. Below the blocks of a model that is sampled sequentially are its results: without and with the
+prompt, the guidance direction between them, and what classifier-free guidance makes of them, which is all the sampler sees.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,45 +17,40 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from asyncdiff_nodes.demo import DemoPipeline
-from asyncdiff_nodes.demo.pipeline import SCHEDULERS
-from asyncdiff_nodes.engine import BlockGraph, find_family, meta_copy, trace
+from asyncdiff_nodes.diffusers import SCHEDULERS
+from asyncdiff_nodes.engine import BlockGraph
 from asyncdiff_nodes.engine.trees import flatten
 
-from .demo import PROMPTS
 from .report import console, positive
+from .subjects import HELP, find_subject, graph_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this command."""
+    parser.add_argument("--model", default="demo", help=HELP)
+    parser.add_argument("--pairs", type=positive, default=8, help="pictures, drawn at once, to take means over")
     parser.add_argument("--sampler", default="ddim", help=f"one of {', '.join(SCHEDULERS)}")
     parser.add_argument("--steps", type=positive, default=50, help="denoising steps, two or more")
     parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale")
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise")
+    parser.add_argument("--device", default="cpu", help="where to compute")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="threads")
     parser.add_argument("--picture", default="out/similarity.png", metavar="FILE", help="where to put the heat map")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Sample, write the heat map, print the table; returns one row per block."""
+    if not arguments.cfg > 1:
+        raise ValueError(f"--cfg {arguments.cfg:g}: choose more than 1, since without guidance there is no direction to look at")
     if arguments.steps < 2:
         raise ValueError(f"--steps {arguments.steps}: there is nothing to compare with less than 2")
     torch.set_num_threads(arguments.threads)
-    pipeline, out = DemoPipeline.load(), console()
-    unet = pipeline.unet
-    skeleton = meta_copy(unet)
-    graph = trace(skeleton, find_family(unet), *find_family(unet).example_inputs(skeleton, None, 2))
-    with _watched(unet, graph) as (found, watch):
-
-        def predict(*args: Any, **kwargs: Any) -> Any:
-            result = unet(*args, **kwargs)
-            without, prompted = result[0].chunk(2)
-            direction = prompted - without
-            for name, value in zip(_RESULTS, (without, prompted, direction, without + arguments.cfg * direction), strict=True):
-                watch(name, value)
-            return result
-
-        pipeline.sample(list(PROMPTS), arguments.steps, arguments.cfg, arguments.sampler, arguments.seed, unet=predict)
+    subject, out = find_subject(arguments.model), console()
+    subject.to(arguments.device)
+    graph, prompts = graph_of(subject.denoiser), subject.prompts(arguments.pairs)
+    how = {"steps": arguments.steps, "scheduler": arguments.sampler, "seed": arguments.seed, "cfg": arguments.cfg}
+    with _watched(subject.denoiser, graph, arguments.cfg) as found:
+        subject.draw(prompts, **how)
     readers = {p: [graph.names[c] for q, c in sorted(graph.edges) if q == p] for p, _ in graph.edges}
     rows = [
         {"block": name, "readers": readers.get(index, []), **{kind: values[name] for kind, values in found.items()}}
@@ -63,11 +58,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     path = Path(arguments.picture)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _heat_map(rows, f"demo model, {arguments.sampler}, {arguments.steps} steps").savefig(path, dpi=110)
+    _heat_map(rows, f"{arguments.model}, {arguments.sampler}, {arguments.steps} steps").savefig(path, dpi=110)
     _print(rows, out)
     out.print(f"{path}: cosine similarity and relative change, per block and step")
-    facts = {name: getattr(arguments, name) for name in ("sampler", "steps", "cfg", "seed")}
-    return {"model": "demo", "prompts": list(PROMPTS), **facts, "rows": rows}
+    facts = {name: getattr(arguments, name) for name in ("model", "sampler", "steps", "cfg", "seed")}
+    return {**facts, "prompts": prompts, "rows": rows}
 
 
 _RESULTS = ("result, no prompt", "result, prompt", "guidance direction", "result after CFG")
@@ -75,10 +70,10 @@ Found = dict[str, dict[str, list[float]]]
 
 
 @contextmanager
-def _watched(unet: nn.Module, graph: BlockGraph) -> Iterator[tuple[Found, Callable[[str, Any], None]]]:
+def _watched(denoiser: nn.Module, graph: BlockGraph, cfg: float) -> Iterator[Found]:
     """Within it, every call adds each block's likeness to its call before: kind -> block -> [steps - 1], means over the batch.
 
-    Yields that, and a function that adds the likeness of other values in the same way.
+    The batch is taken for the half without the prompt and the half with it, in this order, if there is guidance.
     """
     names = (*graph.names, *_RESULTS)
     found: Found = {kind: {name: [] for name in names} for kind in ("cosine", "change")}
@@ -92,12 +87,19 @@ def _watched(unet: nn.Module, graph: BlockGraph) -> Iterator[tuple[Found, Callab
             found["change"][name].append(round(((value - old).norm(dim=1) / old.norm(dim=1)).mean().item(), 5))
         before[name] = value.clone()
 
+    def watch_results(_: nn.Module, __: Any, output: Any) -> None:
+        without, prompted = output[0].chunk(2)
+        direction = prompted - without
+        for name, value in zip(_RESULTS, (without, prompted, direction, without + cfg * direction), strict=True):
+            watch(name, value)
+
     handles = [
-        unet.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: watch(name, output))
+        denoiser.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: watch(name, output))
         for name in graph.names
     ]
+    handles.append(denoiser.register_forward_hook(watch_results))
     try:
-        yield found, watch
+        yield found
     finally:
         for handle in handles:
             handle.remove()

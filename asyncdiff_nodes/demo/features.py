@@ -17,19 +17,22 @@ from .pipeline import WEIGHTS, DemoPipeline
 TRAINING_SET = WEIGHTS / "training_features.safetensors"  # written by tools/demo_features.py
 
 
+_extractor = cache(DemoPipeline.load)
+
+
 @torch.no_grad()
-def features(pipeline: DemoPipeline, pictures: np.ndarray) -> np.ndarray:
+def features(pictures: np.ndarray) -> np.ndarray:
     """Of pictures [B, size, size, 3] in 0..1: the UNet's innermost values at timestep 0, no prompt, means over space, [B, D]."""
-    unet, found = pipeline.unet, []
-    images = torch.from_numpy(pictures).to(unet.device).permute(0, 3, 1, 2).mul(2).sub(1)
-    images = torch.nn.functional.pixel_unshuffle(images, 2).to(unet.dtype)
+    pipeline, found = _extractor(), []
+    unet = pipeline.denoiser
+    images = torch.nn.functional.pixel_unshuffle(torch.from_numpy(pictures).permute(0, 3, 1, 2).mul(2).sub(1), 2)
     handle = unet.mid_block.register_forward_hook(lambda _, __, output: found.append(output.float().mean(dim=(2, 3))))
     try:
         for batch in images.split(64):
             unet(batch, 0, encoder_hidden_states=pipeline.encode([""] * len(batch)), return_dict=False)
     finally:
         handle.remove()
-    return torch.cat(found).cpu().numpy()
+    return torch.cat(found).numpy()
 
 
 @cache

@@ -8,49 +8,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    UNet2DConditionModel,
-)
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from safetensors.torch import load_file
+from torch import nn
 
-from asyncdiff_nodes.diffusers import noise_levels
+from asyncdiff_nodes.diffusers import make_scheduler, noise_levels
 from asyncdiff_nodes.engine import NoiseLevels
 
 from .text_encoder import TextEncoder
 from .tokenizer import WordTokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
+DENOISERS = {"unet": UNet2DConditionModel, "transformer": PixArtTransformer2DModel}
 FILES = (
-    "unet/config.json",
-    "unet/diffusion_pytorch_model.safetensors",
     "text_encoder.json",
     "text_encoder.safetensors",
     "vocab.json",
     "scheduler/scheduler_config.json",
 )
-_DPMPP_2M = {"algorithm_type": "dpmsolver++", "solver_order": 2}
-SCHEDULERS = {
-    "ddim": (DDIMScheduler, {"clip_sample": False}),
-    "euler": (EulerDiscreteScheduler, {}),
-    "dpmpp_2m": (DPMSolverMultistepScheduler, _DPMPP_2M),
-    "dpmpp_2m_karras": (DPMSolverMultistepScheduler, _DPMPP_2M | {"use_karras_sigmas": True}),
-    "euler_a": (EulerAncestralDiscreteScheduler, {}),
-}
-#: DDIM-only keys that the other schedulers do not know.
-DDIM_KEYS = ("_class_name", "clip_sample", "set_alpha_to_one")
 
 
 class DemoPipeline:
-    """UNet, text encoder, tokenizer and noise schedule of the demo model.
+    """Denoiser, text encoder, tokenizer and noise schedule of a demo model.
 
     The model works on pictures folded 2x2 into channels (``pixel_unshuffle``): 32x32x3 becomes 12x16x16.
 
     Attributes:
-        unet: diffusers ``UNet2DConditionModel``, v-prediction.
+        denoiser: diffusers ``UNet2DConditionModel``, or ``PixArtTransformer2DModel``; v-prediction.
         text_encoder: maps token ids [B, L] to a context [B, L, D].
         tokenizer: word-level tokenizer.
         scheduler_config: the ``scheduler_config.json`` as a dict.
@@ -58,37 +42,41 @@ class DemoPipeline:
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        denoiser: nn.Module,
         text_encoder: TextEncoder,
         tokenizer: WordTokenizer,
         scheduler_config: dict,
     ) -> None:
-        self.unet = unet
+        self.denoiser = denoiser
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
         self.scheduler_config = scheduler_config
 
     @classmethod
-    def load(cls, folder: str | Path | None = None, dtype: torch.dtype = torch.float32) -> DemoPipeline:
+    def load(cls, folder: str | Path | None = None, dtype: torch.dtype = torch.float32, denoiser: str = "unet") -> DemoPipeline:
         """Load a weights folder (the shipped one by default) in ``dtype``; reads safetensors only.
+
+        Args:
+            denoiser: one of ``DENOISERS``. The UNet is the demo model proper; the transformer shows what is so with transformers.
 
         Raises:
             FileNotFoundError: a file of the folder is missing.
         """
         folder = WEIGHTS if folder is None else Path(folder)
-        missing = [name for name in FILES if not (folder / name).is_file()]
+        parts = (f"{denoiser}/config.json", f"{denoiser}/diffusion_pytorch_model.safetensors")
+        missing = [name for name in (*parts, *FILES) if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(
                 f"folder: {str(folder)!r} lacks {', '.join(missing)}; give a complete weights folder, "
                 "or make one with `python tools/train_demo_model.py --export`"
             )
-        unet = UNet2DConditionModel.from_pretrained(
-            folder / "unet", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True
+        loaded = DENOISERS[denoiser].from_pretrained(
+            folder / denoiser, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True
         )
         text_encoder = TextEncoder(**_read_json(folder / "text_encoder.json"))
         text_encoder.load_state_dict(load_file(folder / "text_encoder.safetensors"))
         return cls(
-            unet.eval(),
+            loaded.eval(),
             text_encoder.to(dtype).eval(),
             WordTokenizer.load(folder / "vocab.json"),
             _read_json(folder / "scheduler" / "scheduler_config.json"),
@@ -107,14 +95,8 @@ class DemoPipeline:
         return list(dict.fromkeys(word for prompt in prompts for word in self.tokenizer.unknown(prompt)))
 
     def make_scheduler(self, name: str):  # noqa: ANN201 - four unrelated diffusers classes
-        """A new diffusers scheduler, one of ``SCHEDULERS``."""
-        if name not in SCHEDULERS:
-            raise ValueError(f"scheduler: {name!r} is unknown; choose one of {', '.join(SCHEDULERS)}")
-        kind, extra = SCHEDULERS[name]
-        config = self.scheduler_config
-        if kind is not DDIMScheduler:
-            config = {key: value for key, value in config.items() if key not in DDIM_KEYS}
-        return kind.from_config(config, **extra)
+        """A new diffusers scheduler; see :func:`~asyncdiff_nodes.diffusers.make_scheduler`."""
+        return make_scheduler(name, self.scheduler_config)
 
     def levels(self, scheduler: str, steps: int) -> NoiseLevels:
         """Noise of every call of a run."""
@@ -124,7 +106,8 @@ class DemoPipeline:
 
     def initial_noise(self, count: int, seed: int) -> torch.Tensor:
         """Unit noise [count, C, H, W], float32 on the CPU; row i depends on ``seed`` and i alone."""
-        shape = (self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size)
+        config = self.denoiser.config
+        shape = (config.in_channels, config.sample_size, config.sample_size)
         rows = [torch.randn(shape, generator=_generator(seed, index)) for index in range(count)]
         return torch.stack(rows)
 
@@ -135,7 +118,7 @@ class DemoPipeline:
         cfg: float = 3.0,
         scheduler: str = "ddim",
         seed: int = 0,
-        unet: Callable | None = None,
+        denoiser: Callable | None = None,
         on_start: Callable[..., None] | None = None,
         callback: Callable[[int, int], None] | None = None,
         output: str = "uint8",
@@ -149,8 +132,8 @@ class DemoPipeline:
             cfg: classifier-free guidance scale; 1 means the plain conditional prediction, still in a CFG batch.
             scheduler: see :meth:`make_scheduler`.
             seed: any int.
-            unet: called as ``unet(sample [2B, C, H, W], timestep (0-d), encoder_hidden_states=[2B, L, D],
-                return_dict=False)`` instead of the own UNet; the batch is [unconditional, conditional].
+            denoiser: called as ``denoiser(sample [2B, C, H, W], timestep=[2B], encoder_hidden_states=[2B, L, D],
+                return_dict=False)`` instead of the own one; the batch is [unconditional, conditional].
             on_start: called once as ``on_start(timesteps [steps], levels=NoiseLevels)`` before the first step, such as a group's
                 ``begin``.
             callback: called as ``callback(step, steps)`` after each step, ``step`` counting from 1.
@@ -171,8 +154,8 @@ class DemoPipeline:
         solver = self.make_scheduler(scheduler)
         count = len(prompts)
         context = self.encode([""] * count + list(prompts)) if count else self.encode(prompts)
-        model = self.unet if unet is None else unet
-        device, dtype = self.unet.device, self.unet.dtype
+        model = denoiser or self.denoiser
+        device, dtype = self.denoiser.device, self.denoiser.dtype
         solver.set_timesteps(steps, device=device)
         if on_start is not None:
             on_start(solver.timesteps, levels=noise_levels(solver))
@@ -185,10 +168,9 @@ class DemoPipeline:
         with torch.no_grad():
             for index, timestep in enumerate(solver.timesteps):
                 scaled = solver.scale_model_input(image, timestep).to(dtype)
-                predicted = model(torch.cat([scaled, scaled]), timestep, encoder_hidden_states=context, return_dict=False)[
-                    0
-                ].float()
-                uncond, cond = predicted.chunk(2)
+                inputs = {"timestep": timestep.expand(2 * count), "encoder_hidden_states": context}
+                predicted = model(torch.cat([scaled, scaled]), **inputs, return_dict=False)[0]
+                uncond, cond = predicted.float().chunk(2)
                 guided = uncond + cfg * (cond - uncond)
                 image = solver.step(guided, timestep, image, **step_options, return_dict=False)[0]
                 if callback is not None:

@@ -2,9 +2,10 @@
 
 from asyncdiff_nodes.engine.family import Family
 
-from . import comfy_unet, unet2d
+from . import comfy_unet, pixart, unet2d
 
 FAMILIES: dict[str, Family] = {
+    "PixArtTransformer2DModel": pixart.FAMILY,
     "UNet2DConditionModel": unet2d.FAMILY,
     "UNetModel": comfy_unet.FAMILY,
 }

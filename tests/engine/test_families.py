@@ -1,0 +1,50 @@
+"""Laws 1 and 2 for families beside the UNets of the goldens, as small instances of diffusers' own classes with random weights."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel
+
+from asyncdiff_nodes.engine import Plan, Simulator, WorkerGroup
+
+TIMESTEPS = [900, 700, 500, 300, 100]
+
+
+def pixart(**extras):
+    torch.manual_seed(0)
+    return PixArtTransformer2DModel(
+        sample_size=8, in_channels=4, out_channels=4, num_layers=6, num_attention_heads=2, attention_head_dim=24,
+        cross_attention_dim=48, caption_channels=24, **extras,
+    ).eval().requires_grad_(False)  # fmt: skip
+
+
+@torch.no_grad()
+def denoise(model, begin=None, **extras):
+    """Results of a short run of made-up inputs, two items."""
+    generator = torch.Generator().manual_seed(1)
+    start, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 7, 24, generator=generator)
+    if begin:
+        begin(TIMESTEPS)
+    return [
+        model(start * (1 - k / 7), encoder_hidden_states=context, timestep=torch.tensor([t, t]), return_dict=False, **extras)[0]
+        for k, t in enumerate(TIMESTEPS)
+    ]
+
+
+@pytest.mark.parametrize("segments", [2, 3])
+def test_transformer_is_exact_when_synchronous_and_as_simulated_when_not(segments):
+    """The larger one with the size conditions of PixArt-alpha, which every rank computes."""
+    model, extras = pixart(use_additional_conditions=segments == 3), {}
+    if segments == 3:
+        extras["added_cond_kwargs"] = {"resolution": torch.full((2, 2), 64.0), "aspect_ratio": torch.ones(2, 1)}
+    plan = Plan(segments)
+    with WorkerGroup(model, plan, ["cpu"] * segments, threads_per_rank=1) as group:
+        exact = denoise(model, **extras)
+        got = denoise(group, lambda ts: group.begin(ts, plan=replace(plan, warmup=len(ts))), **extras)
+        assert all(map(torch.equal, got, exact))
+        with Simulator(model, plan) as simulator:
+            expected = denoise(simulator, simulator.begin, **extras)
+        got = denoise(group, group.begin, **extras)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+        assert not torch.equal(got[segments - 1], exact[segments - 1])
