@@ -30,7 +30,7 @@ from asyncdiff_nodes.engine import (
 )
 
 from .live import Progress
-from .options import OneDeviceError, Options
+from .options import ALWAYS, OneDeviceError, Options
 from .patches import call_obstacle, obstacle, shippable
 from .pool import POOL
 from .report import RunRecord, publish
@@ -152,17 +152,22 @@ class Sampling:
         except UnsupportedModelError as error:
             return self._note(f"this model cannot be split: {error}")
         self._prepare_model(patcher)
-        sampling, sigmas = patcher.get_model_object("model_sampling"), self._sigmas[:-1]
-        scales = sampling.calculate_input(sigmas, torch.ones_like(sigmas))
-        levels = NoiseLevels(tuple(sigmas.tolist()), tuple(scales.tolist()), float(self._sigmas[-1]))
+        sampling, steps = patcher.get_model_object("model_sampling"), len(self._sigmas) - 1
+        levels = _levels(sampling, self._sigmas)
         if self._options.preset == "Custom" and self._options.speedup:
             try:
-                plan = group.placement.within(self._options.speedup, plan, len(sigmas), levels)
+                plan = group.placement.within(self._options.speedup, plan, steps, levels)
             except PlanError as error:
                 self._note(str(error))
                 plan = replace(plan, warmup=1)
+        here = plan.at(levels)
+        if steps <= here.warmup + here.cooldown < ALWAYS:
+            self._note(
+                f"all of these {steps} steps are exact, so none is faster: a warm-up of {here.warmup} and a cool-down of "
+                f"{here.cooldown} leave none between them. Take more steps, or a shorter warm-up with the preset Fast or Custom"
+            )
         self._plan = plan
-        group.begin(sampling.timestep(sigmas), plan, self._progress.add, levels)
+        group.begin(sampling.timestep(self._sigmas[:-1]), plan, self._progress.add, levels)
         self.group = group
         self._progress.sampling(group, plan)
         return patcher.model, conds, others
@@ -246,6 +251,16 @@ class Sampling:
             self._notes.append(text)
             self._progress.enter("sampling" if self.group else "usual")
             log.warning("AsyncDiff: %s%s", "" if self.group else "not used, ComfyUI samples as usual: ", text)
+
+
+def _levels(sampling: Any, sigmas: torch.Tensor) -> NoiseLevels | None:
+    """Noise of the calls of a run over ``sigmas`` [steps + 1]; None if they make no sense, which is the sampler's to say."""
+    here = sigmas[:-1]
+    scales = sampling.calculate_input(here, torch.ones_like(here))
+    try:
+        return NoiseLevels(tuple(here.tolist()), tuple(scales.tolist()), float(sigmas[-1]))
+    except ValueError:
+        return None
 
 
 def _outline(control: dict[str, Any] | None) -> str:

@@ -73,6 +73,37 @@ def test_one_device():
         Options(devices="cpu").resolve()
 
 
+def test_a_run_too_short_for_an_asynchronous_step_says_so(sd15, prompts):
+    import nodes
+
+    def notes(steps, preset):
+        model = attach(sd15, Options(preset, "cpu,cpu"))
+        nodes.KSampler().sample(model, 5, steps, 7.0, "euler", "simple", *prompts, small.latent())
+        return last_run().notes
+
+    (note,) = notes(4, "Balanced")
+    assert note.startswith("all of these 4 steps are exact") and "warm-up of 3 and a cool-down of 1" in note
+    assert notes(5, "Balanced") == notes(4, "Fast") == notes(4, "Exact") == ()
+
+
+def test_noise_levels_that_make_no_sense_are_left_to_the_sampler(sd15, prompts):
+    """A schedule from another node may hold anything; the picture is then what the host alone would make of it."""
+    import comfy.sample
+    import comfy.samplers
+    import torch
+
+    sigmas = torch.tensor([14.0, 5.0, float("nan"), 1.0, 0.0])
+    (positive, negative), latent = prompts, small.latent()["samples"]
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
+
+    def sample(model):
+        sampler = comfy.samplers.sampler_object("euler")
+        return comfy.sample.sample_custom(model, noise, 5.0, sampler, sigmas, positive, negative, latent)
+
+    expected, got = sample(sd15), sample(attach(sd15, Options("Exact", "cpu,cpu")))
+    assert torch.equal(torch.nan_to_num(expected), torch.nan_to_num(got))
+
+
 def test_the_warm_up_follows_from_the_speed_up_wanted(sd15, prompts):
     import nodes
 
