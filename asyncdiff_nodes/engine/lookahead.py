@@ -37,12 +37,16 @@ class NoiseLevels:
 
     @property
     def leap(self) -> int:
-        """Which of the last two calls, counted from the end, leaps from notable noise to less; 0 if the noise fades out before.
+        """Which call, counted from the end, leaps from notable noise to less; 0 if the noise fades out before.
 
         1 where the last step goes from there to none (the host's ``simple``), 2 where one more call follows, which tidies up
-        (DDIM, the host's ``normal``). Schedules such as ``karras`` have no leap, nor have runs that leave noise to another model.
+        (DDIM, the host's ``normal``), 3 if that is made of two calls (Heun). Only the last two noises are looked at: schedules
+        such as ``karras`` have no leap, nor have runs that leave noise to another model.
         """
-        for n, (noise, rest) in enumerate(zip(self.sigmas[:-3:-1], (self.rest, *self.sigmas[-1:]), strict=False), start=1):
+        last = list(dict.fromkeys(reversed(self.sigmas)))[:2]
+        for n, (noise, rest) in enumerate(zip(reversed(self.sigmas), (self.rest, *reversed(self.sigmas)), strict=False), start=1):
+            if noise not in last:
+                break
             if noise >= NOTABLE > rest:
                 return n
         return 0

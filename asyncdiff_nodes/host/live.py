@@ -60,9 +60,9 @@ class Progress:
         self._memory: tuple[float, list[Any]] = (-math.inf, [])
         WATCHERS.tell(self, at_once=True)
 
-    def sampling(self, group: WorkerGroup, plan: Plan) -> None:
-        """``group`` is ready, and samples with ``plan`` from now on."""
-        self._group, self._plan = group, plan
+    def sampling(self, group: WorkerGroup, plan: Plan, calls: int | None = None) -> None:
+        """``group`` is ready, and samples with ``plan`` from now on; ``calls`` of each stream, if that is known."""
+        self._group, self._plan, self._steps = group, plan, calls or self._steps
         self.enter("sampling")
 
     def enter(self, phase: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,6 +34,7 @@ from .live import Progress
 from .options import ALWAYS, OneDeviceError, Options
 from .patches import call_obstacle, obstacle, shippable
 from .pool import POOL
+from .rehearsal import rehearse
 from .report import RunRecord, publish
 from .settings import setting
 
@@ -75,7 +77,7 @@ class Route:
     def outer_sample(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         """Around one sampling: set up, and tear down however it ends."""
         with POOL.in_use():
-            outer, self._sampling = self._sampling, Sampling(self._options, executor.class_obj.model_patcher, sigmas=args[3])
+            outer, self._sampling = self._sampling, Sampling(self._options, executor.class_obj.model_patcher, *args[2:4])
             try:
                 result = executor(*args, **kwargs)
                 self._sampling.finish()
@@ -108,15 +110,19 @@ class Route:
 class Sampling:
     """One run of the host's sampler on a worker group.
 
+    Args:
+        sampler: the host's SAMPLER.
+        sigmas: its schedule, [steps + 1].
+
     Attributes:
         group: None while, and wherever, the host computes the network itself.
     """
 
-    def __init__(self, options: Options, patcher: ModelPatcher, sigmas: torch.Tensor) -> None:
+    def __init__(self, options: Options, patcher: ModelPatcher, sampler: Any, sigmas: torch.Tensor) -> None:
         self.group: WorkerGroup | None = None
         self._options = options
         self._patcher = patcher
-        self._sigmas = sigmas
+        self._sampler, self._sigmas = sampler, sigmas
         self._plan: Plan | None = None
         self._loaded_here = False
         self._progress = Progress(steps=len(sigmas) - 1)
@@ -133,6 +139,9 @@ class Sampling:
         """Get a group ready, and the host's other models. None: the host's own path, for the reason that was noted."""
         if reason := obstacle(patcher, model_options or {}):
             return self._note(reason)
+        steps = len(self._sigmas) - 1
+        if not steps:
+            return self._note("there is no step to sample")
         try:
             plan, devices = self._options.resolve()
             helpers = comfy.sampler_helpers
@@ -152,24 +161,26 @@ class Sampling:
         except UnsupportedModelError as error:
             return self._note(f"this model cannot be split: {error}")
         self._prepare_model(patcher)
-        sampling, steps = patcher.get_model_object("model_sampling"), len(self._sigmas) - 1
-        levels = _levels(sampling, self._sigmas)
+        sampling = patcher.get_model_object("model_sampling")
+        calls = rehearse(self._sampler, self._sigmas, patcher)
+        levels = _levels(sampling, calls, rest=float(self._sigmas[-1]))
+        plan = _in_calls(plan, len(calls) / steps)
         if self._options.preset == "Custom" and self._options.speedup:
             try:
-                plan = group.placement.within(self._options.speedup, plan, steps, levels)
+                plan = group.placement.within(self._options.speedup, plan, len(calls), levels)
             except PlanError as error:
                 self._note(str(error))
                 plan = replace(plan, warmup=1)
         here = plan.at(levels)
-        if steps <= here.warmup + here.cooldown < ALWAYS:
+        if len(calls) <= here.warmup + here.cooldown < ALWAYS:
             self._note(
                 f"all of these {steps} steps are exact, so none is faster: a warm-up of {here.warmup} and a cool-down of "
                 f"{here.cooldown} leave none between them. Take more steps, or a shorter warm-up with the preset Fast or Custom"
             )
         self._plan = plan
-        group.begin(sampling.timestep(self._sigmas[:-1]), plan, self._progress.add, levels)
+        group.begin(sampling.timestep(calls), plan, self._progress.add, levels)
         self.group = group
-        self._progress.sampling(group, plan)
+        self._progress.sampling(group, plan, len(calls))
         return patcher.model, conds, others
 
     def call(
@@ -203,9 +214,9 @@ class Sampling:
         try:
             return self.group(x, timesteps, stream=stream, **kwargs)
         except ScheduleError:
-            # more calls than steps (heun, dpm_2, ...), or a schedule that only the sampler knows
+            # a schedule that only the sampler knows (dpm_adaptive, another pack's)
             without = "nothing is computed ahead" if self._plan.stride == 1 else f"stride={self._plan.stride} is not possible"
-            self._note(f"this sampler does not make one call per step of the schedule: {without}")
+            self._note(f"which calls of the network this sampler makes is not known beforehand: {without}")
             self._plan = replace(self._plan, stride=1, forecast=0)
             self.group.begin(plan=self._plan, on_record=self._progress.add)
             self._progress.sampling(self.group, self._plan)
@@ -253,14 +264,21 @@ class Sampling:
             log.warning("AsyncDiff: %s%s", "" if self.group else "not used, ComfyUI samples as usual: ", text)
 
 
-def _levels(sampling: Any, sigmas: torch.Tensor) -> NoiseLevels | None:
-    """Noise of the calls of a run over ``sigmas`` [steps + 1]; None if they make no sense, which is the sampler's to say."""
-    here = sigmas[:-1]
-    scales = sampling.calculate_input(here, torch.ones_like(here))
+def _levels(sampling: Any, sigmas: torch.Tensor, rest: float) -> NoiseLevels | None:
+    """Of calls at ``sigmas`` [calls]; None if they make no sense, which is the sampler's to say."""
+    scales = sampling.calculate_input(sigmas, torch.ones_like(sigmas))
     try:
-        return NoiseLevels(tuple(here.tolist()), tuple(scales.tolist()), float(sigmas[-1]))
+        return NoiseLevels(tuple(sigmas.tolist()), tuple(scales.tolist()), rest)
     except ValueError:
         return None
+
+
+def _in_calls(plan: Plan, calls_per_step: float) -> Plan:
+    """``plan``, whose warm-up counts steps, for a sampler that makes so many calls per step."""
+    if calls_per_step == 1:
+        return plan
+    warmup = math.ceil(plan.warmup * calls_per_step)
+    return replace(plan, warmup=warmup + (1 - warmup) % plan.stride)  # see Plan: one more than a multiple of the stride
 
 
 def _outline(control: dict[str, Any] | None) -> str:

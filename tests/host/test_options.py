@@ -86,6 +86,20 @@ def test_a_run_too_short_for_an_asynchronous_step_says_so(sd15, prompts):
     assert notes(5, "Balanced") == notes(4, "Fast") == notes(4, "Exact") == ()
 
 
+def test_no_step_at_all_is_the_host_s_own(sd15):
+    """The end of a split schedule may hold one sigma and no step."""
+    import comfy.sample
+    import comfy.samplers
+    import torch
+
+    latent = small.latent()["samples"]
+    arguments = latent, 5.0, comfy.samplers.sampler_object("euler"), torch.tensor([0.0])
+    positive = negative = small.conditioning("sd15", 1)
+    found = comfy.sample.sample_custom(attach(sd15, Options("Exact", "cpu,cpu")), *arguments, positive, negative, latent)
+    assert torch.equal(found, comfy.sample.sample_custom(sd15, *arguments, positive, negative, latent))
+    assert "no step" in last_run().notes[0]
+
+
 def test_noise_levels_that_make_no_sense_are_left_to_the_sampler(sd15, prompts):
     """A schedule from another node may hold anything; the picture is then what the host alone would make of it."""
     import comfy.sample

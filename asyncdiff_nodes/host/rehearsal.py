@@ -1,0 +1,58 @@
+"""Which calls of the network a sampler will make, found by letting it run with a stand-in for the model.
+
+A schedule of the host names the noise of every step, but many samplers call the network more than once per step, at noises of
+their own between (dpm_2, dpmpp_sde) or twice at the same (heun). Working ahead, and stride, need to know them all.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+
+log = logging.getLogger(__name__)
+
+_MOST = 8  # calls per step; more is taken for a sampler that never ends with this stand-in
+
+
+def rehearse(sampler: Any, sigmas: torch.Tensor, patcher: ModelPatcher) -> torch.Tensor:
+    """The sigma of every call of the network that ``sampler`` will make for the schedule ``sigmas`` [steps + 1], in order.
+
+    Where that cannot be told beforehand, it is taken to be one call per step. Only the host's own samplers are run for it:
+    another pack's might have effects besides.
+    """
+    once = sigmas[:-1]
+    function = getattr(sampler, "sampler_function", None)
+    if not getattr(function, "__module__", "").startswith("comfy."):
+        return once
+    stand_in = _StandIn(patcher, limit=_MOST * len(once))
+    start = torch.ones(1, 4, 8, 8) * float(sigmas[0])
+    extra = {"model_options": {}, "seed": 0}
+    try:
+        # the picture's own noise must not depend on whether there was a rehearsal
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            function(stand_in, start, sigmas.cpu(), extra_args=extra, callback=None, disable=True, **sampler.extra_options)
+    except Exception as error:  # whatever a sampler may want of a model that a stand-in has not
+        log.debug("AsyncDiff: no rehearsal of this sampler (%s: %s)", type(error).__name__, error)
+        return once
+    return torch.tensor(stand_in.sigmas, dtype=sigmas.dtype, device=sigmas.device) if stand_in.sigmas else once
+
+
+class _StandIn:
+    """Looks to a sampler like the model that it denoises with, and expects an empty picture."""
+
+    def __init__(self, patcher: ModelPatcher, limit: int) -> None:
+        self.sigmas: list[float] = []
+        self._limit = limit
+        # where samplers look for facts about the model: in the guider and below it
+        self.inner_model = self
+        self.model_patcher = patcher
+        self.model_sampling = patcher.get_model_object("model_sampling")
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **_: Any) -> torch.Tensor:
+        if len(self.sigmas) == self._limit:
+            raise RuntimeError(f"more than {self._limit} calls")
+        self.sigmas.append(float(sigma.flatten()[0]))
+        return torch.zeros_like(x)
