@@ -19,6 +19,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
 )
 from torch import nn
 
@@ -31,6 +32,7 @@ SCHEDULERS = {
     "dpmpp_2m": (DPMSolverMultistepScheduler, _DPMPP_2M),
     "dpmpp_2m_karras": (DPMSolverMultistepScheduler, _DPMPP_2M | {"use_karras_sigmas": True}),
     "euler_a": (EulerAncestralDiscreteScheduler, {}),
+    "heun": (HeunDiscreteScheduler, {}),  # two calls per step
 }
 #: DDIM-only keys that the other schedulers do not know.
 _DDIM_KEYS = ("_class_name", "clip_sample", "set_alpha_to_one")

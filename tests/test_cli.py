@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from asyncdiff_nodes.cli import main
-from asyncdiff_nodes.cli.demo import PROMPTS
+from asyncdiff_nodes.cli.subjects import find_subject
 from asyncdiff_nodes.demo import DemoPipeline
 
 
@@ -128,7 +128,7 @@ def test_similarity_of_every_block_and_step(tmp_path):
         pipeline.denoiser.get_submodule(name).register_forward_hook(lambda _, __, out, outputs=outputs: outputs.append(out))
     results = []
     pipeline.denoiser.register_forward_hook(lambda _, __, out: results.append(out[0]))
-    pipeline.sample(list(PROMPTS), steps=3, cfg=4.0, seed=4)
+    pipeline.sample(find_subject("demo").prompts(8), steps=3, cfg=4.0, seed=4)
     seen["result after CFG"] = [4 * prompted - 3 * without for without, prompted in (out.chunk(2) for out in results)]
     picture = tmp_path / "map.png"
     status, result = run(tmp_path, "similarity", "--steps", "3", "--seed", "4", "--cfg", "4", "--picture", str(picture))

@@ -20,6 +20,7 @@ SAMPLERS = {
     "dpmpp_2m": "DPM++ 2M",
     "dpmpp_2m_karras": "DPM++ 2M Karras",
     "euler_a": "Euler a",
+    "heun": "Heun",
 }
 Row = dict[str, Any]
 

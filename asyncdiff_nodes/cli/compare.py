@@ -26,7 +26,7 @@ from asyncdiff_nodes.diffusers import SCHEDULERS
 from asyncdiff_nodes.engine import Placement, Plan, PlanError, Simulator
 from asyncdiff_nodes.engine.devices import parse_devices
 
-from .demo import psnr
+from .demo import equal_cost, psnr
 from .plan import MIB
 from .report import console, number, parse_plans, positive
 from .subjects import HELP, Subject, find_subject
@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="segments,stride,warmup,cooldown; separated by semicolons. The published method has no cool-down",
     )
     parser.add_argument(
-        "--runs", default="ddim:50,ddim:20,dpmpp_2m:20,euler_a:20", help="sampler:steps or sampler:steps:pairs, comma-separated"
+        "--runs",
+        default="ddim:50,ddim:20,dpmpp_2m:20,euler_a:20,heun:10:16",
+        help="sampler:steps or sampler:steps:pairs, comma-separated",
     )
     parser.add_argument("--model", default="demo", help=HELP)
     parser.add_argument("--pairs", type=positive, default=64, help="pictures; the demo models' prompts are of their training set")
@@ -91,7 +93,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     wanted: list[tuple[dict[str, Any], Job]] = []  # rows, and what to draw for them
     for sampler, steps, pairs in cases:
         case, levels = {"sampler": sampler, "steps": steps}, subject.levels(sampler, steps)
-        wanted.append(({"method": "sequential", "plan": None, **case, "cost": steps}, job(sampler, steps, pairs)))
+        calls = len(levels.sigmas)
+        wanted.append(({"method": "sequential", "plan": None, **case, "cost": calls}, job(sampler, steps, pairs)))
         for plan in plans:
             of = {"plan": f"{plan.segments},{plan.stride},{plan.warmup}", **case}
             published = replace(plan, cuts=cuts[plan.segments], forecast=0, cooldown=0)
@@ -101,12 +104,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 del variants["ours-fast"]  # there is nothing to make fresh
             for method, variant in variants.items():
                 placement = placements[method]
-                row = {"method": method, **of, "cooldown": variant.at(levels).cooldown, "cost": placement.cost(steps, levels)}
+                row = {"method": method, **of, "cooldown": variant.at(levels).cooldown, "cost": placement.cost(calls, levels)}
                 row["mib_per_call"] = placement.bytes_per_call / MIB
                 wanted.append((row, job(sampler, steps, pairs, variant)))
-            # as many as ours could pay for, rounded in their favour
-            fewer = min(steps, math.ceil(placements["ours"].cost(steps, levels)))
-            wanted.append(({"method": "fewer-steps", **of, "cost": fewer}, job(sampler, fewer, pairs)))
+            fewer = equal_cost(subject.levels, sampler, steps, placements["ours"].cost(calls, levels))
+            cost = len(subject.levels(sampler, fewer).sigmas)
+            wanted.append(({"method": "fewer-steps", **of, "cost": cost}, job(sampler, fewer, pairs)))
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.jobs, spawn) as pool, Progress(console=out, transient=True) as progress:
         jobs = list(dict.fromkeys(todo for _, todo in wanted))

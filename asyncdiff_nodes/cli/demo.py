@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from asyncdiff_nodes.demo import DemoPipeline
 from asyncdiff_nodes.diffusers import SCHEDULERS
-from asyncdiff_nodes.engine import Plan, WorkerGroup, block_seconds, find_family, meta_copy, trace
+from asyncdiff_nodes.engine import NoiseLevels, Plan, WorkerGroup, block_seconds, find_family, meta_copy, trace
 
 from .plan import MIB
 from .report import console, positive
@@ -82,27 +81,37 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             return lambda: progress.advance(task)
 
         total, levels = arguments.steps, pipeline.levels(arguments.scheduler, arguments.steps)
-        sequential, times = sample(pipeline.denoiser, _nothing, total, advancing("sequential", total))
+        calls = len(levels.sigmas)
+        sequential, times = sample(pipeline.denoiser, _nothing, total, advancing("sequential", calls))
         # the first step pays for one-time preparations on both sides
-        rows.append({"method": "sequential", "steps": total, "step_s": statistics.median(times[1:] or times), "speedup": 1.0})
+        rows.append(
+            {
+                "method": "sequential",
+                "steps": total,
+                "calls": calls,
+                "call_s": statistics.median(times[1:] or times),
+                "speedup": 1.0,
+            }
+        )
         costs = _block_costs(pipeline, list(arguments.prompts))
         for method, variant in (("AsyncDiff", plan), ("plain reuse", replace(plan, forecast=0, cooldown=0))):
             progress.console.print(f"starting {plan.world_size} processes: {', '.join(devices)}")
             with WorkerGroup(pipeline.denoiser, variant, devices, threads_per_rank=arguments.threads, costs=costs) as group:
                 placements[method] = group.placement
                 sample(group, group.begin, min(total, plan.warmup + 2), lambda: None)  # one-time preparations
-                pictures[method], times = sample(group, group.begin, total, advancing(method, total))
+                pictures[method], times = sample(group, group.begin, total, advancing(method, calls))
                 stats = group.stats()
             # medians of whole batches, since the later calls of a batch take no time
-            steps = times[plan.warmup : total - variant.at(levels).cooldown] or times
-            batches = [sum(steps[i : i + plan.stride]) / plan.stride for i in range(0, len(steps), plan.stride)]
-            row = {"method": method, "steps": total, "step_s": statistics.median(batches)}
+            some = times[plan.warmup : calls - variant.at(levels).cooldown] or times
+            batches = [sum(some[i : i + plan.stride]) / plan.stride for i in range(0, len(some), plan.stride)]
+            row = {"method": method, "steps": total, "calls": calls, "call_s": statistics.median(batches)}
             rows.append({**row, "mib_per_call": stats.bytes_per_call / MIB})
-        fewer = min(total, math.ceil(placements["AsyncDiff"].cost(total, levels)))
-        pictures["fewer steps"], times = sample(pipeline.denoiser, _nothing, fewer, advancing("fewer steps", fewer))
-        rows.append({"method": "fewer steps", "steps": fewer, "step_s": statistics.median(times[1:] or times)})
+        fewer = equal_cost(pipeline.levels, arguments.scheduler, total, placements["AsyncDiff"].cost(calls, levels))
+        calls = len(pipeline.levels(arguments.scheduler, fewer).sigmas)
+        pictures["fewer steps"], times = sample(pipeline.denoiser, _nothing, fewer, advancing("fewer steps", calls))
+        rows.append({"method": "fewer steps", "steps": fewer, "calls": calls, "call_s": statistics.median(times[1:] or times)})
     for row in rows[1:]:
-        row["speedup"] = rows[0]["step_s"] * total / (row["step_s"] * row["steps"])
+        row["speedup"] = rows[0]["call_s"] * rows[0]["calls"] / (row["call_s"] * row["calls"])
         row["psnr"] = float(psnr(sequential, pictures[row["method"]]).mean())
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,6 +137,11 @@ def _block_costs(pipeline: DemoPipeline, prompts: list[str]) -> list[float]:
     args, kwargs = (sample, 500), {"encoder_hidden_states": context, "return_dict": False}
     graph = trace(meta_copy(pipeline.denoiser), find_family(pipeline.denoiser), args, kwargs)
     return block_seconds(pipeline.denoiser, graph, args, kwargs, repeats=5)
+
+
+def equal_cost(levels: Callable[[str, int], NoiseLevels], scheduler: str, steps: int, cost: float) -> int:
+    """Steps of the shortest run whose calls reach ``cost``, at most ``steps``: rounded up, in its favour."""
+    return next((fewer for fewer in range(1, steps) if len(levels(scheduler, fewer).sigmas) >= cost), steps)
 
 
 def psnr(reference: np.ndarray, pictures: np.ndarray) -> np.ndarray:
@@ -163,16 +177,16 @@ def _sheet(prompts: list[str], sequential: np.ndarray, asynchronous: np.ndarray,
 
 def _print(rows: list[dict[str, Any]], plan: Plan, out: Any) -> None:
     table = Table(title=f"N={plan.segments}, S={plan.stride}, W={plan.warmup}, C={plan.cooldown}: {plan.world_size} devices")
-    for column in ("method", "steps", "s per step", "speed-up", "MiB per call", "PSNR to sequential"):
+    for column in ("method", "steps", "s per call", "speed-up", "MiB per call", "PSNR to sequential"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["method"],
             str(row["steps"]),
-            f"{row['step_s']:.4f}",
+            f"{row['call_s']:.4f}",
             f"{row['speedup']:.2f}x",
             f"{row['mib_per_call']:.2f}" if "mib_per_call" in row else "",
             f"{row['psnr']:.1f} dB" if "psnr" in row else "",
         )
     out.print(table)
-    out.print("Seconds per asynchronous step, median; speed-up of these steps at the same threads per device.", style="dim")
+    out.print("Seconds per asynchronous call, median; speed-up of these calls at the same threads per device.", style="dim")

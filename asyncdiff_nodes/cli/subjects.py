@@ -43,8 +43,8 @@ class Subject(Protocol):
     def prompts(self, count: int) -> list[str]:
         """``count`` prompts to measure with."""
 
-    def levels(self, scheduler: str, steps: int) -> NoiseLevels | None:
-        """Noise of every call of a run, if the scheduler says."""
+    def levels(self, scheduler: str, steps: int) -> NoiseLevels:
+        """Noise of every call of a run."""
 
     def draw(
         self, prompts: list[str], *, steps: int, scheduler: str, seed: int, cfg: float | None, simulator: Simulator | None = None
@@ -144,7 +144,7 @@ class _Folder:
     def prompts(self, count: int) -> list[str]:
         return [_PROMPTS[index % len(_PROMPTS)] for index in range(count)]
 
-    def levels(self, scheduler: str, steps: int) -> NoiseLevels | None:
+    def levels(self, scheduler: str, steps: int) -> NoiseLevels:
         solver = make_scheduler(scheduler, self._schedule)
         solver.set_timesteps(steps)
         return noise_levels(solver)
