@@ -48,6 +48,13 @@ def test_plan_of_sd15_is_balanced_and_cheap(tmp_path, capsys):
     assert "published cuts" in capsys.readouterr().out
 
 
+def test_plan_of_a_transformer(tmp_path):
+    _, plan = run(tmp_path, "plan", "--model", "demo-transformer", "--segments", "4")
+    assert plan["cuts"] == [f"transformer_blocks.{i}" for i in (0, 3, 6, 9)]
+    assert plan["max_share"] == pytest.approx(0.25, abs=0.002) and plan["wrapped"] is False
+    assert plan["mib_per_call"] == 3 * 2 * 64 * 128 * 2 / 2**20  # the hidden states of 64 patches, at three cuts, fp16
+
+
 def test_plan_takes_cuts_stride_and_speeds(tmp_path):
     _, named = run(tmp_path, "plan", "--model", "demo", "--cuts", "conv_in,mid_block")
     assert named["cuts"] == ["conv_in", "mid_block.resnets.0"]

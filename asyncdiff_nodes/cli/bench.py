@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -19,18 +20,19 @@ from rich.progress import Progress
 from rich.table import Table
 
 from asyncdiff_nodes.engine import DeviceError, Plan, PlanError, WorkerGroup, find_family
+from asyncdiff_nodes.engine.inputs import Inputs
 
 from .baseline import Baseline
 from .plan import MIB
 from .report import console, parse_plans, positive
-from .zoo import Model, find_model
+from .zoo import NAMES, Model, find_model
 
 BURST = 3  # asynchronous computing calls per round
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this command."""
-    parser.add_argument("--model", default="sd15", help="sd15, sd21, sdxl, demo, or a diffusers folder (random weights)")
+    parser.add_argument("--model", default="sd15", help=f"one of {', '.join(NAMES)}, or a diffusers folder (random weights)")
     parser.add_argument("--size", type=positive, default=256, metavar="PX", help="picture size")
     parser.add_argument("--plans", default="2,1,1", help="segments,stride,warmup; several separated by semicolons")
     parser.add_argument("--steps", type=positive, default=13, metavar="T", help="denoising steps per plan")
@@ -152,8 +154,9 @@ def _row(group: WorkerGroup, unrouted: float, warmup_step: float, step: float, i
 
 
 def _call(group: WorkerGroup, index: int, steps: int, inputs: Any) -> None:
-    (sample, _), kwargs = inputs
-    group(sample, _schedule(steps)[index], **kwargs)
+    taken = Inputs.take(*inputs, group.family.timestep)
+    args, kwargs = replace(taken, timestep=taken.timestep_like(_schedule(steps)[index])).arguments()
+    group(*args, **kwargs)
 
 
 def _prime(group: WorkerGroup, steps: int, inputs: Any) -> None:

@@ -13,14 +13,14 @@ from rich.table import Table
 from asyncdiff_nodes.engine import Placement, Plan, PlanError, find_family, place, trace
 
 from .report import console, positive
-from .zoo import PUBLISHED_CUTS, find_model
+from .zoo import NAMES, PUBLISHED_CUTS, find_model
 
 MIB = 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this command."""
-    parser.add_argument("--model", default="sd15", help="sd15, sd21, sdxl, demo, or a diffusers folder")
+    parser.add_argument("--model", default="sd15", help=f"one of {', '.join(NAMES)}, or a diffusers folder")
     parser.add_argument("--size", type=positive, default=None, metavar="PX", help="picture size; default: the model's own")
     parser.add_argument("--segments", type=int, default=2, metavar="N", help="parts that the network is cut into")
     parser.add_argument("--stride", type=int, default=1, metavar="S", help="steps served by one parallel call, 1 to 4")

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
+
+from asyncdiff_nodes.models import FAMILIES
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
 
+_UNET = "UNet2DConditionModel"
+_SUPPORTED = sorted(name for name in FAMILIES if hasattr(diffusers, name))
 _SDXL_DOWN = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
 _CONFIGS: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -36,6 +40,8 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
+
+NAMES = (*_CONFIGS, "demo", "demo-transformer")
 
 # where the published implementation cuts (github.com/czg1225/AsyncDiff), by model and number of segments
 PUBLISHED_CUTS: dict[str, dict[int, tuple[str, ...]]] = {
@@ -64,7 +70,7 @@ class Model:
 
     Attributes:
         name: as the user gave it.
-        config: of diffusers' ``UNet2DConditionModel``.
+        config: of the diffusers class that it names; ``UNet2DConditionModel`` if none.
         pixels_per_latent: picture pixels per latent pixel, along one side.
     """
 
@@ -76,7 +82,8 @@ class Model:
         """Latent pixels along one side for a picture of ``pixels``; the model's own size if None."""
         if pixels is None:
             return self.config["sample_size"]
-        step = self.pixels_per_latent * 2 ** (len(self.config.get("block_out_channels", (0,) * 4)) - 1)
+        patch = self.config.get("patch_size") or 2 ** (len(self.config.get("block_out_channels", (0,) * 4)) - 1)
+        step = self.pixels_per_latent * patch
         if pixels < step or pixels % step:
             raise ValueError(f"--size {pixels}: model {self.name} needs a multiple of {step} pixels")
         return pixels // self.pixels_per_latent
@@ -84,40 +91,39 @@ class Model:
     def skeleton(self, dtype: torch.dtype) -> nn.Module:
         """The module tree on the meta device."""
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(self.config)
+            denoiser = getattr(diffusers, self.config.get("_class_name", _UNET)).from_config(self.config)
         # Module.to: diffusers' own warns about lists of layers that are empty here
-        return nn.Module.to(unet, dtype).eval().requires_grad_(False)
+        return nn.Module.to(denoiser, dtype).eval().requires_grad_(False)
 
     def with_random_weights(self, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
         """The model at its true size with small random weights: right for speed, not for pictures."""
-        unet = self.skeleton(dtype).to_empty(device=device)
+        denoiser = self.skeleton(dtype).to_empty(device=device)
         torch.manual_seed(0)
-        for name, parameter in unet.named_parameters():
+        for name, parameter in denoiser.named_parameters():
             if parameter.ndim > 1:
                 parameter.uniform_(-0.02, 0.02)
             else:
                 parameter.fill_(float(name.endswith("weight")))
-        return unet
+        return denoiser
 
 
 def find_model(name: str) -> Model:
-    """A model by name, or the UNet of a diffusers folder.
+    """A model by name, or the denoiser of a diffusers folder.
 
     Raises:
         FileNotFoundError: neither.
+        ValueError: a denoiser that cannot be split.
     """
     if name in _CONFIGS:
         return Model(name, _CONFIGS[name], pixels_per_latent=8)
-    folder = DEMO_WEIGHTS if name == "demo" else Path(name)
-    for path in (folder / "unet" / "config.json", folder / "config.json"):
+    folder = {"demo": DEMO_WEIGHTS, "demo-transformer": DEMO_WEIGHTS / "transformer"}.get(name, Path(name))
+    for path in (folder / "unet" / "config.json", folder / "transformer" / "config.json", folder / "config.json"):
         if path.is_file():
             config = json.loads(path.read_text(encoding="utf-8"))
-            if config.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
-                raise ValueError(f"--model {name}: {path} is a {config['_class_name']}, not a UNet2DConditionModel")
-            return Model(name, config, pixels_per_latent=2 if name == "demo" else _vae_scale(folder))
-    raise FileNotFoundError(
-        f"--model {name}: neither one of {', '.join([*_CONFIGS, 'demo'])} nor a diffusers folder with unet/config.json"
-    )
+            if (kind := config.get("_class_name", _UNET)) not in FAMILIES:
+                raise ValueError(f"--model {name}: {path} is a {kind}, not one of {', '.join(_SUPPORTED)}")
+            return Model(name, config, pixels_per_latent=2 if name.startswith("demo") else _vae_scale(folder))
+    raise FileNotFoundError(f"--model {name}: neither one of {', '.join(NAMES)} nor a diffusers folder with unet/config.json")
 
 
 def _vae_scale(folder: Path) -> int:

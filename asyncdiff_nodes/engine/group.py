@@ -89,11 +89,11 @@ class WorkerGroup:
                 raise UnsupportedModelError(f"weight {empty} is on the meta device: load the model before splitting it")
         self.plan = plan
         self.devices = tuple(str(device) for device in parsed)
-        self._family = family or find_family(module)
+        self.family = family or find_family(module)
         self._skeleton = meta_copy(module)
-        args, kwargs = example_inputs or self._family.example_inputs(self._skeleton, None, 2)
+        args, kwargs = example_inputs or self.family.example_inputs(self._skeleton, None, 2)
         self._graphs: dict[Any, BlockGraph] = {}
-        graph = trace(self._skeleton, self._family, args, kwargs)
+        graph = trace(self._skeleton, self.family, args, kwargs)
         self.placement: Placement = place(graph, plan, speeds, costs)
         self._run = Run(0, plan)
         self._streams: dict[Hashable, Stream] = {}
@@ -183,10 +183,10 @@ class WorkerGroup:
         Raises:
             ScheduleError, InputChangedError, WorkerError, DeadlineError, GroupClosedError: see their messages.
         """
-        inputs = Inputs.take(args, kwargs, self._family.timestep)
+        inputs = Inputs.take(args, kwargs, self.family.timestep)
         if stream not in self._streams:
             graph = self._graph_for(inputs)
-            self._streams[stream] = Stream(stream, self._run, inputs, self._family.sample, graph, self.placement)
+            self._streams[stream] = Stream(stream, self._run, inputs, self.family.sample, graph, self.placement)
         state = self._streams[stream]
         call = state.next(inputs)
         deadline = time.monotonic() + self._call_timeout
@@ -264,7 +264,7 @@ class WorkerGroup:
                 prepare=prepare,
                 threads=threads,
                 numerics=backends.snapshot(),
-                timestep=self._family.timestep,
+                timestep=self.family.timestep,
                 timeout=self._call_timeout,
                 replicated_bytes=self.placement.graph.glue_bytes,
             )
@@ -321,7 +321,7 @@ class WorkerGroup:
         """The block graph, traced with these inputs."""
         signature = inputs.signature
         if signature not in self._graphs:
-            graph = trace(self._skeleton, self._family, *inputs.arguments())
+            graph = trace(self._skeleton, self.family, *inputs.arguments())
             if (graph.names, graph.edges) != (self.placement.graph.names, self.placement.graph.edges):
                 raise UnsupportedModelError("these inputs take another path through the model than it was split for")
             self._graphs[signature] = graph
