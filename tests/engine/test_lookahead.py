@@ -206,6 +206,9 @@ def test_calls_do_not_go_back(group):
         ((0.22, 0.14, 0.09, 0.06, 0.04, 0.03), 0, 0),  # fades out
         ((3.0,), 1, 1),
         ((0.03,), 0, 0),
+        ((3.0, 2.0, 2.0, 0.35, 0.35, 0.04, 0.04), 3, 3),  # Heun: the leap is made of two calls, and tidied up by a third
+        ((3.0, 1.0, 1.0, 0.3, 0.3), 1, 1),
+        ((1.0, 0.2, 0.09, 0.04, 0.04), 0, 0),
     ],
 )
 def test_the_cool_down_ends_with_the_leap_to_a_clean_picture(sigmas, leap, cooldown):
