@@ -37,5 +37,6 @@ def test_the_archive_holds_what_runs():
     folders = {path.split("/")[0] for path in packed if "/" in path}
     assert folders == {"asyncdiff_nodes", "docs", "js", "locales", "workflows"}
     assert {"__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md", "CHANGELOG.md"} <= set(packed)
-    assert not [path for path in ignored if path.startswith(("asyncdiff_nodes/", "js/", "locales/", "workflows/"))]
+    unused = {path for path in ignored if path.startswith(("asyncdiff_nodes/", "js/", "locales/", "workflows/"))}
+    assert unused == {path for path in files if path.startswith("asyncdiff_nodes/demo/weights/transformer/")}
     assert sum(packed.values()) < 15 * 2**20  # most of it is the demo model

@@ -67,8 +67,8 @@ class DemoPipeline:
         missing = [name for name in (*parts, *FILES) if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(
-                f"folder: {str(folder)!r} lacks {', '.join(missing)}; give a complete weights folder, "
-                "or make one with `python tools/train_demo_model.py --export`"
+                f"folder: {str(folder)!r} lacks {', '.join(missing)}; give a complete weights folder, such as the one in the "
+                "project's repository, or make one with `python tools/train_demo_model.py --export`"
             )
         loaded = DENOISERS[denoiser].from_pretrained(
             folder / denoiser, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True
