@@ -6,6 +6,7 @@ their own between (dpm_2, dpmpp_sde) or twice at the same (heun). Working ahead,
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
@@ -29,11 +30,13 @@ def rehearse(sampler: Any, sigmas: torch.Tensor, patcher: ModelPatcher) -> torch
         return once
     stand_in = _StandIn(patcher, limit=_MOST * len(once))
     start = torch.ones(1, 4, 8, 8) * float(sigmas[0])
-    extra = {"model_options": {}, "seed": 0}
+    options = {**sampler.extra_options, "extra_args": {"model_options": {}, "seed": 0}, "callback": None, "disable": True}
+    if "noise_sampler" in inspect.signature(function).parameters:
+        options["noise_sampler"] = lambda *_: torch.zeros_like(start)  # their own takes ten times as long as all the rest
     try:
         # the picture's own noise must not depend on whether there was a rehearsal
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            function(stand_in, start, sigmas.cpu(), extra_args=extra, callback=None, disable=True, **sampler.extra_options)
+            function(stand_in, start, sigmas.cpu(), **options)
     except Exception as error:  # whatever a sampler may want of a model that a stand-in has not
         log.debug("AsyncDiff: no rehearsal of this sampler (%s: %s)", type(error).__name__, error)
         return once
