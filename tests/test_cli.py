@@ -85,6 +85,9 @@ def test_plan_takes_cuts_stride_and_speeds(tmp_path):
         (["compare", "--device", "cuda:99"], "cuda:99"),
         (["compare", "--runs", "ddim:4", "--plans", "2,1,3,1"], "no asynchronous step"),
         (["compare", "--runs", "magic:4"], "magic"),
+        (["similarity", "--device", "cuda:99"], "cuda:99"),
+        (["similarity", "--cfg", "1"], "--cfg 1"),
+        (["similarity", "--model", "nowhere"], "nowhere"),
     ],
 )
 def test_bad_values_are_named_without_a_traceback(argv, message, capsys, tmp_path):

@@ -6,6 +6,8 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -109,3 +111,29 @@ def test_asynchronous_stride_run_begins_anew_each_time_and_follows_another_sched
 def test_a_pipeline_without_a_unet_is_refused():
     with pytest.raises(TypeError, match="no unet"), accelerate(object()):
         pass
+
+
+def test_a_pipeline_with_a_transformer(pipe):
+    """PixArt: exact in the warm-up, ahead after it, and the transformer comes back."""
+    torch.manual_seed(1)
+    transformer = PixArtTransformer2DModel(
+        sample_size=8, in_channels=4, out_channels=8, num_layers=4, num_attention_heads=2, attention_head_dim=24,
+        cross_attention_dim=48, caption_channels=32, use_additional_conditions=False,
+    ).eval()  # fmt: skip
+    pixart = PixArtAlphaPipeline(
+        tokenizer=None, text_encoder=None, vae=pipe.vae, transformer=transformer, scheduler=pipe.scheduler
+    )
+    pixart.set_progress_bar_config(disable=True)
+    masks = {f"{name}prompt_attention_mask": torch.ones(1, 8) for name in ("", "negative_")}
+
+    def draw():
+        return run(pixart, prompt=None, negative_prompt=None, use_resolution_binning=False, height=16, width=16, **masks)
+
+    sequential = draw()
+    for plan, synchronous in ((Plan(warmup=STEPS), True), (Plan(warmup=2), False)):
+        with accelerate(pixart, plan, threads_per_rank=1) as routed:
+            assert torch.equal(draw(), sequential) is synchronous
+            records = routed.stats().records
+        assert {record.call for record in records} == set(range(STEPS))
+        assert {record.call for record in records if record.synchronous} == set(range(plan.warmup))
+    assert pixart.transformer is transformer

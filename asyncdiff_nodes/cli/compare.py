@@ -23,13 +23,13 @@ from scipy.stats import t as student
 from skimage.metrics import structural_similarity
 
 from asyncdiff_nodes.diffusers import SCHEDULERS
-from asyncdiff_nodes.engine import Placement, Plan, PlanError, Simulator
+from asyncdiff_nodes.engine import Plan, PlanError, Simulator, place
 from asyncdiff_nodes.engine.devices import parse_devices
 
 from .demo import equal_cost, psnr
 from .plan import MIB
 from .report import console, number, parse_plans, positive
-from .subjects import HELP, Subject, find_subject
+from .subjects import HELP, Subject, find_subject, graph_of
 
 METHODS = {
     "published": "published",
@@ -83,7 +83,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     parse_devices([arguments.device])
     subject = _subject(arguments.model)
-    cuts = {plan.segments: subject.published_cuts(plan.segments) for plan in plans}
+    graph = graph_of(subject.denoiser)
+    cuts = {plan.segments: subject.published_cuts(graph, plan.segments) for plan in plans}
     facts = {name: getattr(arguments, name) for name in ("model", "cfg", "device")}
 
     def job(sampler: str, steps: int, pairs: int, plan: Plan | None = None) -> Job:
@@ -99,7 +100,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             of = {"plan": f"{plan.segments},{plan.stride},{plan.warmup}", **case}
             published = replace(plan, cuts=cuts[plan.segments], forecast=0, cooldown=0)
             variants = {"published": published, "ours": plan, "ours-fast": replace(plan, fresh_skips=False)}
-            placements = {method: _placement(arguments.model, variant) for method, variant in variants.items()}
+            placements = {method: place(graph, variant) for method, variant in variants.items()}
             if placements["ours-fast"].starts == placements["ours"].starts:
                 del variants["ours-fast"]  # there is nothing to make fresh
             for method, variant in variants.items():
@@ -129,12 +130,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 _subject = cache(find_subject)
-
-
-@cache
-def _placement(model: str, plan: Plan) -> Placement:
-    with Simulator(_subject(model).denoiser, plan) as simulator:
-        return simulator.placement
 
 
 def _draw(job: Job) -> np.ndarray:

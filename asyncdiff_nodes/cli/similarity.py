@@ -19,6 +19,7 @@ from torch import nn
 
 from asyncdiff_nodes.diffusers import SCHEDULERS
 from asyncdiff_nodes.engine import BlockGraph
+from asyncdiff_nodes.engine.devices import parse_devices
 from asyncdiff_nodes.engine.trees import flatten
 
 from .report import console, positive
@@ -44,6 +45,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--cfg {arguments.cfg:g}: choose more than 1, since without guidance there is no direction to look at")
     if arguments.steps < 2:
         raise ValueError(f"--steps {arguments.steps}: there is nothing to compare with less than 2")
+    parse_devices([arguments.device])
     torch.set_num_threads(arguments.threads)
     subject, out = find_subject(arguments.model), console()
     subject.to(arguments.device)
@@ -73,7 +75,7 @@ Found = dict[str, dict[str, list[float]]]
 def _watched(denoiser: nn.Module, graph: BlockGraph, cfg: float) -> Iterator[Found]:
     """Within it, every call adds each block's likeness to its call before: kind -> block -> [steps - 1], means over the batch.
 
-    The batch is taken for the half without the prompt and the half with it, in this order, if there is guidance.
+    The batch is taken for the half without the prompt and the half with it, in this order.
     """
     names = (*graph.names, *_RESULTS)
     found: Found = {kind: {name: [] for name in names} for kind in ("cosine", "change")}

@@ -54,8 +54,8 @@ class Subject(Protocol):
     def to(self, device: str) -> None:
         """Move all networks to ``device``."""
 
-    def published_cuts(self, segments: int) -> tuple[str, ...]:
-        """Cuts of the published kind.
+    def published_cuts(self, graph: BlockGraph, segments: int) -> tuple[str, ...]:
+        """Cuts of the published kind for the graph of :attr:`denoiser`.
 
         Raises:
             PlanError: there are none for so many segments.
@@ -106,9 +106,9 @@ class _Demo:
         for module in (self.denoiser, self._pipeline.text_encoder):
             module.to(device)
 
-    def published_cuts(self, segments: int) -> tuple[str, ...]:
+    def published_cuts(self, graph: BlockGraph, segments: int) -> tuple[str, ...]:
         if self._name not in PUBLISHED_CUTS:
-            return even_cuts(graph_of(self.denoiser), segments)
+            return even_cuts(graph, segments)
         if segments not in PUBLISHED_CUTS[self._name]:
             raise PlanError(f"--plans: the published method has no cuts for {segments} segments: choose 2, 3 or 4")
         return PUBLISHED_CUTS[self._name][segments]
@@ -166,8 +166,8 @@ class _Folder:
     def to(self, device: str) -> None:
         self._pipe.to(device)
 
-    def published_cuts(self, segments: int) -> tuple[str, ...]:
-        return even_cuts(graph_of(self.denoiser), segments)
+    def published_cuts(self, graph: BlockGraph, segments: int) -> tuple[str, ...]:
+        return even_cuts(graph, segments)
 
     def kernel_distance(self, pictures: np.ndarray) -> float | None:
         return None

@@ -41,7 +41,8 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
-NAMES = (*_CONFIGS, "demo", "demo-transformer")
+_DEMOS = {"demo": DEMO_WEIGHTS, "demo-transformer": DEMO_WEIGHTS / "transformer"}
+NAMES = (*_CONFIGS, *_DEMOS)
 
 # where the published implementation cuts (github.com/czg1225/AsyncDiff), by model and number of segments
 PUBLISHED_CUTS: dict[str, dict[int, tuple[str, ...]]] = {
@@ -116,13 +117,13 @@ def find_model(name: str) -> Model:
     """
     if name in _CONFIGS:
         return Model(name, _CONFIGS[name], pixels_per_latent=8)
-    folder = {"demo": DEMO_WEIGHTS, "demo-transformer": DEMO_WEIGHTS / "transformer"}.get(name, Path(name))
+    folder = _DEMOS.get(name, Path(name))
     for path in (folder / "unet" / "config.json", folder / "transformer" / "config.json", folder / "config.json"):
         if path.is_file():
             config = json.loads(path.read_text(encoding="utf-8"))
             if (kind := config.get("_class_name", _UNET)) not in FAMILIES:
                 raise ValueError(f"--model {name}: {path} is a {kind}, not one of {', '.join(_SUPPORTED)}")
-            return Model(name, config, pixels_per_latent=2 if name.startswith("demo") else _vae_scale(folder))
+            return Model(name, config, pixels_per_latent=2 if name in _DEMOS else _vae_scale(folder))
     raise FileNotFoundError(f"--model {name}: neither one of {', '.join(NAMES)} nor a diffusers folder with unet/config.json")
 
 
