@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from .batch import Arguments, divide
 from .errors import UnsupportedModelError
 
 
@@ -24,6 +26,7 @@ class Family:
             size means the model's own. Used to plan before the first call.
         trace_inputs: ``(args, kwargs) -> (args, kwargs)``, what a trace passes instead of a call's own inputs, where the
             forward cannot run on the meta device with these; ``None`` changes nothing.
+        divide: ``(args, kwargs, batch, parts)`` -> the same call for each part of the batch; see :func:`~.batch.divide`.
     """
 
     name: str
@@ -32,6 +35,15 @@ class Family:
     example_inputs: Callable[[nn.Module, int | None, int], tuple[tuple[Any, ...], dict[str, Any]]]
     trace_inputs: Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     sample: tuple[int, str] = (0, "sample")
+    divide: Callable[[tuple[Any, ...], dict[str, Any], int, int], list[Arguments]] = divide
+
+    def parts(self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> list[Arguments]:
+        """The call divided into at most ``count`` parts of its batch."""
+        position, keyword = self.sample
+        sample = args[position] if len(args) > position else kwargs.get(keyword)
+        if count == 1 or not isinstance(sample, torch.Tensor):
+            return [(args, kwargs)]
+        return self.divide(args, kwargs, sample.shape[0], count)
 
 
 def find_family(module: nn.Module) -> Family:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from . import backends, wire
+from .batch import concatenated
 from .calls import Run, Stream
 from .devices import parse_devices
 from .errors import DeviceError, PlanError, ScheduleError, UnsupportedModelError
@@ -38,7 +39,8 @@ class WorkerGroup:
         module: the model, in evaluation mode, on any device. It is not changed, and its weights may be freed afterwards.
             If ``weights`` are given, only its structure counts, and it may be on the meta device.
         plan: how to split; ``Plan()`` is two segments at automatic cuts.
-        devices: one device string per rank, ``plan.segments + plan.stride - 1`` of them; a device may be named repeatedly.
+        devices: one device string per rank, ``plan.world_size`` of them, one branch after the other; a device may be named
+            repeatedly.
         threads_per_rank: intra-op threads of a rank; ``None`` shares the parent's threads among the ranks.
         speeds: relative speed of each device, for automatic cuts.
         costs: cost of each block, for automatic cuts; see :func:`~.plan.place`.
@@ -77,8 +79,8 @@ class WorkerGroup:
         parsed = parse_devices(devices)
         if len(parsed) != plan.world_size:
             raise DeviceError(
-                f"{len(parsed)} devices for segments={plan.segments}, stride={plan.stride}: "
-                f"name segments + stride - 1 = {plan.world_size} devices"
+                f"{len(parsed)} devices for segments={plan.segments}, stride={plan.stride}, branches={plan.branches}: "
+                f"name branches * (segments + stride - 1) = {plan.world_size} devices"
             )
         whole = isinstance(threads_per_rank, int) and not isinstance(threads_per_rank, bool)
         if threads_per_rank is not None and (not whole or threads_per_rank < 1):
@@ -93,12 +95,13 @@ class WorkerGroup:
         self._skeleton = meta_copy(module)
         args, kwargs = example_inputs or self.family.example_inputs(self._skeleton, None, 2)
         self._graphs: dict[Any, BlockGraph] = {}
-        graph = trace(self._skeleton, self.family, args, kwargs)
+        graph = trace(self._skeleton, self.family, *self.family.parts(args, kwargs, plan.branches)[0])
         self.placement: Placement = place(graph, plan, speeds, costs)
         self._run = Run(0, plan)
-        self._streams: dict[Hashable, Stream] = {}
-        self._last: dict[Hashable, Any] = {}  # the last result of each stream
-        self._results: dict[tuple[Hashable, int], Any] = {}
+        # all by branch and stream
+        self._streams: dict[tuple[int, Hashable], Stream] = {}
+        self._last: dict[tuple[int, Hashable], Any] = {}  # the last result
+        self._results: dict[tuple[int, Hashable, int], Any] = {}
         self._records: deque[CallRecord] = deque(maxlen=20_000)
         self._on_record: Callable[[CallRecord], None] | None = None
         self._call_timeout = call_timeout
@@ -157,7 +160,9 @@ class WorkerGroup:
             raise ScheduleError("begin: timesteps is empty; give the timestep of every call, or None")
         if levels is not None and (timesteps is None or len(levels.sigmas) != len(timesteps)):
             raise ScheduleError("begin: levels must be given for the same calls as timesteps")
-        needed = plan.stride > 1 or ((plan.forecast or plan.cooldown) and plan.warmup < len(timesteps or ()))
+        needed = plan.stride > 1 or (
+            plan.segments > 1 and (plan.forecast or plan.cooldown) and plan.warmup < len(timesteps or ())
+        )
         if not needed:
             timesteps = levels = None  # each call brings all that it needs: the caller need not follow any schedule
         self._run = Run(
@@ -168,14 +173,15 @@ class WorkerGroup:
         self._results.clear()
         self._records.clear()
         self._on_record = on_record
-        self._send_all([(("reset", self._run.number), [])] * own.world_size, time.monotonic() + self._call_timeout)
+        self._send_all(("reset", self._run.number), time.monotonic() + self._call_timeout)
 
     def __call__(self, *args: Any, stream: Hashable = None, **kwargs: Any) -> Any:
         """One call of the model, routed.
 
         Args:
             stream: which conditioning batch this is; each stream has its own caches and call count. Everything else is passed
-                to ``module.forward``.
+                to ``module.forward``. With several branches the batch is divided among them; what cannot be divided is the
+                first one's.
 
         Returns:
             What the model's forward returns, tensors on the device of the first tensor argument.
@@ -183,20 +189,23 @@ class WorkerGroup:
         Raises:
             ScheduleError, InputChangedError, WorkerError, DeadlineError, GroupClosedError: see their messages.
         """
-        inputs = Inputs.take(args, kwargs, self.family.timestep)
-        if stream not in self._streams:
-            graph = self._graph_for(inputs)
-            self._streams[stream] = Stream(stream, self._run, inputs, self.family.sample, graph, self.placement)
-        state = self._streams[stream]
-        call = state.next(inputs)
+        parts = [Inputs.take(*part, self.family.timestep) for part in self.family.parts(args, kwargs, self.plan.branches)]
+        streams = [self._stream(branch, stream, inputs) for branch, inputs in enumerate(parts)]
+        calls = [state.next(inputs) for state, inputs in zip(streams, parts, strict=True)]
         deadline = time.monotonic() + self._call_timeout
-        for messages in state.messages(call, inputs, self.plan.world_size):
-            self._send_all([(("call", message), tensors) for message, tensors in messages], deadline)
-        if call.kind is not Kind.REPEATED:
-            self._last[stream] = self._result(stream, call.index, deadline)
-        leaves, structure = self._last[stream]
+        for branch, (state, call, inputs) in enumerate(zip(streams, calls, parts, strict=True)):
+            first = branch * self.plan.branch_size
+            for messages in state.messages(call, inputs, self.plan.branch_size):
+                self._send(
+                    ((first + rank, ("call", message), tensors) for rank, (message, tensors) in enumerate(messages)), deadline
+                )
+        for branch, call in enumerate(calls):
+            if call.kind is not Kind.REPEATED:
+                self._last[branch, stream] = self._result((branch, stream, call.index), deadline)
+        results = [self._last[branch, stream] for branch in range(len(parts))]
         # copies: a caller may change its result in place, and it may be needed again
-        return unflatten([leaf.to(inputs.device, copy=True) for leaf in leaves], structure)
+        leaves = [leaf.to(parts[0].device, copy=True) for leaf in concatenated([leaves for leaves, _ in results])]
+        return unflatten(leaves, results[0][1])
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace weights in the ranks; later calls use the new ones. If this fails half-way, the group is closed.
@@ -223,9 +232,11 @@ class WorkerGroup:
                 if header[1] == token:
                     reports[rank] = header[2]
             else:
-                self._accept(header, tensors)
-        graph = next((s.graph for s in self._streams.values()), self.placement.graph)
-        planned = Placement(graph, self.plan, self.placement.starts).bytes_per_call
+                self._accept(rank, header, tensors)
+        # of the branches that the first stream was divided among
+        first = next((stream for _, stream in self._streams), None)
+        graphs = [state.graph for (_, stream), state in self._streams.items() if stream == first] or [self.placement.graph]
+        planned = sum(Placement(graph, self.plan, self.placement.starts).bytes_per_call for graph in graphs)
         return RunStats(planned, tuple(reports[rank].having(self._records) for rank in sorted(reports)))
 
     def close(self) -> None:
@@ -253,7 +264,7 @@ class WorkerGroup:
     def _boot(self, skeleton: bytes, prepare: Callable[[], None] | None, threads: int, deadline: float) -> None:
         plan = self.plan
         shares = [self._share(rank) for rank in range(plan.world_size)]
-        pairs = tuple(sorted({(sender, share.rank) for share in shares for sender in share.sources.values()}))
+        pairs = tuple(sorted({(share.first + sender, share.rank) for share in shares for sender in share.sources.values()}))
         for share in shares:
             boot = Boot(
                 share=share,
@@ -269,7 +280,7 @@ class WorkerGroup:
                 replicated_bytes=self.placement.graph.glue_bytes,
             )
             self._ranks.send(share.rank, boot, deadline=deadline)
-        self._send_all([(("reset", self._run.number), [])] * plan.world_size, deadline)
+        self._send_all(("reset", self._run.number), deadline)
 
     def _send_weights(self, weights: Iterable[tuple[str, torch.Tensor]], deadline: float) -> None:
         """One at a time, so that no more than a few are ever in memory twice."""
@@ -290,7 +301,7 @@ class WorkerGroup:
 
     def _connect(self, deadline: float) -> None:
         world = self.plan.world_size
-        self._send_all([(("connect",), [])] * world, deadline)
+        self._send_all(("connect",), deadline)
         ready: set[int] = set()
         while len(ready) < world:
             rank, header, _ = self._ranks.next_message(deadline, f"ranks {sorted(set(range(world)) - ready)} to start")
@@ -301,13 +312,14 @@ class WorkerGroup:
         plan, placement, names = self.plan, self.placement, self.placement.graph.names
         segment = plan.segment_of_rank(rank)
         sinks: dict[str, tuple[int, ...]] = {}
-        if rank < plan.segments:  # replicas of the last segment keep nothing, so nobody reads their values
-            for other in range(plan.world_size):
+        if rank % plan.branch_size < plan.segments:  # replicas of the last segment keep nothing, so nobody reads their values
+            for other in range(plan.branch_size):
                 for producer in placement.incoming(plan.segment_of_rank(other)):
                     if placement.segments[producer] == segment:
                         sinks[names[producer]] = (*sinks.get(names[producer], ()), other)
         return Share(
             rank=rank,
+            first=rank - rank % plan.branch_size,
             segment=segment,
             blocks=names,
             owned=frozenset(names[i] for i in placement.owned(segment)),
@@ -316,6 +328,13 @@ class WorkerGroup:
         )
 
     # -- one call ----------------------------------------------------------------------------------------------------
+
+    def _stream(self, branch: int, key: Hashable, inputs: Inputs) -> Stream:
+        """Of this run; a new one if it was not called before."""
+        if (branch, key) not in self._streams:
+            graph = self._graph_for(inputs)
+            self._streams[branch, key] = Stream(key, self._run, inputs, self.family.sample, graph, self.placement)
+        return self._streams[branch, key]
 
     def _graph_for(self, inputs: Inputs) -> BlockGraph:
         """The block graph, traced with these inputs."""
@@ -327,27 +346,29 @@ class WorkerGroup:
             self._graphs[signature] = graph
         return self._graphs[signature]
 
-    def _send_all(self, messages: Sequence[tuple[Any, list[torch.Tensor]]], deadline: float) -> None:
-        """One message to each rank. All or none: a call that only some ranks know of could never end."""
+    def _send_all(self, header: Any, deadline: float) -> None:
+        self._send(((rank, header, ()) for rank in range(self.plan.world_size)), deadline)
+
+    def _send(self, messages: Iterable[tuple[int, Any, Sequence[torch.Tensor]]], deadline: float) -> None:
+        """(rank, header, tensors) each. All or none: a call that only some ranks know of could never end."""
         try:
-            for rank, (header, tensors) in enumerate(messages):
+            for rank, header, tensors in messages:
                 self._ranks.send(rank, header, tensors, deadline=deadline)
         except BaseException:
             self.close()
             raise
 
-    def _result(self, key: Hashable, index: int, deadline: float) -> tuple[list[torch.Tensor], Any]:
-        while (key, index) not in self._results:
-            _, header, tensors = self._ranks.next_message(deadline, f"the result of call {index + 1}")
-            self._accept(header, tensors)
-        return self._results.pop((key, index))
+    def _result(self, key: tuple[int, Hashable, int], deadline: float) -> tuple[list[torch.Tensor], Any]:
+        while key not in self._results:
+            self._accept(*self._ranks.next_message(deadline, f"the result of call {key[2] + 1}"))
+        return self._results.pop(key)
 
-    def _accept(self, header: Any, tensors: list[torch.Tensor]) -> None:
+    def _accept(self, rank: int, header: Any, tensors: list[torch.Tensor]) -> None:
         """Keep a result or a record of this run; what an interrupted run left behind is dropped."""
         verb, *rest = header
         if verb == "result" and rest[0] == self._run.number:
-            _, key, index, structure = rest
-            self._results[key, index] = tensors, structure
+            _, stream, index, structure = rest
+            self._results[rank // self.plan.branch_size, stream, index] = tensors, structure
         elif verb == "record" and rest[0] == self._run.number:
             self._records.append(rest[1])
             if self._on_record is not None:

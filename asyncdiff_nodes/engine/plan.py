@@ -20,8 +20,8 @@ class Plan:
     """How a model is split and how stale its parts may be (paper section 3).
 
     Attributes:
-        segments: N, the number of parts that the network is cut into, 2 up to the number of blocks.
-        stride: S, denoising steps served by one parallel call, 1 to 4. The plan needs ``N + S - 1`` devices.
+        segments: N, the number of parts that the network is cut into, 2 up to the number of blocks; 1 with several branches.
+        stride: S, denoising steps served by one parallel call, 1 to 4. Each branch needs ``N + S - 1`` devices.
         warmup: W >= 1, leading synchronous calls. The last one fills the caches. With S > 1 choose W = 1 + a multiple of S:
             otherwise the calls before the first full batch repeat the result of call W - 1.
         time_shift: every rank uses the previous timestep in asynchronous calls.
@@ -37,6 +37,8 @@ class Plan:
         cooldown: C, synchronous calls at the end of runs whose schedule is known. Later calls make up for much of what was wrong
             in a call, but nothing does for the one that leaps to a clean picture: an exact call is worth more there than
             anywhere else. Schedules that fade out without a leap have no cool-down (:attr:`~.lookahead.NoiseLevels.leap`).
+        branches: parts of a call's batch, such as the two halves of CFG, that are computed side by side, each by N segments of
+            its own. With one segment each nothing is stale: the result is the model's for each part by itself.
     """
 
     segments: int = 2
@@ -47,10 +49,12 @@ class Plan:
     cuts: tuple[str, ...] | None = None
     fresh_skips: bool = True
     cooldown: int = 0
+    branches: int = 1
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("segments", 2, None),
+            ("branches", 1, None),
+            ("segments", 1 if self.branches != 1 else 2, None),
             ("stride", 1, MAX_STRIDE),
             ("warmup", 1, None),
             ("forecast", 0, 1),
@@ -61,6 +65,8 @@ class Plan:
                 raise PlanError(f"{name} must be a whole number, not {value!r}")
             if value < low or (high is not None and value > high):
                 raise PlanError(f"{name}={value} is out of range: choose {low} " + ("or more" if high is None else f"to {high}"))
+        if self.segments == 1 and self.stride > 1:
+            raise PlanError(f"stride={self.stride} with segments=1: take 2 segments or more, or stride 1")
         for name in ("time_shift", "fresh_skips"):
             if not isinstance(getattr(self, name), bool):
                 raise PlanError(f"{name} must be True or False, not {getattr(self, name)!r}")
@@ -81,17 +87,25 @@ class Plan:
         return replace(self, cooldown=self.cooldown + levels.leap - 1 if levels.leap else 0)
 
     @property
-    def world_size(self) -> int:
-        """Number of ranks, and of devices: N + S - 1."""
+    def branch_size(self) -> int:
+        """Number of ranks of one branch: N + S - 1."""
         return self.segments + self.stride - 1
 
+    @property
+    def world_size(self) -> int:
+        """Number of ranks, and of devices, those of one branch after those of another."""
+        return self.branches * self.branch_size
+
     def segment_of_rank(self, rank: int) -> int:
-        """Ranks N and above replicate the last segment."""
-        return min(rank, self.segments - 1)
+        """Ranks N and above of a branch replicate the last segment."""
+        return min(rank % self.branch_size, self.segments - 1)
 
 
 class Placement(Mapping[str, int]):
-    """Block name -> the segment that others read it of, in execution order, and what follows from it for one block graph."""
+    """Block name -> the segment that others read it of, in execution order, and what follows from it for one block graph.
+
+    The same in every branch; the graph, and so all bytes, are of one branch's part of the batch.
+    """
 
     def __init__(self, graph: BlockGraph, plan: Plan, starts: Sequence[int], costs: Sequence[float] | None = None) -> None:
         self.graph = graph
@@ -158,13 +172,15 @@ class Placement(Mapping[str, int]):
     def cost(self, steps: int, levels: NoiseLevels | None = None, plan: Plan | None = None) -> float:
         """Of a run of ``steps`` calls with these noise levels, in evaluations of the unrouted model, communication left out.
 
+        Batches are taken to divide evenly over the branches.
+
         Args:
             plan: of the run, if not the placement's own; see ``WorkerGroup.begin``.
         """
         plan = (plan or self.plan).at(levels)
         synchronous = min(plan.warmup + plan.cooldown, steps)
         batches = math.ceil((steps - synchronous) / plan.stride)
-        return synchronous + batches * max(self.shares) + self._lag(batches)
+        return (synchronous + batches * max(self.shares) + self._lag(batches)) / plan.branches
 
     def within(self, speedup: float, plan: Plan, steps: int, levels: NoiseLevels | None = None) -> Plan:
         """``plan`` with the longest warm-up that makes a run of ``steps`` calls at least ``speedup`` times as fast as unrouted.
@@ -215,8 +231,8 @@ class Placement(Mapping[str, int]):
 
     @property
     def bytes_per_call(self) -> int:
-        """Bytes that all ranks together send per computing call (which serves ``stride`` steps)."""
-        return sum(self.received_bytes(self.plan.segment_of_rank(rank)) for rank in range(self.plan.world_size))
+        """Bytes that all ranks of a branch together send per computing call (which serves ``stride`` steps)."""
+        return sum(self.received_bytes(self.plan.segment_of_rank(rank)) for rank in range(self.plan.branch_size))
 
 
 def mac_costs(graph: BlockGraph) -> list[float]:
@@ -251,9 +267,14 @@ def place(
     if speeds is None:
         speeds = [1.0] * plan.world_size
     if len(speeds) != plan.world_size or not all(0 < s < float("inf") for s in speeds):
-        raise PlanError(f"speeds={list(speeds)}: give {plan.world_size} positive numbers, one per device (segments + stride - 1)")
-    # the replicas of the last segment work side by side: the slowest counts
-    per_segment = [*speeds[: plan.segments - 1], min(speeds[plan.segments - 1 :])]
+        raise PlanError(f"speeds={list(speeds)}: give {plan.world_size} positive numbers, one per device")
+    # replicas of the last segment, and branches, work side by side: the slowest counts
+    per_segment = [
+        min(speed for rank, speed in enumerate(speeds) if plan.segment_of_rank(rank) == segment)
+        for segment in range(plan.segments)
+    ]
+    if plan.segments == 1:
+        return Placement(graph, plan, (0,), costs)
     ahead = bool(plan.forecast)
     starts = best_starts(Arcs(graph, costs, ahead), per_segment, plan.stride, ahead and plan.fresh_skips)
     return Placement(graph, plan, starts, costs)

@@ -11,6 +11,8 @@ k is the 0-based call of one stream in one run, W the warm-up, N the segments, S
 * A call whose batch began before W (S > 1 and W - 1 not a multiple of S) repeats the result of call W - 1.
 * time_shift: asynchronous calls use the timestep before.
 
+Branches do all this side by side; ranks are counted within one of them. With one segment each, every call is asynchronous.
+
 Working ahead (``forecast=1`` with a schedule) keeps this rhythm, but the ranks compute for other calls. Segment d < N - 1
 computes, at the first call k of a batch, for the call k + (N - 1 - d) S, with the input that is expected there and that call's
 timestep: when another segment comes to that call, the value is there and needs no guess. The last segment computes for each call
@@ -75,7 +77,9 @@ def call_at(plan: Plan, k: int, total: int | None) -> Call:
     Raises:
         ScheduleError: stride > 1 without a schedule, or more calls than it has.
     """
-    ranks, last = plan.world_size, plan.segments - 1
+    ranks, last = plan.branch_size, plan.segments - 1
+    if plan.segments == 1:  # never behind
+        return Call(k, Kind.ASYNCHRONOUS, (k,), (k,), ((0, k),))
     if plan.stride > 1 and total is None:
         raise ScheduleError(f"stride={plan.stride} needs the whole schedule: call begin(timesteps) before the first call")
     if total is not None and k >= total and (plan.stride > 1 or plan.forecast or plan.cooldown):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from .batch import concatenated
 from .family import Family, find_family
 from .graph import meta_copy, trace
 from .inputs import Inputs, join
@@ -21,6 +22,7 @@ from .lookahead import NoiseLevels, Outlook
 from .plan import Placement, Plan, place
 from .schedule import Kind, call_at, calls_ahead
 from .stub import value_for
+from .trees import flatten, unflatten
 
 
 class Simulator:
@@ -43,6 +45,7 @@ class Simulator:
         self._family = family or find_family(module)
         skeleton = meta_copy(module)
         args, kwargs = example_inputs or self._family.example_inputs(skeleton, None, 2)
+        args, kwargs = self._family.parts(args, kwargs, plan.branches)[0]
         self.placement: Placement = place(trace(skeleton, self._family, args, kwargs), plan)
         self._run_plan = plan
         self._timesteps: list[float] | None = None
@@ -78,9 +81,15 @@ class Simulator:
     @torch.no_grad()
     def __call__(self, *args: Any, stream: Hashable = None, **kwargs: Any) -> Any:
         """One call; see ``WorkerGroup.__call__``."""
-        plan, state = self._run_plan, self._streams.setdefault(stream, {"k": 0, "history": [], "results": {}})
+        parts = self._family.parts(args, kwargs, self.plan.branches)
+        results = [self._branch((branch, stream), *part) for branch, part in enumerate(parts)]
+        leaves, (structure, *_) = zip(*map(flatten, results), strict=True)
+        return unflatten(concatenated(leaves), structure)
+
+    def _branch(self, key: tuple[int, Hashable], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        plan, state = self._run_plan, self._streams.setdefault(key, {"k": 0, "history": [], "results": {}})
         inputs = Inputs.take(args, kwargs, self._family.timestep)
-        ahead = bool(plan.forecast and self._levels is not None)
+        ahead = bool(plan.forecast and self._levels is not None and plan.segments > 1)
         if ahead:
             at = inputs.position(self._family.sample)
             outlook = state.setdefault("outlook", Outlook(self._levels))

@@ -26,11 +26,13 @@ class Share:
     """What one rank owns and exchanges. Blocks are named; sequences are in execution order.
 
     Attributes:
+        first: the first rank of its branch; the others below are counted from there.
         sources: block of another segment that this rank reads -> the rank that sends it.
         sinks: own block -> the ranks that read it.
     """
 
     rank: int
+    first: int
     segment: int
     blocks: tuple[str, ...]
     owned: frozenset[str]
@@ -153,7 +155,7 @@ class SplitModel:
             yield CallRecord(**facts, **times, drift={name: float(d) for name, d in drifts.items()})
 
     def _arrival(self, sender: int, metas: Sequence[TensorMeta]) -> Any:
-        coming = [self._transport.receive(sender, meta) for meta in metas]
+        coming = [self._transport.receive(self._share.first + sender, meta) for meta in metas]
 
         def wait() -> tuple[torch.Tensor, ...]:
             start = self._watch.mark()
@@ -186,4 +188,4 @@ class SplitModel:
                     f"block {name} returned {leaf.dtype} {tuple(leaf.shape)}, but the trace says {meta.dtype} {meta.shape}"
                 )
             for receiver in self._share.sinks[name]:
-                self._transport.send(receiver, leaf, meta)
+                self._transport.send(self._share.first + receiver, leaf, meta)

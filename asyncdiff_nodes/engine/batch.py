@@ -1,0 +1,34 @@
+"""A call's batch divided into parts that are computed apart from each other, and their results put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # (args, kwargs) of one call
+
+
+def divide(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, parts: int) -> list[Arguments]:
+    """The same call for each of at most ``parts`` parts of its ``batch`` items, as equal as can be.
+
+    Tensors whose first dimension is the batch are divided (views), everything else goes to all parts.
+    """
+    parts = min(parts, batch)
+
+    def of(part: int) -> Any:
+        def pick(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == batch:
+                return leaf.tensor_split(parts)[part]
+            return leaf
+
+        return pick
+
+    return [tree_map(of(part), (args, kwargs)) for part in range(parts)]
+
+
+def concatenated(parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """The leaves of a result [B, ...] from those of its parts."""
+    return [torch.cat(leaves) for leaves in zip(*parts, strict=True)] if len(parts) > 1 else list(parts[0])
