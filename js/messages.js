@@ -15,6 +15,8 @@ export const ENGLISH = {
   ready: "ready",
   rank: "Rank {rank} · {device}",
   segment: "segment {segment}",
+  branch: "branch {branch}",
+  branches: "{count} branches that share out the batch",
   perStep: "seconds per step",
   sequential: "sequential {value}",
   speedup: "speed-up",

@@ -55,6 +55,7 @@ export function planInWords(run) {
   const counts = new Map();
   for (const rank of run.ranks) counts.set(rank.title, (counts.get(rank.title) ?? 0) + 1);
   const devices = [...counts].map(([title, count]) => (count > 1 ? `${count} x ${title}` : title)).join(" + ");
+  const branches = run.plan.branches > 1 ? `${t("branches", { count: run.plan.branches })}, ` : "";
   const segments = run.ranks.slice(0, run.plan.segments).map((rank) =>
     t("owns", {
       segment: rank.segment + 1,
@@ -64,7 +65,7 @@ export function planInWords(run) {
     }),
   );
   if (run.plan.stride > 1) segments.push(t("replicas", { count: run.plan.stride }));
-  return t("plan", { devices, segments: segments.join(", ") });
+  return t("plan", { devices, segments: branches + segments.join(", ") });
 }
 
 /** 0.123 as "12%". */

@@ -121,7 +121,7 @@ class Stream:
         return call
 
     def messages(self, call: Call, inputs: Inputs, ranks: int) -> Iterator[list[tuple[CallMessage, list[torch.Tensor]]]]:
-        """What to send for ``call``: one message and its tensors per rank, and that several times or not at all."""
+        """What to send for ``call``: one message and its tensors per rank of the branch, several times or not at all."""
         for part in (call, *calls_ahead(self._plan, call.index, self._total)):
             if part.computes:
                 packed, tensors, known = inputs.pack(self._sent, always=self._sample)
@@ -160,7 +160,7 @@ class Stream:
         plan, synchronous = self._run.plan, call.kind in (Kind.SYNCHRONOUS, Kind.AHEAD)
         # the replicas only listen in synchronous calls, and where this run's stride is smaller than the group's
         computes = rank < len(call.targets) and not (synchronous and rank >= plan.segments)
-        needed = self._needs[plan.segment_of_rank(rank)]
+        needed = self._needs[min(rank, plan.segments - 1)]
         target = call.targets[rank] if computes else call.index
         if self._outlook is not None and target != call.index and self._sample in needed:
             tensors = list(tensors)

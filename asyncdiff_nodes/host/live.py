@@ -115,6 +115,7 @@ class Progress:
         segment = group.plan.segment_of_rank(rank)
         begins, ends = placement.span(segment)
         return {
+            "branch": rank // group.plan.branch_size,
             "segment": segment,
             "device": group.devices[rank],
             "title": title(group.devices[rank]),

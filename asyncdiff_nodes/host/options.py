@@ -34,6 +34,7 @@ class Options:
         segments: number of segments, 0 for as many as the devices allow.
         stride, warmup, time_shift, forecast, cooldown: see :class:`~asyncdiff_nodes.engine.Plan`.
         speedup: of the whole run; the warm-up is then as long as that allows, whatever ``warmup`` says. 0 for none in particular.
+        branches: see :class:`~asyncdiff_nodes.engine.Plan`; 0 for as many as are of use.
     """
 
     preset: str = "Balanced"
@@ -46,9 +47,13 @@ class Options:
     forecast: bool = True
     cooldown: int = 1
     speedup: float = 0.0
+    branches: int = 0
 
-    def resolve(self) -> tuple[Plan, tuple[str, ...]]:
+    def resolve(self, useful: int = 1) -> tuple[Plan, tuple[str, ...]]:
         """The plan, and one device per rank.
+
+        Args:
+            useful: how many branches the sampling has work for, if there are to be as many as are of use.
 
         Raises:
             OneDeviceError: fewer than two devices.
@@ -59,28 +64,47 @@ class Options:
         devices = self._devices()
         count = len(devices)
         knobs: dict[str, Any] = {"cuts": tuple(_words(self.cuts)) or None}
+        branches = self._branches(count, useful)
+        each = count // branches
         if self.preset == "Custom":
             if self.speedup and not 1 <= self.speedup < math.inf:
                 raise PlanError(f"speedup={self.speedup:g} is out of range: choose 1 or more, or 0 for none in particular")
             if self.segments < 0:
                 raise PlanError(f"segments={self.segments} is out of range: choose 2 or more, or 0 for automatic")
-            segments = self.segments or count - self.stride + 1
-            if segments < 2:
-                raise PlanError(f"stride={self.stride} needs {self.stride + 1} devices or more, and there are {count}: lower it")
+            segments = self.segments or each - self.stride + 1
+            if segments < (2 if self.stride > 1 or branches == 1 else 1):
+                raise PlanError(
+                    f"stride={self.stride} with branches={branches} needs {branches * (self.stride + 1)} devices or more, "
+                    f"and there are {count}: lower one of them"
+                )
             knobs |= {name: getattr(self, name) for name in ("stride", "warmup", "time_shift", "cooldown")}
             knobs["forecast"] = int(self.forecast)
         else:
-            preset = "Fast" if self.preset == "Turbo" and count < 3 else self.preset  # stride 2 takes three devices
+            preset = "Fast" if self.preset == "Turbo" and each < 3 else self.preset  # stride 2 takes three devices
             stride = 2 if preset == "Turbo" else 1
-            segments, knobs["stride"] = count - stride + 1, stride
+            segments, knobs["stride"] = each - stride + 1, stride
             knobs |= {"warmup": {"Exact": ALWAYS, "Fast": 2}.get(preset, 3), "cooldown": 1, "fresh_skips": preset != "Fast"}
-        plan = Plan(segments=segments, **knobs)
+        plan = Plan(segments=segments, branches=branches, **knobs)
         if plan.world_size > count:
             raise PlanError(
-                f"segments={plan.segments} with stride={plan.stride} needs {plan.world_size} devices (segments + stride - 1), "
-                f"and there are {count}: {', '.join(devices)}"
+                f"segments={plan.segments} with stride={plan.stride} and branches={plan.branches} needs {plan.world_size} "
+                f"devices (branches * (segments + stride - 1)), and there are {count}: {', '.join(devices)}"
             )
         return plan, devices[: plan.world_size]
+
+    def _branches(self, count: int, useful: int) -> int:
+        """How many there will be on ``count`` devices."""
+        if self.preset == "Custom":
+            if self.branches < 0:
+                raise PlanError(f"branches={self.branches} is out of range: choose 1 or more, or 0 for as many as are of use")
+            if self.branches:
+                return self.branches
+        # who says what the segments are, or wants the host's picture bit by bit, means the whole batch
+        given = self.cuts or (self.preset == "Custom" and self.segments) or self.preset == "Exact"
+        if given or count % useful:
+            return 1
+        # of four devices, three segments with stride 2 are the fastest
+        return 1 if self.preset == "Turbo" and count // useful == 2 else useful
 
     def _devices(self) -> tuple[str, ...]:
         names, given = _words(self.devices), f"devices={self.devices!r}"

@@ -46,7 +46,7 @@ class RunRecord:
         timing = self.timing
         devices = ", ".join(timing.devices)
         gain = f" · {timing.speedup:.2f}x" if timing.speedup else ""
-        return f"{self.plan.segments} segments on {devices}{gain}" + "".join(f" · {note}" for note in self.notes)
+        return f"{_in_words(self.plan)} on {devices}{gain}" + "".join(f" · {note}" for note in self.notes)
 
     @property
     def timing(self) -> Timing | None:
@@ -65,9 +65,9 @@ class RunRecord:
         streams = {call.stream for call in calls}
         warmup = "every step synchronous" if plan.warmup >= ALWAYS else f"warm-up {plan.warmup}"
         stale = "working ahead" if plan.forecast else "reuse"
+        how = f"stride {plan.stride}, {warmup}, {stale}" + (", time shift" if plan.time_shift else "")
         lines[:0] = [
-            f"Plan: {plan.segments} segments, stride {plan.stride}, {warmup}, {stale}"
-            + (", time shift" if plan.time_shift else ""),
+            f"Plan: {_in_words(plan)}, " + (how if plan.segments > 1 else "each with the whole network: nothing is stale"),
             f"Calls: {len(calls)} on {len(streams)} stream(s); synchronous: {_synchronous(calls)}",
         ]
         if timing.step_seconds:
@@ -88,10 +88,11 @@ class RunRecord:
     def _rank_line(self, rank: RankReport, timing: Timing) -> str:
         names = [self.placement.graph.names[index] for index in self.placement.owned(rank.segment)]
         share = self.placement.shares[rank.segment]
+        branch = f"branch {rank.rank * self.plan.branches // len(self.stats.ranks) + 1}, " if self.plan.branches > 1 else ""
         times = [record for record in timing.computing if record.rank == rank.rank]
         compute, wait = (statistics.median(getattr(r, kind) for r in times) if times else 0.0 for kind in ("compute", "wait"))
         return (
-            f"Rank {rank.rank} on {rank.device}: segment {rank.segment + 1}, {len(names)} blocks from "
+            f"Rank {rank.rank} on {rank.device}: {branch}segment {rank.segment + 1}, {len(names)} blocks from "
             f"{self.placement.span(rank.segment)[0]} ({share:.0%} of the work), {_mib(rank.weight_bytes)} of weights, "
             f"compute {compute:.3f} s and wait {wait:.3f} s per call"
         )
@@ -113,6 +114,11 @@ def publish(record: RunRecord) -> None:
     server = prompt_server()
     if context is not None and server is not None:
         server.send_progress_text(f"AsyncDiff: {record.line}", context.node_id)
+
+
+def _in_words(plan: Plan) -> str:
+    segments = f"{plan.segments} segments" if plan.segments > 1 else "1 segment"
+    return segments if plan.branches == 1 else f"{plan.branches} branches of {segments}"
 
 
 def _synchronous(calls: Sequence[CallSummary]) -> str:

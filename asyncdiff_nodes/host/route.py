@@ -30,6 +30,7 @@ from asyncdiff_nodes.engine import (
     WorkerGroup,
 )
 
+from .branches import affordable, items_per_call
 from .live import Progress
 from .options import ALWAYS, OneDeviceError, Options
 from .patches import call_obstacle, obstacle, shippable
@@ -77,7 +78,7 @@ class Route:
     def outer_sample(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         """Around one sampling: set up, and tear down however it ends."""
         with POOL.in_use():
-            outer, self._sampling = self._sampling, Sampling(self._options, executor.class_obj.model_patcher, *args[2:4])
+            outer, self._sampling = self._sampling, Sampling(self._options, executor.class_obj, *args[2:4])
             try:
                 result = executor(*args, **kwargs)
                 self._sampling.finish()
@@ -111,6 +112,7 @@ class Sampling:
     """One run of the host's sampler on a worker group.
 
     Args:
+        guider: the host's GUIDER.
         sampler: the host's SAMPLER.
         sigmas: its schedule, [steps + 1].
 
@@ -118,10 +120,10 @@ class Sampling:
         group: None while, and wherever, the host computes the network itself.
     """
 
-    def __init__(self, options: Options, patcher: ModelPatcher, sampler: Any, sigmas: torch.Tensor) -> None:
+    def __init__(self, options: Options, guider: Any, sampler: Any, sigmas: torch.Tensor) -> None:
         self.group: WorkerGroup | None = None
         self._options = options
-        self._patcher = patcher
+        self._guider, self._patcher = guider, guider.model_patcher
         self._sampler, self._sigmas = sampler, sigmas
         self._plan: Plan | None = None
         self._loaded_here = False
@@ -143,12 +145,15 @@ class Sampling:
         if not steps:
             return self._note("there is no step to sample")
         try:
-            plan, devices = self._options.resolve()
+            items = items_per_call(self._guider, conds, model_options or {}, noise_shape[0])
+            plan, devices = self._options.resolve(useful=2 if items % 2 == 0 else 1)
             helpers = comfy.sampler_helpers
             others, extra = helpers.get_additional_models(conds, patcher.model_dtype())
             others += helpers.get_additional_models_from_model_options(model_options)
             others += patcher.get_nested_additional_models()
             need, least = (size + extra for size in helpers.estimate_memory(patcher, noise_shape, conds))
+            if plan.branches > 1 and not self._options.branches and not affordable(patcher, plan, devices, least):
+                plan, devices = self._options.resolve()
 
             def load(ranks: list[Any]) -> None:
                 comfy.model_management.load_models_gpu([*others, *ranks], memory_required=need, minimum_memory_required=least)
@@ -172,7 +177,7 @@ class Sampling:
                 self._note(str(error))
                 plan = replace(plan, warmup=1)
         here = plan.at(levels)
-        if len(calls) <= here.warmup + here.cooldown < ALWAYS:
+        if plan.segments > 1 and len(calls) <= here.warmup + here.cooldown < ALWAYS:
             self._note(
                 f"all of these {steps} steps are exact, so none is faster: a warm-up of {here.warmup} and a cool-down of "
                 f"{here.cooldown} leave none between them. Take more steps, or a shorter warm-up with the preset Fast or Custom"
@@ -211,6 +216,11 @@ class Sampling:
         patches = [shipped.get(kind) for kind in ("patches", "patches_replace")]
         stream = (tuple(options.get("uuids", ())), tuple(x.shape), _outline(control), repr((patches, window)))
         self._progress.call(stream)
+        if self._plan.branches > len(x):
+            self._note(
+                "the host evaluates these prompts one after the other, so there is nothing to divide and only the first of "
+                f"{self._plan.branches} branches works: AsyncDiff Options, Custom, branches=1 uses all devices"
+            )
         try:
             return self.group(x, timesteps, stream=stream, **kwargs)
         except ScheduleError:

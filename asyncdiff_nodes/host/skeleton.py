@@ -13,6 +13,8 @@ from torch import nn
 from asyncdiff_nodes.engine import Family, UnsupportedModelError, find_family
 from asyncdiff_nodes.engine.graph import tensors_of
 
+from .branches import divide
+
 
 def skeleton_of(patcher: ModelPatcher) -> nn.Module:
     """The diffusion model of ``patcher`` on the meta device.
@@ -60,8 +62,8 @@ def fingerprint_of(patcher: ModelPatcher) -> str:
 
 
 def family_of(skeleton: nn.Module) -> Family:
-    """How to split ``skeleton``, and how to trace it."""
-    return replace(find_family(skeleton), trace_inputs=_traceable)
+    """How to split ``skeleton``, how to trace it, and how to divide its calls."""
+    return replace(find_family(skeleton), trace_inputs=_traceable, divide=divide)
 
 
 def _traceable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -32,8 +32,19 @@ class Timing:
     @cached_property
     def computing(self) -> list[CallRecord]:
         """Without the replicas that only listened, and without what was done ahead in the warm-up."""
-        used, segments = self.plan.world_size, self.plan.segments
-        return [r for r in self.records if not r.ahead and (r.rank < segments or (r.rank < used and not r.synchronous))]
+        used, segments = self.plan.branch_size, self.plan.segments
+        return [r for r in self.records if not r.ahead and r.rank % self._size < (segments if r.synchronous else used)]
+
+    @property
+    def _size(self) -> int:
+        """Ranks of one branch of the group, which may have more than this run uses."""
+        return len(self.devices) // self.plan.branches
+
+    @cached_property
+    def _ranks(self) -> list[int]:
+        """One for each segment, of the branches that compute."""
+        branches = sorted({record.rank // self._size for record in self.records})
+        return [branch * self._size + segment for branch in branches for segment in range(self.plan.segments)]
 
     @cached_property
     def calls(self) -> dict[tuple[str, int], bool]:
@@ -58,8 +69,7 @@ class Timing:
     @property
     def last_step_seconds(self) -> float | None:
         """The last step that is known of all ranks, synchronous or not."""
-        ranks = self.plan.segments
-        finished = [max((r.call for r in self.records if r.rank == rank), default=-1) for rank in range(ranks)]
+        finished = [max((r.call for r in self.records if r.rank == rank), default=-1) for rank in self._ranks]
         spans: dict[str, list[CallRecord]] = {}
         for record in self.computing:
             if record.call == min(finished):
@@ -73,15 +83,16 @@ class Timing:
 
     @cached_property
     def sequential_seconds(self) -> float | None:
-        """Median compute time of all segments, one after the other: a step without AsyncDiff.
+        """Median compute time of all segments of all branches, one after the other: a step without AsyncDiff.
 
         Ranks that share a device slow each other down, so only their synchronous calls count, without the first (cold) one.
         """
-        segments = range(self.plan.segments)
-        found = [[r.compute for r in self.computing if r.rank == rank and r.synchronous and r.call > 0] for rank in segments]
+        ranks = self._ranks
+        found = [[r.compute for r in self.computing if r.rank == rank and r.synchronous and r.call > 0] for rank in ranks]
         if not all(found) and len(set(self.devices)) == len(self.devices):
-            found = [[r.compute for r in self.computing if r.rank == rank] for rank in segments]
-        return sum(map(statistics.median, found)) / self.work * self.streams_per_step if all(found) else None
+            found = [[r.compute for r in self.computing if r.rank == rank] for rank in ranks]
+        whole = sum(map(statistics.median, found)) if found and all(found) else 0.0
+        return whole / self.work * self.streams_per_step or None
 
     @property
     def speedup(self) -> float | None:

@@ -79,12 +79,14 @@ class AsyncDiffOptions(ReadsSettings):
                     options=["Exact", "Balanced", "Fast", "Turbo", "Custom"],
                     default="Balanced",
                     tooltip=(
+                        "With CFG above 1 and 2, 4, 6 ... equal GPUs, one half of them computes the prompt and the other the "
+                        "negative prompt, but for Exact: with 2 the picture is then KSampler's. Else: "
                         "Balanced: three exact steps, then all devices at once, and an exact last step; the picture stays "
                         "very close (20 steps of the demo model: 1.4x and 58 dB with 2 devices, 2.0x and 43 dB with 4). "
                         "Fast: two exact steps first, and hardly any work done twice; small details change. Turbo: like "
                         "Balanced, but two steps per round with three or more devices; details change (2.2x and 44 dB with "
-                        "3, 2.5x and 36 dB with 4). Exact: KSampler's picture, the weights shared out but no faster. "
-                        "Custom: the settings below."
+                        "3, 2.5x and 36 dB with 4). Exact: KSampler's picture bit by bit, the weights shared out but no "
+                        "faster. Custom: the settings below."
                     ),
                 ),
                 io.String.Input(
@@ -161,6 +163,15 @@ class AsyncDiffOptions(ReadsSettings):
                     tooltip=custom
                     + "How many times as fast the whole run should be, at least: the warm-up is then as long as that "
                     "allows, whatever it says above. 0: no matter. Reckoned for equal devices.",
+                ),
+                io.Int.Input(
+                    "branches",
+                    default=0,
+                    min=0,
+                    max=8,
+                    tooltip=custom + "Parts of a batch, such as prompt and negative prompt, that devices of their own compute. "
+                    "1: all devices work on the whole batch. 0: 2 where that is of use and segments is 0, as with the other "
+                    "presets.",
                 ),
             ],
             outputs=[OptionsType.Output(display_name="options")],

@@ -132,6 +132,7 @@ def options(preset: str = "Exact", devices: str = "cpu,cpu", **changes: Any) -> 
         "cuts": "",
         "cooldown": 1,
         "speedup": 0.0,
+        "branches": 0,
     }
     return node("AsyncDiffOptions", preset=preset, devices=devices, **rest | changes)
 

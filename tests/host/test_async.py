@@ -48,9 +48,9 @@ TWICE = ("heun", "dpm_2", "dpmpp_sde")  # the network is called twice per step
 @pytest.mark.parametrize(
     "options",
     [
-        Options(devices="cpu,cpu"),
+        Options(devices="cpu,cpu,cpu,cpu"),
         Options("Turbo", "cpu,cpu,cpu"),
-        Options("Custom", "cpu,cpu", warmup=2, forecast=False, time_shift=True),
+        Options("Custom", "cpu,cpu", segments=2, warmup=2, forecast=False, time_shift=True),
     ],
     ids=["balanced", "turbo", "custom"],
 )
@@ -64,7 +64,7 @@ def test_presets_equal_the_simulator(kind, options, sampler):
 
     stock = sample(model)
     routed = sample(attach(model, options))
-    plan = options.resolve()[0]
+    plan = options.resolve(useful=2)[0]
     if sampler in TWICE:  # 8 steps are then 15 calls, or 16 where the last step is made of two as well
         assert plan.warmup * 15 / 8 <= last_run().plan.warmup <= plan.warmup * 2 + 1
         assert last_run().plan.warmup % plan.stride == 1 % plan.stride
@@ -91,7 +91,7 @@ def test_stride_falls_back_where_calls_are_not_foretold():
 
 
 def test_same_seed_same_picture():
-    model = attach(small.model("sd15"), Options(devices="cpu,cpu"))
+    model = attach(small.model("sd15"), Options("Custom", devices="cpu,cpu", segments=2))
     prompts = small.conditioning("sd15", 1), small.conditioning("sd15", 2)
     first, second = (
         nodes.KSampler().sample(model, 5, 8, 4.0, "euler", "normal", *prompts, small.latent())[0]["samples"] for _ in range(2)

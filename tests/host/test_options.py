@@ -17,8 +17,11 @@ from asyncdiff_nodes.host.route import attach
         (Options(preset="Ludicrous"), PlanError, "preset='Ludicrous'.*Exact, Balanced, Fast, Turbo, Custom"),
         (Options(devices="cpu,gpu"), DeviceError, "'gpu' is not a device"),
         (Options(devices="cpu,cuda:7"), DeviceError, "'cuda:7' does not exist"),
-        (Options("Custom", "cpu,cpu", segments=3), PlanError, "segments=3 with stride=1 needs 3 devices.*there are 2"),
-        (Options("Custom", "cpu,cpu", stride=2), PlanError, "stride=2 needs 3 devices"),
+        (Options("Custom", "cpu,cpu", segments=3), PlanError, "segments=3 with stride=1 and branches=1 needs 3 devices.*are 2"),
+        (Options("Custom", "cpu,cpu", stride=2), PlanError, "stride=2 with branches=1 needs 3 devices"),
+        (Options("Custom", "cpu,cpu,cpu", stride=2, branches=2), PlanError, "stride=2 with branches=2 needs 6 devices"),
+        (Options("Custom", "cpu,cpu", branches=-1), PlanError, "branches=-1"),
+        (Options("Custom", "cpu,cpu,cpu", segments=2, branches=2), PlanError, "segments=2 .*branches=2 needs 4 devices.*are 3"),
         (Options("Custom", "cpu,cpu", segments=-1), PlanError, "segments=-1"),
         (Options("Custom", "cpu,cpu", segments=2, warmup=0), PlanError, "warmup=0"),
         (Options("Custom", "cpu,cpu", segments=2, stride=9), PlanError, "stride=9"),
@@ -61,6 +64,32 @@ def test_presets(options, segments, stride, warmup, ranks):
     assert plan.cooldown == options.cooldown == 1
 
 
+@pytest.mark.parametrize(
+    "options, branches, segments, stride",
+    [
+        (Options(devices="cpu,cpu"), 2, 1, 1),
+        (Options("Fast", "cpu,cpu"), 2, 1, 1),
+        (Options("Turbo", "cpu,cpu"), 2, 1, 1),
+        (Options(devices="cpu,cpu,cpu"), 1, 3, 1),
+        (Options(devices="cpu,cpu,cpu,cpu"), 2, 2, 1),
+        (Options("Turbo", "cpu,cpu,cpu,cpu"), 1, 3, 2),
+        (Options("Turbo", "cpu,cpu,cpu,cpu,cpu,cpu"), 2, 2, 2),
+        (Options("Exact", "cpu,cpu,cpu,cpu"), 1, 4, 1),
+        (Options(devices="cpu,cpu", cuts="input_blocks.1,output_blocks.2"), 1, 2, 1),
+        (Options("Custom", "cpu,cpu"), 2, 1, 1),
+        (Options("Custom", "cpu,cpu", branches=1), 1, 2, 1),
+        (Options("Custom", "cpu,cpu,cpu,cpu", segments=2), 1, 2, 1),
+        (Options("Custom", "cpu,cpu,cpu", branches=3), 3, 1, 1),
+    ],
+)
+def test_branches_where_there_is_work_for_two(options, branches, segments, stride):
+    plan, devices = options.resolve(useful=2)
+    assert (plan.branches, plan.segments, plan.stride) == (branches, segments, stride)
+    assert len(devices) == plan.world_size
+    if not options.branches:
+        assert options.resolve()[0].branches == 1
+
+
 def test_custom_may_do_without_a_cool_down():
     plan, _ = Options("Custom", "cpu,cpu", cooldown=0).resolve()
     assert plan.cooldown == 0
@@ -78,7 +107,7 @@ def test_a_run_too_short_for_an_asynchronous_step_says_so(sd15, prompts):
 
     def notes(steps, preset):
         model = attach(sd15, Options(preset, "cpu,cpu"))
-        nodes.KSampler().sample(model, 5, steps, 7.0, "euler", "simple", *prompts, small.latent())
+        nodes.KSampler().sample(model, 5, steps, 1.0, "euler", "simple", *prompts, small.latent())
         return last_run().notes
 
     (note,) = notes(4, "Balanced")
@@ -122,7 +151,7 @@ def test_the_warm_up_follows_from_the_speed_up_wanted(sd15, prompts):
     import nodes
 
     def sample(speedup):
-        model = attach(sd15, Options("Custom", "cpu,cpu", speedup=speedup))
+        model = attach(sd15, Options("Custom", "cpu,cpu", branches=1, speedup=speedup))
         nodes.KSampler().sample(model, 5, 20, 7.0, "euler", "normal", *prompts, small.latent())
         return last_run()
 

@@ -1,0 +1,146 @@
+"""Branches on the host: prompt and negative prompt on ranks of their own, and when not."""
+
+import nodes
+import pytest
+import small
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_extras import nodes_custom_sampler as custom
+
+from asyncdiff_nodes.engine.batch import divide
+from asyncdiff_nodes.host import branches
+from asyncdiff_nodes.host.options import Options
+from asyncdiff_nodes.host.report import last_run
+from asyncdiff_nodes.host.route import attach
+
+TWO = Options(devices="cpu,cpu")
+
+
+def by_halves(model):
+    """``model`` whose network is called for each half of a batch by itself, by the host."""
+
+    def call(executor, x, timesteps, context=None, y=None, control=None, transformer_options=None, **extra):
+        kwargs = {"context": context, "y": y, "control": control, "transformer_options": transformer_options, **extra}
+        parts = divide((x, timesteps), kwargs, len(x), 2)
+        return torch.cat([executor(*args, *more.values()) for args, more in parts])
+
+    clone = model.clone()
+    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "halves", call)
+    return clone
+
+
+def ksampler(model, positive, negative, cfg=7.0, batch=1, sampler="dpmpp_2m", steps=4):
+    arguments = model, 5, steps, cfg, sampler, "normal", positive, negative, small.latent(batch)
+    return nodes.KSampler().sample(*arguments)[0]["samples"]
+
+
+def assert_halved(model, sample):
+    """Two ranks compute exactly what the host computes half by half."""
+    found = sample(attach(model, TWO))
+    record = last_run()
+    assert (record.plan.branches, record.plan.segments) == (2, 1) and not record.notes
+    assert {r.rank for r in record.stats.records} == {0, 1}
+    assert torch.equal(found, sample(by_halves(model)))
+    stock = sample(model)
+    assert 0 < (found - stock).abs().max() < 1e-3 * stock.abs().max(), "the same but for rounding"
+
+
+@pytest.mark.parametrize("kind", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral", pytest.param("dpmpp_sde", marks=pytest.mark.slow)])
+def test_two_devices_halve_cfg_exactly(kind, sampler):
+    prompts = small.conditioning(kind, 1), small.conditioning(kind, 2)
+    assert_halved(small.model(kind), lambda m: ksampler(m, *prompts, sampler=sampler))
+    assert "2 branches of 1 segment on cpu, cpu" in last_run_of_two(small.model(kind), prompts).line
+
+
+def last_run_of_two(model, prompts):
+    ksampler(attach(model, TWO), *prompts)
+    return last_run()
+
+
+def test_prompts_of_other_lengths_and_batches(sd15, prompts):
+    longer = small.conditioning("sd15", 4, tokens=154)
+    assert_halved(sd15, lambda m: ksampler(m, longer, prompts[1]))
+    assert_halved(sd15, lambda m: ksampler(m, *prompts, batch=3))
+    assert_halved(sd15, lambda m: ksampler(m, *prompts, cfg=1.0, batch=2))
+
+
+def test_control_net_on_both(sd15, prompts):
+    hint = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(1))
+    positive, negative = nodes.ControlNetApplyAdvanced().apply_controlnet(*prompts, small.control_net(), hint, 0.9, 0, 1, None)
+    assert_halved(sd15, lambda m: ksampler(m, positive, negative))
+
+
+def test_patches_know_which_prompt_they_have(sd15, prompts):
+    from comfy_extras.nodes_freelunch import FreeU_V2
+
+    patched = small.node(FreeU_V2, sd15, 1.3, 1.4, 0.9, 0.2)
+    assert_halved(patched, lambda m: ksampler(m, *prompts))
+    options = {"cond_or_uncond": [1, 0], "patches": {"output_block_patch": [None]}}
+    parts = branches.divide((torch.zeros(4, 1), torch.zeros(4)), {"transformer_options": options}, 4, 2)
+    assert [kwargs["transformer_options"]["cond_or_uncond"] for _, kwargs in parts] == [[1], [0]]
+    assert [len(args[0]) for args, _ in parts] == [2, 2]
+    assert (
+        len(branches.divide((torch.zeros(3, 1), torch.zeros(3)), {"transformer_options": {"cond_or_uncond": [1, 0, 0]}}, 3, 2))
+        == 1
+    )
+
+
+@pytest.mark.parametrize("why", ["cfg 1", "area", "range", "control net on one", "two prompts", "across items"])
+def test_segments_where_there_is_nothing_to_halve(why, sd15, prompts):
+    positive, negative = prompts
+    model, cfg = sd15, 1.0 if why == "cfg 1" else 7.0
+    if why == "area":
+        positive = nodes.ConditioningSetArea().append(positive, 64, 64, 0, 32, 1.0)[0]
+    elif why == "range":
+        positive = nodes.ConditioningSetTimestepRange().set_range(positive, 0.0, 0.5)[0]
+    elif why == "control net on one":
+        hint = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(1))
+        positive = nodes.ControlNetApply().apply_controlnet(positive, small.control_net(), hint, 0.9)[0]
+    elif why == "two prompts":
+        positive = positive + small.conditioning("sd15", 3)
+    elif why == "across items":
+        from comfy_extras.nodes_nag import NAGuidance
+
+        model = small.node(NAGuidance, sd15, 5.0, 0.5, 1.5)
+    ksampler(attach(model, TWO), positive, negative, cfg=cfg, steps=7)
+    assert (last_run().plan.branches, last_run().plan.segments) == (1, 2) and not last_run().notes
+
+
+def test_batches_that_cannot_be_divided_are_said_and_right(sd15, prompts):
+    """Who asks for branches gets them."""
+    options = Options("Custom", "cpu,cpu", branches=2)
+    found = ksampler(attach(sd15, options), *prompts, cfg=1.0)
+    (note,) = last_run().notes
+    assert "only the first of 2 branches works" in note and {r.rank for r in last_run().stats.records} == {0}
+    assert torch.equal(found, ksampler(sd15, *prompts, cfg=1.0))
+
+
+def test_guiders_with_more_or_fewer_prompts(sd15, prompts):
+    positive, negative = prompts
+
+    def sample(model, guide):
+        sigmas = small.node(custom.BasicScheduler, model, "normal", 5, 1.0)
+        noise, sampler = small.node(custom.RandomNoise, 5), small.node(custom.KSamplerSelect, "euler")
+        return small.node(custom.SamplerCustomAdvanced, noise, guide(model), sampler, sigmas, small.latent())["samples"]
+
+    cases = {
+        (2, 1): lambda m: small.node(custom.CFGGuider, m, positive, negative, 5.0),
+        (1, 2): lambda m: small.node(custom.BasicGuider, m, positive),
+    }
+    for shape, guide in cases.items():
+        sample(attach(sd15, TWO), guide)
+        assert (last_run().plan.branches, last_run().plan.segments) == shape
+    three = small.node(
+        custom.DualCFGGuider, attach(sd15, TWO), positive, small.conditioning("sd15", 3), negative, 5.0, 3.0, "regular"
+    )
+    sample(attach(sd15, TWO), lambda _: three)
+    assert last_run().plan.branches == 1, "three prompts are not two halves"
+
+
+def test_unequal_or_full_devices_get_segments(sd15, monkeypatch):
+    plan, devices = TWO.resolve(useful=2)
+    assert branches.affordable(sd15, plan, devices, 0)
+    assert not branches.affordable(sd15, plan, devices, 1e15), "no room for the calls"
+    monkeypatch.setattr(branches, "title", {"cpu": "RTX 4090", "cuda:1": "RTX 3060"}.get)
+    assert not branches.affordable(sd15, plan, ("cpu", "cuda:1"), 0)
