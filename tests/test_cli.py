@@ -55,6 +55,16 @@ def test_plan_of_a_transformer(tmp_path):
     assert plan["mib_per_call"] == 3 * 2 * 64 * 128 * 2 / 2**20  # the hidden states of 64 patches, at three cuts, fp16
 
 
+def test_plan_with_branches(tmp_path):
+    _, halves = run(tmp_path, "plan", "--model", "sd15", "--segments", "1", "--branches", "2")
+    assert (halves["devices"], halves["mib_per_call"], halves["predicted_speedup"]) == (2, 0, 2)
+    assert halves["gmac"] == pytest.approx(803.3, abs=0.1), "of both"
+    _, four = run(tmp_path, "plan", "--model", "sd15", "--branches", "2", "--no-fresh-skips")
+    _, two = run(tmp_path, "plan", "--model", "sd15", "--no-fresh-skips")
+    assert four["devices"] == 4 and four["mib_per_call"] == two["mib_per_call"] and four["cuts"] == two["cuts"]
+    assert four["predicted_speedup"] == pytest.approx(2 * two["predicted_speedup"], rel=1e-3)
+
+
 def test_plan_takes_cuts_stride_and_speeds(tmp_path):
     _, named = run(tmp_path, "plan", "--model", "demo", "--cuts", "conv_in,mid_block")
     assert named["cuts"] == ["conv_in", "mid_block.resnets.0"]

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=positive, default=None, metavar="PX", help="picture size; default: the model's own")
     parser.add_argument("--segments", type=int, default=2, metavar="N", help="parts that the network is cut into")
     parser.add_argument("--stride", type=int, default=1, metavar="S", help="steps served by one parallel call, 1 to 4")
+    parser.add_argument("--branches", type=int, default=1, metavar="B", help="2: each half of CFG on segments of its own")
     parser.add_argument("--cuts", default=None, help="block names where segments begin, comma-separated; default: automatic")
     parser.add_argument("--forecast", type=int, choices=(0, 1), default=1, help="1: segments work ahead; 0: the published method")
     parser.add_argument(
@@ -37,17 +38,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     model = find_model(arguments.model)
     skeleton = model.skeleton(torch.float16)
     family = find_family(skeleton)
-    graph = trace(skeleton, family, *family.example_inputs(skeleton, model.latent_size(arguments.size), 2))
     cuts = tuple(c.strip() for c in arguments.cuts.split(",")) if arguments.cuts else None
-    knobs = {name: getattr(arguments, name) for name in ("segments", "stride", "forecast", "fresh_skips")}
+    knobs = {name: getattr(arguments, name) for name in ("segments", "stride", "forecast", "fresh_skips", "branches")}
     plan = Plan(cuts=cuts, **knobs)
+    inputs = family.example_inputs(skeleton, model.latent_size(arguments.size), 2)
+    graph = trace(skeleton, family, *family.parts(*inputs, plan.branches)[0])
     speeds = _speeds(arguments.speeds, plan)
     placement = place(graph, plan, speeds)
     result = describe(placement, speeds)
     published = PUBLISHED_CUTS.get(model.name, {}).get(plan.segments)
     if published:
-        theirs = place(graph, Plan(segments=plan.segments, stride=plan.stride, cuts=published, forecast=0))
-        result["published"] = describe(theirs, speeds)
+        theirs = Plan(segments=plan.segments, stride=plan.stride, cuts=published, forecast=0, branches=plan.branches)
+        result["published"] = describe(place(graph, theirs), speeds)
     result = {"model": model.name, "size": arguments.size, "forecast": plan.forecast, "fresh_skips": plan.fresh_skips, **result}
     _print(result, console())
     return result
@@ -65,7 +67,7 @@ def describe(placement: Placement, speeds: Sequence[float] | None = None) -> dic
         received = placement.incoming(segment)
         sent = sum(
             graph.blocks[i].output_bytes
-            for rank in range(plan.world_size)
+            for rank in range(plan.branch_size)
             for i in placement.incoming(plan.segment_of_rank(rank))
             if placement.segments[i] == segment
         )
@@ -86,14 +88,15 @@ def describe(placement: Placement, speeds: Sequence[float] | None = None) -> dic
     return {
         "segments_count": plan.segments,
         "stride": plan.stride,
+        "branches": plan.branches,
         "devices": plan.world_size,
         "cuts": list(placement.cuts),
         "wrapped": placement.wrapped,
-        "gmac": graph.macs / 1e9,
+        "gmac": plan.branches * graph.macs / 1e9,
         "max_share": max(shares),
-        "mib_per_call": placement.bytes_per_call / MIB,
+        "mib_per_call": plan.branches * placement.bytes_per_call / MIB,
         # against the whole model on the fastest of the devices
-        "predicted_speedup": plan.stride / (slowest * max(speeds)),
+        "predicted_speedup": plan.branches * plan.stride / (slowest * max(speeds)),
         "segments": segments,
     }
 
@@ -109,7 +112,9 @@ def _speeds(text: str | None, plan: Plan) -> list[float] | None:
 
 def _print(result: dict[str, Any], console: Console) -> None:
     kind = "wrapped" if result["wrapped"] else "linear"
-    table = Table(title=f"{result['model']}: {result['segments_count']} segments, stride {result['stride']}, {kind} cuts")
+    title = f"{result['segments_count']} segments, stride {result['stride']}, {kind} cuts"
+    branches = f"{result['branches']} branches of " if result["branches"] > 1 else ""
+    table = Table(title=f"{result['model']}: {branches}{title}")
     for column in ("segment", "blocks", "GMAC", "share", "weights MiB", "MiB in", "MiB out"):
         table.add_column(column, justify="left" if column == "blocks" else "right", no_wrap=True)
     for s in result["segments"]:
@@ -128,7 +133,8 @@ def _print(result: dict[str, Any], console: Console) -> None:
     console.print(f"cuts: {' · '.join(result['cuts'])}")
     if "published" in result:
         console.print("published cuts: " + line.format(**result["published"]), style="dim")
-    console.print("Per call at CFG batch 2, fp16; predicted from MACs, without warm-up and transport.", style="dim")
+    batch = "CFG batch 2, rows for one branch of it" if branches else "CFG batch 2"
+    console.print(f"Per call at {batch}, fp16; predicted from MACs, without warm-up and transport.", style="dim")
 
 
 def _ranges(names: Sequence[str], owned: Sequence[int]) -> list[str]:
