@@ -12,6 +12,8 @@ from asyncdiff_nodes.host.options import Options
 from asyncdiff_nodes.host.route import attach
 from asyncdiff_nodes.nodes.compare import AsyncDiffCompare
 
+SEGMENTS = Options("Custom", "cpu,cpu", segments=2)
+
 
 def sampling(**changes):
     return {
@@ -31,7 +33,7 @@ def numbers(text):
 
 
 def test_latents_are_those_of_both_samplers(sd15, prompts):
-    options = Options(devices="cpu,cpu")
+    options = SEGMENTS
     inputs = sampling(positive=prompts[0], negative=prompts[1], latent_image=small.latent())
     routed, usual, text = AsyncDiffCompare.execute(sd15, options, **inputs).args
     assert torch.equal(usual["samples"], sample(sd15, inputs))
@@ -46,7 +48,7 @@ def test_with_a_vae_pictures_are_compared():
     model, vae = demo.load_demo()
     inputs = sampling(positive=demo.encode("red heart"), negative=demo.encode(""), cfg=3.0)
     latent = {"samples": torch.zeros(1, 3, 32, 32)}
-    routed, usual, text = AsyncDiffCompare.execute(model, Options(devices="cpu,cpu"), vae, latent_image=latent, **inputs).args
+    routed, usual, text = AsyncDiffCompare.execute(model, SEGMENTS, vae, latent_image=latent, **inputs).args
     pictures = [vae.decode(found["samples"]).clamp(0, 1) for found in (usual, routed)]
     error = (pictures[0] - pictures[1]).square().mean()
     assert text.startswith("PSNR of the pictures")

@@ -48,7 +48,7 @@ def test_prompts_share_the_ranks_of_an_unchanged_model(sd15, prompts):
     sample(attach(sd15, EXACT), prompts)
     before = pids()
     sample(attach(sd15, EXACT), prompts)  # a new node execution of the same graph
-    sample(attach(sd15, Options("Balanced", "cpu,cpu")), prompts, steps=5)  # other warm-up
+    sample(attach(sd15, Options("Custom", "cpu,cpu", segments=2)), prompts, steps=5)  # other warm-up
     sample(attach(sd15, EXACT), prompts, small.latent(2, 24, 16))  # other resolution and batch
     assert pids() == before and len(before) == 2
 
@@ -152,7 +152,7 @@ def test_a_dead_rank_breaks_one_prompt_only(sd15, prompts):
 @pytest.mark.parametrize("steps_before", [0, pytest.param(5, marks=pytest.mark.slow)])
 def test_cancel_answers_at_once_and_the_ranks_go_on(sd15, prompts, steps_before):
     """In the warm-up (3 steps) and after it; a large latent makes a step long."""
-    model = attach(sd15, Options("Balanced", "cpu,cpu"))
+    model = attach(sd15, Options("Custom", "cpu,cpu", segments=2))
     expected = sample(model, prompts, steps=8)
     before, began = pids(), time.monotonic()
     pressed = []

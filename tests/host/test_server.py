@@ -142,7 +142,7 @@ def test_other_samplers_on_the_model_node_give_identical_latents(page):
 
 
 def test_the_page_sees_every_step_a_preview_and_the_line_on_the_node(page):
-    run = page.run(routed_only(steps=6, chosen=options("Balanced")))
+    run = page.run(routed_only(steps=6, chosen=options("Custom", segments=2)))
     assert run.done, run.history["status"]
     assert [(data["value"], data["max"]) for data in run.of("progress", "routed")] == [(step, 6) for step in range(1, 7)]
     states = [data["nodes"]["routed"] for data in run.of("progress_state") if "routed" in data["nodes"]]
@@ -180,7 +180,7 @@ def test_interrupt_answers_at_once_and_the_next_prompt_is_right(page, step):
         pressed.append(time.time())
         page.server.post("/interrupt", {})
 
-    run = page.run(routed_only(pixels=384, steps=60, chosen=options("Balanced")), meanwhile=interrupt)
+    run = page.run(routed_only(pixels=384, steps=60, chosen=options("Custom", segments=2)), meanwhile=interrupt)
     (interrupted,) = run.of("execution_interrupted")
     # the host's own time: it collects garbage next, and no event leaves it meanwhile
     assert interrupted["timestamp"] / 1000 - pressed[0] < 0.5
@@ -254,7 +254,7 @@ def test_without_a_second_device_the_host_samples_and_says_why(page, way):
 def test_the_report_is_text_and_a_picture(page):
     report = node("AsyncDiffReport", latent=["routed", 0])
     picture = node("SaveImage", images=["report", 1], filename_prefix="timeline")
-    run = page.run(routed_only(steps=8, chosen=options("Balanced"), report=report, picture=picture))
+    run = page.run(routed_only(steps=8, chosen=options("Custom", segments=2), report=report, picture=picture))
     assert run.done, run.history["status"]
     (text,) = run.history["outputs"]["report"]["text"]
     for part in (

@@ -94,6 +94,8 @@ test("the plan in words", () => {
   const unequal = [RANKS[0], { ...RANKS[1], title: "RTX 3060" }, { ...RANKS[1], title: "RTX 3060" }];
   const stride = show.planInWords(run(1, { ranks: unequal, plan: { ...PLAN, stride: 2 } }));
   assert.match(stride, /^RTX 4090 \+ 2 x RTX 3060: .*, the last segment runs on 2 devices$/);
+  const halves = show.planInWords(run(1, { plan: { ...PLAN, segments: 1, branches: 2 } }));
+  assert.match(halves, /^2 x RTX 4090: 2 branches that share out the batch, segment 1 owns [^,]*$/);
 });
 
 test("numbers as people read them", () => {

@@ -9,7 +9,7 @@ import pytest
 from serving import Page, alive, options, routed_only, seconds_until_gone
 
 EVENT = "asyncdiff.run"
-BALANCED = options("Balanced")
+SEGMENTS = options("Custom", segments=2)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def refusal(server, path, data=None, kind="application/json"):
 
 
 def test_nothing_is_sent_to_a_page_that_did_not_ask(watcher):
-    run = watcher.run(routed_only(steps=8, chosen=BALANCED))
+    run = watcher.run(routed_only(steps=8, chosen=SEGMENTS))
     assert run.done and not run.of(EVENT)
     state = watcher.server.get("/asyncdiff/state")
     assert (state["run"]["phase"], state["run"]["step"], state["run"]["steps"]) == ("done", 8, 8)
@@ -50,7 +50,7 @@ def test_nothing_is_sent_to_a_page_that_did_not_ask(watcher):
 
 def test_a_page_that_asked_sees_every_call_of_every_rank(watcher):
     watch(watcher)
-    run = watcher.run(routed_only(steps=12, chosen=BALANCED))
+    run = watcher.run(routed_only(steps=12, chosen=SEGMENTS))
     events = run.of(EVENT)
     assert events[0]["phase"] == "starting"
     assert events[-1]["phase"] == "done"
@@ -75,14 +75,14 @@ def test_a_page_that_asked_sees_every_call_of_every_rank(watcher):
 
 def test_events_are_no_more_frequent_than_asked_for(watcher):
     watch(watcher, interval=30)
-    run = watcher.run(routed_only(steps=30, chosen=BALANCED))
+    run = watcher.run(routed_only(steps=30, chosen=SEGMENTS))
     assert [event["phase"] for event in run.of(EVENT)] == ["starting", "sampling", "done"]
 
 
 def test_a_page_that_leaves_is_sent_nothing_more(watcher):
     watch(watcher)
     watch(watcher, interval=0)
-    assert not watcher.run(routed_only(chosen=BALANCED)).of(EVENT)
+    assert not watcher.run(routed_only(chosen=SEGMENTS)).of(EVENT)
 
 
 def test_a_run_that_is_not_routed_says_why(watcher):
@@ -106,7 +106,7 @@ def test_workers_are_stopped_only_when_they_are_idle(watcher):
         watcher.wait_for(lambda kind, data: kind == "progress" and data["value"] >= 4, start)
         answers.append(refusal(watcher.server, "/asyncdiff/stop", b"{}"))
 
-    run = watcher.run(routed_only(pixels=256, steps=12, chosen=BALANCED), meanwhile=stop)
+    run = watcher.run(routed_only(pixels=256, steps=12, chosen=SEGMENTS), meanwhile=stop)
     assert run.done and answers == [(409, "The workers are sampling: cancel the run first.")]
     ranks = watcher.ranks()
     assert len(alive(ranks)) >= 2
@@ -114,7 +114,7 @@ def test_workers_are_stopped_only_when_they_are_idle(watcher):
     assert watcher.server.post("/asyncdiff/stop", {})["stopped"] >= 2
     seconds_until_gone(ranks, limit=5.0)
     assert watcher.server.get("/asyncdiff/state")["workers"] == []
-    assert watcher.run(routed_only(chosen=BALANCED)).done
+    assert watcher.run(routed_only(chosen=SEGMENTS)).done
 
 
 def test_settings_are_the_defaults_of_samplers_without_options(watcher, settings):
@@ -126,7 +126,8 @@ def test_settings_are_the_defaults_of_samplers_without_options(watcher, settings
     assert watcher.run(prompt).texts == []  # nothing changed: the host keeps the latent
     settings(Preset="Balanced")
     assert watcher.run(prompt).texts, "the host kept the latent of another preset"
-    assert watcher.server.get("/asyncdiff/state")["run"]["plan"]["warmup"] == 3
+    plan = watcher.server.get("/asyncdiff/state")["run"]["plan"]
+    assert (plan["warmup"], plan["branches"]) == (3, 2)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_a_wrong_setting_is_an_error_that_names_it(watcher, settings, wrong, nam
 
 def test_workers_end_when_they_were_kept_for_long_enough(watcher, settings):
     settings(KeepMinutes=0.05)
-    assert watcher.run(routed_only(chosen=BALANCED)).done
+    assert watcher.run(routed_only(chosen=SEGMENTS)).done
     ranks = watcher.ranks()
     assert len(alive(ranks)) == 2
     seconds_until_gone(ranks, limit=15.0)
@@ -167,7 +168,7 @@ def test_watching_costs_less_than_two_per_cent_of_a_step(sd15, prompts):
         tell(*args, **keywords)
         spent[0] += time.perf_counter() - began
 
-    model = attach(sd15, Options(devices="cpu,cpu"))
+    model = attach(sd15, Options("Custom", "cpu,cpu", segments=2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(live.WATCHERS, "tell", timed)
         live.WATCHERS.watch("a page", 0.05)

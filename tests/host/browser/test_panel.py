@@ -85,7 +85,7 @@ def test_before_the_first_run_it_says_what_to_do(frontend, panel):
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["reuse", "ahead"])
 def test_ranks_take_turns_in_the_warm_up_and_compute_side_by_side_afterwards(frontend, panel, ahead):
-    demo(frontend, 20, **({} if ahead else {"preset": "Custom", "forecast": False}))
+    demo(frontend, 20, forecast=ahead)
     prompt = frontend.queue()
     expect(status(panel)).to_contain_text(re.compile(r"Sampling · step \d+ of 20 · asynchronous"), timeout=90_000)
     assert panel.locator(".asyncdiff-lane").count() == 2
@@ -112,6 +112,16 @@ def test_ranks_take_turns_in_the_warm_up_and_compute_side_by_side_afterwards(fro
     assert (["asynchronous", "synchronous"] in warm) is ahead, "rank 0 gets ahead at the end of the warm-up"
     assert not any("synchronous" in x for x in after) and any("synchronous" in x for x in columns[both[-1] :]), "no cool-down"
     assert sum(None not in x for x in after) > 0.4 * len(after), "the ranks do not compute side by side"
+
+
+def test_branches_compute_side_by_side_from_the_first_step_on(frontend, panel):
+    demo(frontend, 12, preset="Balanced")
+    frontend.run()
+    expect(panel.locator(".asyncdiff-plan")).to_contain_text("2 x CPU: 2 branches that share out the batch, segment 1 owns")
+    expect(panel.locator(".asyncdiff-lane").last).to_contain_text("branch 2 · segment 1 · step 12 of 12")
+    columns = frontend.page.evaluate(PIXELS)
+    assert sum(None not in x for x in columns) > 0.5 * len(columns)
+    expect(frontend.page.get_by_text("AsyncDiff: 2 branches of 1 segment on cpu, cpu").first).to_be_visible()
 
 
 def test_it_comes_back_after_a_reload_in_mid_run(frontend, panel):
