@@ -120,13 +120,16 @@ class Stream:
             call = call_at(self._plan, call.index, self._total)
         return call
 
-    def messages(self, call: Call, inputs: Inputs, ranks: int) -> Iterator[list[tuple[CallMessage, list[torch.Tensor]]]]:
-        """What to send for ``call``: one message and its tensors per rank of the branch, several times or not at all."""
+    def messages(self, call: Call, inputs: Inputs, ranks: int) -> Iterator[tuple[int, CallMessage, list[torch.Tensor]]]:
+        """What to send for ``call``, in this order: rank of the branch, message and tensors; each rank several times or never."""
         for part in (call, *calls_ahead(self._plan, call.index, self._total)):
             if part.computes:
                 packed, tensors, known = inputs.pack(self._sent, always=self._sample)
                 layouts = tuple((b.outputs, b.structure) for b in self.graph.blocks) if self._sent is None else None
-                yield [self._message(rank, part, inputs, packed, tensors, layouts) for rank in range(ranks)]
+                # whose result is waited for comes first: what the others get ahead with is still to be reckoned
+                order = range(ranks) if part.kind is Kind.SYNCHRONOUS else reversed(range(ranks))
+                for rank in order:
+                    yield rank, *self._message(rank, part, inputs, packed, tensors, layouts)
                 self._sent = known
         self._next = call.index + 1
         self._last_timestep = inputs.timestep

@@ -195,10 +195,8 @@ class WorkerGroup:
         deadline = time.monotonic() + self._call_timeout
         for branch, (state, call, inputs) in enumerate(zip(streams, calls, parts, strict=True)):
             first = branch * self.plan.branch_size
-            for messages in state.messages(call, inputs, self.plan.branch_size):
-                self._send(
-                    ((first + rank, ("call", message), tensors) for rank, (message, tensors) in enumerate(messages)), deadline
-                )
+            messages = state.messages(call, inputs, self.plan.branch_size)
+            self._send(((first + rank, ("call", message), tensors) for rank, message, tensors in messages), deadline)
         for branch, call in enumerate(calls):
             if call.kind is not Kind.REPEATED:
                 self._last[branch, stream] = self._result((branch, stream, call.index), deadline)

@@ -85,7 +85,8 @@ class Inputs:
         """What to send, given the leaves that the ranks have (``None``: nothing yet); the one at ``always`` in any case.
 
         Returns:
-            One :data:`Packed` per leaf, the tensors that these name, and the leaves that the ranks have afterwards.
+            One :data:`Packed` per leaf, the tensors that these name (on the CPU), and the leaves that the ranks have afterwards
+            (where the caller has them, so that unchanged ones are compared there and never copied).
         """
         packed: list[Packed] = []
         tensors: list[torch.Tensor] = []
@@ -95,15 +96,14 @@ class Inputs:
                 packed.append(("value", leaf))
                 known.append(leaf)
                 continue
-            leaf = wire.dense_on_cpu(leaf)
             # by value: a caller may build the same conditioning anew each step, or change a tensor in place
             if sent is not None and position != always and torch.equal(leaf, sent[position]):
                 packed.append(("same", None))
                 known.append(sent[position])
             else:
                 packed.append(("tensor", len(tensors)))
-                tensors.append(leaf.clone())  # the sending threads and the next comparison read it later
-                known.append(tensors[-1])
+                known.append(leaf.detach().clone())  # the sending threads and the next comparison read it later
+                tensors.append(wire.dense_on_cpu(known[-1]))
         return packed, tensors, known
 
 

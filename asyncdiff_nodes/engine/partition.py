@@ -12,7 +12,7 @@ decided first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
 from .graph import BlockGraph
@@ -36,9 +36,10 @@ class Arcs:
         consumers: dict[int, set[int]] = {}
         for producer, consumer in graph.edges:
             consumers.setdefault(producer, set()).add(consumer)
-        self._flows = [(p, graph.blocks[p].output_bytes, sorted(c)) for p, c in consumers.items()]
-        skips = [(p, size) for p, size, readers in self._flows if readers[-1] > p + 1]
-        self._largest = [p for p, size in skips if size == max(size for _, size in skips)]
+        self._sizes = [block.output_bytes for block in graph.blocks]
+        self._producers = [[p for p, c in graph.edges if c == block] for block in range(self.count)]
+        skips = [p for p, readers in consumers.items() if max(readers) > p + 1]
+        self._largest = [p for p in skips if self._sizes[p] == max(self._sizes[q] for q in skips)]
 
     def fresh(self, first: int) -> int:
         """How many of the largest skip values, which carry the finest detail, come from blocks before ``first``."""
@@ -57,14 +58,25 @@ class Arcs:
         """Cost of blocks ``start`` up to ``end``, which may run past the last one, round the circle, and of ``again`` blocks."""
         return self._sums[end] - self._sums[start] + self._sums[again]
 
-    def received(self, start: int, end: int, first: int) -> int:
-        """Bytes that this segment must receive: each outside producer's output once, if anything inside reads it."""
+    def received(self, blocks: Iterable[int], first: int) -> Iterator[int]:
+        """Bytes that a segment must receive: each outside producer's output once, if anything inside reads it.
 
-        def inside(block: int) -> bool:
-            return start <= block < end or start <= block + self.count < end
-
-        others = (flow for flow in self._flows if not inside(flow[0]) and not (self.ahead and flow[0] < first))
-        return sum(size for _, size, readers in others if any(map(inside, readers)))
+        For the first one of ``blocks``, the first two, and so on; they may be counted past the last one, round the circle.
+        """
+        inside: set[int] = set()
+        outside: set[int] = set()  # producers
+        total = 0
+        for block in blocks:
+            block %= self.count
+            inside.add(block)
+            if block in outside:
+                outside.remove(block)
+                total -= self._sizes[block]
+            for producer in self._producers[block]:
+                if producer not in inside and producer not in outside and not (self.ahead and producer < first):
+                    outside.add(producer)
+                    total += self._sizes[producer]
+            yield total
 
 
 def best_starts(arcs: Arcs, speeds: Sequence[float], copies_of_last: int, fresh: bool) -> tuple[int, ...]:
@@ -125,7 +137,7 @@ def _slowest(arcs: Arcs, speeds: Sequence[float], first: int, bound: float) -> f
 
 def _cost_of_last(arcs: Arcs, first: int, here: int, again: Sequence[int]) -> float:
     end = arcs.count if arcs.ahead else first + arcs.count
-    return arcs.cost(here, end, max(again[here:]))
+    return arcs.cost(here, end, max(again[here:], default=0))
 
 
 def _fewest_bytes(
@@ -138,19 +150,25 @@ def _fewest_bytes(
         reached: dict[int, tuple[int, float, tuple[int, ...]]] = {}
         for here, (sent, slowest, starts) in states.items():
             begin, most = (0 if arcs.ahead and segment == 0 else here), 0
+            received = arcs.received(range(begin, arcs.count), first)
+            for _ in range(begin, here):
+                next(received)
             for cut in range(here + 1, arcs.count):
                 most = max(most, again[cut - 1]) if begin else 0
                 time = arcs.cost(begin, cut, most) / speed
                 if time > limit:
                     break
-                state = (sent + arcs.received(begin, cut, first), max(slowest, time), (*starts, cut))
+                state = (sent + next(received), max(slowest, time), (*starts, cut))
                 if cut not in reached or state < reached[cut]:
                     reached[cut] = state
         states = reached
     final = []
-    for here, (sent, slowest, starts) in states.items():
+    backwards = range((arcs.count if arcs.ahead else first + arcs.count) - 1, first, -1)
+    for here, received in zip(backwards, arcs.received(backwards, first), strict=True):
         time = _cost_of_last(arcs, first, here, again) / speeds[last]
-        if time <= limit:
-            end = arcs.count if arcs.ahead else first + arcs.count
-            final.append((sent + copies_of_last * arcs.received(here, end, first), max(slowest, time), starts))
+        if time > limit:
+            break
+        if here in states:
+            sent, slowest, starts = states[here]
+            final.append((sent + copies_of_last * received, max(slowest, time), starts))
     return min(final, default=None)

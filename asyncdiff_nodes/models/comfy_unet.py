@@ -9,11 +9,13 @@ from torch import nn
 
 from asyncdiff_nodes.engine.family import Family
 
+from .unet2d import layer_names
+
 
 def block_names(unet: nn.Module) -> list[str]:
     """Every layer of the input, middle and output blocks (resnets, transformers, resamplers, first convolution), and the head.
 
-    Time and label embeddings are not listed: they are cheap and computed by every rank.
+    Deep transformers are listed layer by layer; time and label embeddings are not: they are cheap and computed by every rank.
     """
     groups = [
         (f"{stage}.{index}", layers)
@@ -22,7 +24,9 @@ def block_names(unet: nn.Module) -> list[str]:
     ]
     if unet.middle_block is not None:
         groups.append(("middle_block", unet.middle_block))
-    names = [f"{group}.{index}" for group, layers in groups for index in range(len(layers))]
+    names = [
+        name for group, layers in groups for index, layer in enumerate(layers) for name in layer_names(f"{group}.{index}", layer)
+    ]
     return [*names, "id_predictor" if unet.predict_codebook_ids else "out"]
 
 

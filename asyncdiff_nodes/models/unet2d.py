@@ -10,12 +10,13 @@ from torch import nn
 from asyncdiff_nodes.engine.family import Family
 
 _LAYER_LISTS = ("resnets", "attentions", "downsamplers", "upsamplers")
+DEEP = 3  # transformer layers from which a block is too large to be placed as a whole; SDXL's have up to ten
 
 
 def block_names(unet: nn.Module) -> list[str]:
     """Every resnet, attention, down- and upsampler, ``conv_in`` and the output layer's norm and convolution.
 
-    Time and added embeddings are not listed: they are cheap and computed by every rank.
+    Deep attentions are listed layer by layer; time and added embeddings are not: they are cheap and computed by every rank.
     """
     names = ["conv_in"]
     for stage in ("down_blocks", "mid_block", "up_blocks"):
@@ -26,8 +27,16 @@ def block_names(unet: nn.Module) -> list[str]:
                 # None where a stage has no such layers; a list of None where some are missing
                 for index, layer in enumerate(getattr(block, layers, None) or ()):
                     if layer is not None:
-                        names.append(f"{where}.{layers}.{index}")
+                        names += layer_names(f"{where}.{layers}.{index}", layer)
     return names + [name for name in ("conv_norm_out", "conv_out") if getattr(unet, name, None) is not None]
+
+
+def layer_names(name: str, layer: nn.Module) -> list[str]:
+    """``name``, or the names of what ``layer`` is made of if it is a deep transformer."""
+    depth = len(getattr(layer, "transformer_blocks", ()))
+    if depth < DEEP:
+        return [name]
+    return [f"{name}.{part}" for part in ("norm", "proj_in", *(f"transformer_blocks.{i}" for i in range(depth)), "proj_out")]
 
 
 def example_inputs(unet: nn.Module, size: int | None = None, batch: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -20,7 +20,7 @@ BEST_WRAPPED = {
 BEST_LINEAR = {
     "sd15": {2: 0.509, 3: 0.334, 4: 0.258},
     "sd21": {2: 0.508, 3: 0.340, 4: 0.257},
-    "sdxl": {2: 0.548, 3: 0.338, 4: 0.316},
+    "sdxl": {2: 0.511, 3: 0.338, 4: 0.256},  # 0.548 and 0.316 with attentions as a whole
 }
 
 
@@ -134,18 +134,19 @@ def test_two_segments_of_sd15_exchange_less_than_5_mib(true_graph, forecast):
             "sdxl",
             ("down_blocks.2.attentions.0", "up_blocks.0.attentions.0", "up_blocks.0.upsamplers.0"),
             0.341,
-            22.5,
+            32.5,
         ),
         (
             "sdxl",
             ("down_blocks.1.attentions.1", "mid_block", "up_blocks.0.attentions.1", "up_blocks.1.attentions.0"),
             0.255,
-            47.5,
+            57.5,
         ),
         ("sdxl", ("down_blocks.1.attentions.0", "mid_block", "up_blocks.0.resnets.1", "up_blocks.1"), 0.290, None),
     ],
 )
 def test_shares_and_bytes_of_known_cuts(true_graph, model, cuts, share, mib):
+    # SDXL: a skip from a deep attention is two tensors, its last layer's and the one that this is added to
     placement = place(true_graph(model), Plan(segments=len(cuts), cuts=cuts, forecast=0))
     assert max(placement.shares) == pytest.approx(share, abs=6e-4)
     if mib is not None:
@@ -170,7 +171,7 @@ def test_blocks_before_the_first_cut_belong_to_the_last_segment(true_graph):
             assert placement[name] == 2
     assert placement["down_blocks.2.resnets.0"] == placement["mid_block.resnets.0"] == 0
     assert placement["up_blocks.0.resnets.0"] == 0
-    assert placement["up_blocks.0.attentions.0"] == placement["up_blocks.0.upsamplers.0"] == 1
+    assert placement["up_blocks.0.attentions.0.norm"] == placement["up_blocks.0.upsamplers.0"] == 1
     assert placement.wrapped
     assert not place(graph, Plan(cuts=("conv_in", "mid_block"))).wrapped
 

@@ -28,7 +28,7 @@ _UNET = {
 }
 _SD2 = {"context_dim": 1024, "use_linear_in_transformer": True}
 _SDXL = {"context_dim": 2048, "use_linear_in_transformer": True, "transformer_depth": [0, 2], "num_classes": "sequential"}
-_SDXL |= {"transformer_depth_output": [0, 0, 2, 2], "transformer_depth_middle": 2}
+_SDXL |= {"transformer_depth_output": [0, 0, 2, 3], "transformer_depth_middle": 3}  # 3: placed layer by layer
 # kind: the host's configuration class, its BaseModel class, model type, and what differs in the network
 KINDS = {
     "sd15": ("SD15", "BaseModel", ModelType.EPS, {"context_dim": 768}),
