@@ -16,6 +16,8 @@ from .lookahead import NoiseLevels, Outlook
 from .plan import Placement, Plan
 from .schedule import Call, Kind, call_at, calls_ahead
 
+TIMED = 3  # how many calls are to say how long each block took, of either kind
+
 
 @dataclass(frozen=True)
 class Run:
@@ -42,6 +44,7 @@ class CallMessage:
         targets, reads: as in :class:`~.schedule.Call`; ``reads`` is this rank's.
         why: it is synchronous: "warm-up", "cool-down", or "" where it is not.
         ahead: the call is no call of the caller's; see :func:`~.schedule.calls_ahead`.
+        timed: its record is to say how long each block took.
         leaves, structure, positional: as in :class:`~.inputs.Inputs`.
         timestep: this rank's.
         layouts: output layouts of all blocks; on a stream's first call only.
@@ -55,6 +58,7 @@ class CallMessage:
     why: str
     computes: bool
     ahead: bool
+    timed: bool
     targets: tuple[int, ...]
     reads: int | None
     leaves: tuple[Packed, ...]
@@ -176,6 +180,7 @@ class Stream:
             why=("warm-up" if call.index < plan.warmup else "cool-down") if call.kind is Kind.SYNCHRONOUS else "",
             computes=computes,
             ahead=call.kind is Kind.AHEAD,
+            timed=self._timed(call),
             targets=call.targets,
             reads=call.reads[rank] if computes else None,
             leaves=tuple(leaves),
@@ -186,6 +191,12 @@ class Stream:
             result=dict(call.results).get(rank),
         )
         return message, [*sent, wire.dense_on_cpu(timestep).clone()] if is_tensor else sent
+
+    def _timed(self, call: Call) -> bool:
+        """The first few calls of either kind, but for the very first one, in which kernels are loaded and caches are cold."""
+        if call.kind is Kind.AHEAD or call.index == 0:
+            return False
+        return call.index <= TIMED or 0 <= call.index - self._plan.warmup <= TIMED * self._plan.stride
 
     def _timestep(self, call: Call, index: int, inputs: Inputs) -> Any:
         if index == call.index:
