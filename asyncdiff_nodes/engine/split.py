@@ -52,11 +52,12 @@ class _Stream:
 class SplitModel:
     """Runs the model's own forward with stubs for foreign blocks; see :class:`Share`."""
 
-    def __init__(self, module: nn.Module, share: Share, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, share: Share, device: torch.device, transport: Transport) -> None:
         """Put stubs into ``module`` (on the meta device); weights follow with :meth:`load`."""
         self._module = module.eval()
         self._share = share
         self._device = device
+        self._transport = transport
         self._streams: dict[Hashable, _Stream] = {}
         self._placeholders: dict[TensorMeta, torch.Tensor] = {}
         self._now: tuple[_Stream, CallMessage] | None = None  # what is running
@@ -71,10 +72,6 @@ class SplitModel:
             elif name in share.sinks:
                 block.register_forward_hook(partial(self._produced, name))
 
-    def connect(self, transport: Transport) -> None:
-        """Use ``transport`` for every later call."""
-        self._transport = transport
-
     def load(self, name: str, value: torch.Tensor) -> None:
         """Attach the parameter or buffer ``name``, for the first time or in place of the one before."""
         owner, _, leaf = name.rpartition(".")
@@ -83,6 +80,13 @@ class SplitModel:
         if leaf in module._parameters:
             value = nn.Parameter(value, requires_grad=False)
         setattr(module, leaf, value)
+
+    def take_over(self, other: SplitModel) -> None:
+        """Attach the parameters and buffers of ``other``, another share of the same model, that this one has as well."""
+        mine = {name for name, _ in tensors_of(self._module)}
+        for name, tensor in tensors_of(other._module):
+            if name in mine:
+                self.load(name, tensor)
 
     def weights(self) -> dict[str, int]:
         """Bytes of every parameter and buffer held, by name."""

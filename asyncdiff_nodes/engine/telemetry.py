@@ -21,7 +21,7 @@ class CallRecord:
         compute, wait: seconds of it spent computing, and waiting for values of other ranks.
         waits: start and end of each of these waits.
         bytes_sent: payload bytes that this rank sent to other ranks.
-        why: it is synchronous: "warm-up", "cool-down", or "" where it is not.
+        why: it is synchronous: "warm-up", "move" (the first after one), "cool-down", or "" where it is not.
         ahead: done for later calls, after this rank's part of the last synchronous call.
         drift: producer block -> relative L2 change of its output since the value before, for values received.
         blocks: own block -> seconds that it took; empty in calls that were not asked for them, see :class:`~.calls.Stream`.
