@@ -2,6 +2,7 @@
 
 import os
 import signal
+import statistics
 from dataclasses import replace
 
 import psutil
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import toys
-from asyncdiff_nodes.engine import Plan, PlanError, Simulator, WorkerError, WorkerGroup, place
+from asyncdiff_nodes.engine import BlockTimes, Plan, PlanError, Simulator, WorkerError, WorkerGroup, better, place
 from asyncdiff_nodes.engine.graph import tensors_of
 from toys import TOY
 
@@ -186,3 +187,28 @@ def test_what_a_rank_gives_up_is_really_freed():
             held.append([psutil.Process(pid).memory_info().rss for pid in group.pids])
         (many, one), (less, more) = held
         assert many - less > 2.5 * block and more - one > 2.5 * block
+
+
+@pytest.mark.parametrize("plan", [Plan(forecast=0, warmup=3), Plan(warmup=3)], ids=toys.label)
+def test_unequal_devices_come_near_the_ideal_for_their_speeds(plan):
+    """Cut evenly at first, with rank 1 half as fast as rank 0; measured in the first calls, moved in mid-run."""
+    net = toys.chain(*[toys.Throttled] * 24)
+    ideal = 24 * toys.Throttled.SECONDS / (1 + 1 / 2)
+    times = list(range(960, 0, -60))
+    with WorkerGroup(net, plan, threads_per_rank=1, family=TOY) as group:
+        (x, given), records, cuts = toys.inputs(0), [], group.placement.cuts
+        group.begin(times, on_record=records.append)
+        for k, t in enumerate(times):
+            if k == plan.warmup + 4:
+                known = BlockTimes.of(records, ["fast", "slow"])
+                group.move(better(group.placement, *known.estimate(group.placement.graph, ["fast", "slow"])), weights_of(net, []))
+            x = 0.8 * x + 0.3 * group(x, t, **given)
+        records = group.stats().records
+
+    def step(calls):
+        """Median time of these asynchronous calls, that of their slower rank."""
+        return statistics.median(max(r.end - r.start for r in records if r.call == k and not r.ahead) for k in calls)
+
+    assert cuts != group.placement.cuts
+    assert step(range(plan.warmup, plan.warmup + 4)) > 1.4 * ideal  # an even split loses a third
+    assert step(range(plan.warmup + 5, len(times))) < 1.08 * ideal
