@@ -67,20 +67,25 @@ class BlockTimes:
             merged[device] = {name: seconds * change for name, seconds in old.items()} | blocks
         return BlockTimes(merged)
 
-    def estimate(self, graph: BlockGraph, devices: Sequence[str]) -> tuple[list[float], list[float]] | None:
+    def estimate(
+        self, graph: BlockGraph, devices: Sequence[str], models: Sequence[str] | None = None
+    ) -> tuple[list[float], list[float]] | None:
         """``costs`` and ``speeds`` for :func:`~.plan.place`; None where nothing is known of these devices.
 
         Blocks that do the same work are taken to cost the same. How fast devices are relative to each other is told by work
-        that was measured on both of them, otherwise by MACs; so is the cost of blocks like none that was measured.
+        that was measured on both of them. Where there is none, devices of the same model are equally fast, and others as fast
+        as MACs say; so is the cost of blocks like none that was measured.
 
         Args:
             devices: names, one per rank.
+            models: what kind of device each of them is; of kinds of their own if None.
 
         Returns:
             Seconds of each block on one of the devices, and for each rank how many times faster than that its device is.
         """
         kinds = dict(zip(graph.names, map(_kind, graph.blocks), strict=True))
         macs = dict(zip(kinds.values(), mac_costs(graph), strict=True))
+        model = dict(zip(devices, models or devices, strict=True))
         measured = {device: _by_kind(self._seconds.get(device, {}), kinds) for device in dict.fromkeys(devices)}
         waiting = {device: times for device, times in measured.items() if times}
         if not waiting:
@@ -96,7 +101,8 @@ class BlockTimes:
                 common = times.keys() & known.keys()
                 slowness[device] = sum(times[kind] for kind in common) / sum(known[kind] for kind in common)
             else:
-                slowness[device] = _per_mac(times, macs) / _per_mac(known, macs)
+                alike = (slow for other, slow in slowness.items() if model[other] == model[device])
+                slowness[device] = next(alike, _per_mac(times, macs) / _per_mac(known, macs))
             known = {kind: seconds / slowness[device] for kind, seconds in times.items()} | known
         per_mac = _per_mac(known, macs)
         costs = []

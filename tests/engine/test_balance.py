@@ -103,6 +103,14 @@ def test_macs_tell_it_where_nothing_was_done_by_both():
     assert speeds == pytest.approx([1.0, 0.5]) and costs == pytest.approx([1.0, 2.0, 3.0])
 
 
+def test_devices_of_one_model_are_equally_fast_unless_measured_otherwise():
+    times = BlockTimes({"gpu 0": {"b0": 1.0, "b1": 2.0}, "gpu 1": {"b2": 6.0}})
+    graph, names, models = graph_of([10, 20, 30]), ["gpu 0", "gpu 1"], ["gpu", "gpu"]
+    assert times.estimate(graph, names, models) == ([1.0, 2.0, 6.0], [1.0, 1.0])
+    throttled = times.updated(BlockTimes({"gpu 1": {"b1": 4.0}}))
+    assert throttled.estimate(graph, names, models) == ([1.0, 2.0, 3.0], [1.0, 0.5])
+
+
 def test_a_third_device_is_compared_with_whichever_shares_work_with_it():
     times = BlockTimes({"a": {"b0": 1.0, "b1": 1.0}, "c": {"b2": 8.0, "b3": 8.0}, "b": {"b1": 2.0, "b2": 2.0}})
     costs, speeds = times.estimate(graph_of([10, 11, 12, 13]), ["a", "c", "b", "unknown"])
