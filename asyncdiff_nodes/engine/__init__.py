@@ -6,6 +6,7 @@
 ...     noise = group(sample, t, encoder_hidden_states=emb, return_dict=False)[0]
 """
 
+from .balance import BlockTimes, better, slowest
 from .errors import (
     AsyncDiffError,
     DeadlineError,
@@ -31,6 +32,7 @@ __all__ = [
     "AsyncDiffError",
     "Block",
     "BlockGraph",
+    "BlockTimes",
     "Call",
     "CallRecord",
     "DeadlineError",
@@ -50,10 +52,12 @@ __all__ = [
     "UnsupportedModelError",
     "WorkerError",
     "WorkerGroup",
+    "better",
     "block_seconds",
     "call_at",
     "find_family",
     "meta_copy",
     "place",
+    "slowest",
     "trace",
 ]

@@ -16,6 +16,8 @@ from .lookahead import NoiseLevels, Outlook
 from .plan import Placement, Plan
 from .schedule import Call, Kind, call_at, calls_ahead
 
+TIMED = 3  # how many calls are to say how long each block took, of either kind
+
 
 @dataclass(frozen=True)
 class Run:
@@ -40,8 +42,9 @@ class CallMessage:
     Attributes:
         run, stream, index: which call of which stream.
         targets, reads: as in :class:`~.schedule.Call`; ``reads`` is this rank's.
-        why: it is synchronous: "warm-up", "cool-down", or "" where it is not.
+        why: it is synchronous: "warm-up", "move", "cool-down", or "" where it is not.
         ahead: the call is no call of the caller's; see :func:`~.schedule.calls_ahead`.
+        timed: its record is to say how long each block took.
         leaves, structure, positional: as in :class:`~.inputs.Inputs`.
         timestep: this rank's.
         layouts: output layouts of all blocks; on a stream's first call only.
@@ -55,6 +58,7 @@ class CallMessage:
     why: str
     computes: bool
     ahead: bool
+    timed: bool
     targets: tuple[int, ...]
     reads: int | None
     leaves: tuple[Packed, ...]
@@ -82,11 +86,13 @@ class Stream:
     ) -> None:
         self.graph = graph
         self._key, self._run = key, run
+        self._base = run.plan  # with another warm-up after a move
         self._signature = inputs.signature
         self._sample = inputs.position(sample)
-        owned = [placement.owned(d) for d in range(run.plan.segments)]
-        reads = (frozenset().union(*(graph.blocks[i].reads for i in blocks)) for blocks in owned)
-        self._needs = tuple(map(inputs.positions, reads))  # per segment, positions of the leaves that its ranks read
+        self._reads = [inputs.positions(block.reads) for block in graph.blocks]
+        self._needs = self._needed(placement)
+        self._cold = 0  # the first call on these ranks
+        self._moved = False
         self._next = 0  # the call that is expected
         self._sent: list[Any] | None = None  # the leaves that the ranks have
         self._last_timestep: Any = None
@@ -114,7 +120,10 @@ class Stream:
                 f"the inputs of stream {self._key!r} changed within a run ({difference(self._signature, inputs.signature)}): "
                 "keep shapes and dtypes, use another stream, or call begin() for a new run"
             )
-        call = call_at(self._run.plan, self._position(inputs), self._total)
+        index = self._position(inputs)
+        if self._moved:
+            self._begin_again(index)
+        call = call_at(self._base, index, self._total)
         if self._outlook is not None:
             self._outlook.see(call.index, inputs.leaves[self._sample])
             call = call_at(self._plan, call.index, self._total)
@@ -134,6 +143,22 @@ class Stream:
         self._next = call.index + 1
         self._last_timestep = inputs.timestep
 
+    def move(self, placement: Placement) -> None:
+        """The blocks are elsewhere from now on: the ranks have neither inputs nor values of this stream any more."""
+        self._needs = self._needed(placement)
+        self._sent, self._moved = None, True
+
+    def _begin_again(self, index: int) -> None:
+        """Call ``index`` is the first after a move: the warm-up ends with it, or with its batch, if it was over."""
+        self._cold, self._moved = index, False
+        if index >= self._base.warmup:
+            self._base = replace(self._base, warmup=index + 1 + -index % self._base.stride)
+
+    def _needed(self, placement: Placement) -> tuple[frozenset[int], ...]:
+        """Per segment, positions of the leaves that its ranks read."""
+        owned = map(placement.owned, range(self._run.plan.segments))
+        return tuple(frozenset().union(*(self._reads[i] for i in blocks)) for blocks in owned)
+
     def _position(self, inputs: Inputs) -> int:
         """The index of the call with these inputs. At stride 1 some may have been left out, as nodes that cache do."""
         if self._timesteps is None or self._next >= len(self._timesteps):
@@ -150,7 +175,7 @@ class Stream:
     @property
     def _plan(self) -> Plan:
         """Nobody works ahead on inputs that cannot be foreseen: then the latest values are the best."""
-        plan = self._run.plan
+        plan = self._base
         return plan if self._outlook is None or self._outlook.steady else replace(plan, forecast=0)
 
     @property
@@ -176,9 +201,10 @@ class Stream:
             stream=self._key,
             index=call.index,
             synchronous=synchronous,
-            why=("warm-up" if call.index < plan.warmup else "cool-down") if call.kind is Kind.SYNCHRONOUS else "",
+            why=self._why(call),
             computes=computes,
             ahead=call.kind is Kind.AHEAD,
+            timed=self._timed(call),
             targets=call.targets,
             reads=call.reads[rank] if computes else None,
             leaves=tuple(leaves),
@@ -189,6 +215,19 @@ class Stream:
             result=dict(call.results).get(rank),
         )
         return message, [*sent, wire.dense_on_cpu(timestep).clone()] if is_tensor else sent
+
+    def _timed(self, call: Call) -> bool:
+        """The first few calls of either kind, but for the very first one, in which kernels are loaded and caches are cold."""
+        if call.kind is Kind.AHEAD or call.index == self._cold:
+            return False
+        return call.index - self._cold <= TIMED or 0 <= call.index - self._base.warmup <= TIMED * self._base.stride
+
+    def _why(self, call: Call) -> str:
+        if call.kind is not Kind.SYNCHRONOUS:
+            return ""
+        if call.index < self._run.plan.warmup:
+            return "warm-up"
+        return "move" if call.index < self._base.warmup else "cool-down"
 
     def _timestep(self, call: Call, index: int, inputs: Inputs) -> Any:
         if index == call.index:

@@ -7,7 +7,7 @@ import pickle
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +44,7 @@ class WorkerGroup:
         threads_per_rank: intra-op threads of a rank; ``None`` shares the parent's threads among the ranks.
         speeds: relative speed of each device, for automatic cuts.
         costs: cost of each block, for automatic cuts; see :func:`~.plan.place`.
+        estimate: called with the block graph; returns ``costs`` and ``speeds`` to take instead, or None.
         family: how to split this kind of model; found by its class if ``None``.
         example_inputs: ``(args, kwargs)`` of a typical call, for automatic cuts; the family's own if ``None``.
         weights: name and value of every parameter and buffer, in place of the module's own; each is read once, when it is sent.
@@ -66,6 +67,7 @@ class WorkerGroup:
         threads_per_rank: int | None = None,
         speeds: Sequence[float] | None = None,
         costs: Sequence[float] | None = None,
+        estimate: Callable[[BlockGraph], tuple[Sequence[float], Sequence[float]] | None] | None = None,
         family: Family | None = None,
         example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
         weights: Iterable[tuple[str, torch.Tensor]] | None = None,
@@ -96,6 +98,8 @@ class WorkerGroup:
         args, kwargs = example_inputs or self.family.example_inputs(self._skeleton, None, 2)
         self._graphs: dict[Any, BlockGraph] = {}
         graph = trace(self._skeleton, self.family, *self.family.parts(args, kwargs, plan.branches)[0])
+        if estimate is not None:
+            costs, speeds = estimate(graph) or (costs, speeds)
         self.placement: Placement = place(graph, plan, speeds, costs)
         self._run = Run(0, plan)
         # all by branch and stream
@@ -217,6 +221,37 @@ class WorkerGroup:
             self.close()
             raise
 
+    def move(self, placement: Placement, weights: Callable[[frozenset[str]], Iterable[tuple[str, torch.Tensor]]]) -> None:
+        """Place the blocks anew in the running ranks, between runs or in mid-run. If this fails half-way, the group is closed.
+
+        The next call of each stream is synchronous, with stride > 1 up to the end of its batch: caches start over.
+
+        Args:
+            placement: for this group's plan; see :func:`~.balance.better`.
+            weights: called with the names of those that a rank lacks from now on; yields their names and values.
+
+        Raises:
+            PlanError: the placement is one of another model or plan.
+        """
+        ours, theirs = self.placement.graph, placement.graph
+        if placement.plan != self.plan or (ours.names, ours.edges) != (theirs.names, theirs.edges):
+            raise PlanError("move: the placement is for another model or plan than this group's")
+        deadline = time.monotonic() + self._call_timeout
+        names = [name for name, _ in tensors_of(self._skeleton)]
+        before = {name: self._holders(name) for name in names}
+        try:
+            self.placement = placement
+            self._send(((rank, ("move", self._share(rank)), ()) for rank in range(self.plan.world_size)), deadline)
+            lacking = {name: segments for name in names if (segments := self._holders(name) - before[name])}
+            self._send_weights(weights(frozenset(lacking)), deadline, lacking)
+            self._connect(deadline)
+        except BaseException:
+            self.close()
+            raise
+        self._results.clear()
+        for stream in self._streams.values():
+            stream.move(placement)
+
     def stats(self) -> RunStats:
         """Telemetry of the last run, from all ranks."""
         deadline = time.monotonic() + self._call_timeout
@@ -261,13 +296,10 @@ class WorkerGroup:
 
     def _boot(self, skeleton: bytes, prepare: Callable[[], None] | None, threads: int, deadline: float) -> None:
         plan = self.plan
-        shares = [self._share(rank) for rank in range(plan.world_size)]
-        pairs = tuple(sorted({(share.first + sender, share.rank) for share in shares for sender in share.sources.values()}))
-        for share in shares:
+        for share in map(self._share, range(plan.world_size)):
             boot = Boot(
                 share=share,
                 devices=self.devices,
-                pairs=pairs,
                 store_path=os.path.join(self._ranks.folder, "rendezvous"),
                 skeleton=skeleton,
                 prepare=prepare,
@@ -280,10 +312,12 @@ class WorkerGroup:
             self._ranks.send(share.rank, boot, deadline=deadline)
         self._send_all(("reset", self._run.number), deadline)
 
-    def _send_weights(self, weights: Iterable[tuple[str, torch.Tensor]], deadline: float) -> None:
-        """One at a time, so that no more than a few are ever in memory twice."""
+    def _send_weights(
+        self, weights: Iterable[tuple[str, torch.Tensor]], deadline: float, lacking: Mapping[str, set[int]] | None = None
+    ) -> None:
+        """One at a time, so that no more than a few are ever in memory twice; if ``lacking`` is given, only to these segments."""
         for name, tensor in weights:
-            segments = self._holders(name)
+            segments = self._holders(name) if lacking is None else lacking.get(name, set())
             tensor = wire.dense_on_cpu(tensor)
             for rank in range(self.plan.world_size):
                 if self.plan.segment_of_rank(rank) in segments:
@@ -299,12 +333,16 @@ class WorkerGroup:
 
     def _connect(self, deadline: float) -> None:
         world = self.plan.world_size
-        self._send_all(("connect",), deadline)
+        shares = map(self._share, range(world))
+        pairs = sorted({(share.first + sender, share.rank) for share in shares for sender in share.sources.values()})
+        self._send_all(("connect", pairs), deadline)
         ready: set[int] = set()
         while len(ready) < world:
-            rank, header, _ = self._ranks.next_message(deadline, f"ranks {sorted(set(range(world)) - ready)} to start")
+            rank, header, tensors = self._ranks.next_message(deadline, f"ranks {sorted(set(range(world)) - ready)} to start")
             if header[0] == "ready":
                 ready.add(rank)
+            else:
+                self._accept(rank, header, tensors)
 
     def _share(self, rank: int) -> Share:
         plan, placement, names = self.plan, self.placement, self.placement.graph.names

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +12,29 @@ from torch import nn
 
 from .graph import BlockGraph
 from .telemetry import Stopwatch
+
+
+@contextlib.contextmanager
+def block_marks(module: nn.Module, names: Iterable[str], watch: Stopwatch) -> Iterator[dict[str, list[Any]]]:
+    """While it lasts, the blocks ``names`` of ``module`` note when they begin and end: block -> these two marks of ``watch``."""
+    marks: dict[str, list[Any]] = {}
+    hooks = []
+    try:
+        for name in names:
+
+            def begin(*_: Any, name: str = name) -> None:
+                marks[name] = [watch.mark()]
+
+            def end(*_: Any, name: str = name) -> None:
+                marks[name].append(watch.mark())
+
+            block = module.get_submodule(name)
+            # before any other hook: sending an output is no part of computing it
+            hooks += [block.register_forward_pre_hook(begin), block.register_forward_hook(end, prepend=True)]
+        yield marks
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.inference_mode()
@@ -23,22 +48,9 @@ def block_seconds(
         args, kwargs: inputs of one call, on the model's device.
     """
     watch = Stopwatch(next(module.parameters()).device)
-    marks: dict[str, list[Any]] = {}
-    hooks = []
-    for name in graph.names:
-
-        def note(*_: Any, name: str = name) -> None:
-            marks.setdefault(name, []).append(watch.mark())
-
-        block = module.get_submodule(name)
-        hooks += [block.register_forward_pre_hook(note), block.register_forward_hook(note)]
     runs = []
-    try:
+    with block_marks(module, graph.names, watch) as marks:
         for _ in range(repeats + 1):
-            marks.clear()
             module(*args, **kwargs)
-            runs.append([watch.seconds(marks[name][1]) - watch.seconds(marks[name][0]) for name in graph.names])
-    finally:
-        for hook in hooks:
-            hook.remove()
+            runs.append([watch.between(*marks[name]) for name in graph.names])
     return [statistics.median(times) for times in zip(*runs[1:], strict=True)]

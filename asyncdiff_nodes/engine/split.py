@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import nn
 
 from .calls import CallMessage
 from .graph import TensorMeta, tensors_of
+from .profile import block_marks
 from .stub import Inbox, make_stub
 from .telemetry import CallRecord, Stopwatch
 from .transport import Transport
@@ -52,28 +54,25 @@ class _Stream:
 class SplitModel:
     """Runs the model's own forward with stubs for foreign blocks; see :class:`Share`."""
 
-    def __init__(self, module: nn.Module, share: Share, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, share: Share, device: torch.device, transport: Transport) -> None:
         """Put stubs into ``module`` (on the meta device); weights follow with :meth:`load`."""
         self._module = module.eval()
         self._share = share
         self._device = device
+        self._transport = transport
         self._streams: dict[Hashable, _Stream] = {}
         self._placeholders: dict[TensorMeta, torch.Tensor] = {}
         self._now: tuple[_Stream, CallMessage] | None = None  # what is running
         self._watch = Stopwatch(device)
         self._waits: list[tuple[Any, Any]] = []
-        # (facts, start, end, waits, drifts), the times as marks that are read when somebody asks
-        self._log: deque[tuple[dict[str, Any], Any, Any, list[tuple[Any, Any]], dict[str, Any]]] = deque()
+        # (facts, start, end, waits, drifts, blocks), the times as marks that are read when somebody asks
+        self._log: deque[tuple[dict[str, Any], Any, Any, list[tuple[Any, Any]], dict[str, Any], dict[str, Any]]] = deque()
         for name in share.blocks:
             block = module.get_submodule(name)
             if name not in share.owned:
                 make_stub(block, partial(self._fetch, name))
             elif name in share.sinks:
                 block.register_forward_hook(partial(self._produced, name))
-
-    def connect(self, transport: Transport) -> None:
-        """Use ``transport`` for every later call."""
-        self._transport = transport
 
     def load(self, name: str, value: torch.Tensor) -> None:
         """Attach the parameter or buffer ``name``, for the first time or in place of the one before."""
@@ -83,6 +82,13 @@ class SplitModel:
         if leaf in module._parameters:
             value = nn.Parameter(value, requires_grad=False)
         setattr(module, leaf, value)
+
+    def take_over(self, other: SplitModel) -> None:
+        """Attach the parameters and buffers of ``other``, another share of the same model, that this one has as well."""
+        mine = {name for name, _ in tensors_of(self._module)}
+        for name, tensor in tensors_of(other._module):
+            if name in mine:
+                self.load(name, tensor)
 
     def weights(self) -> dict[str, int]:
         """Bytes of every parameter and buffer held, by name."""
@@ -119,10 +125,12 @@ class SplitModel:
             if sender >= len(message.targets):
                 continue
             stream.inboxes[name].expect(message.targets[sender], self._arrival(sender, stream.layouts[name][0]))
-        output = None
+        output, blocks = None, {}
         if message.computes:
             self._now = stream, message
-            output = self._module(*args, **kwargs)
+            timed = block_marks(self._module, self._share.owned, self._watch) if message.timed else contextlib.nullcontext({})
+            with timed as blocks:
+                output = self._module(*args, **kwargs)
             self._now = None
         else:
             for inbox in stream.inboxes.values():
@@ -140,19 +148,20 @@ class SplitModel:
             "bytes_sent": self._transport.bytes_sent - sent,
         }
         drifts = {name: d for name, inbox in stream.inboxes.items() if (d := inbox.drift()) is not None}
-        self._log.append((facts, start, self._watch.mark(), self._waits, drifts))
+        self._log.append((facts, start, self._watch.mark(), self._waits, drifts, blocks))
         return output
 
     def records(self, wait: bool = False) -> Iterator[CallRecord]:
         """Telemetry of calls that the device has finished, each call once; with ``wait`` of all calls."""
-        seconds = self._watch.seconds
+        seconds, between = self._watch.seconds, self._watch.between
         while self._log and (wait or self._watch.reached(self._log[0][2])):
-            facts, start, end, waits, drifts = self._log.popleft()
+            facts, start, end, waits, drifts, blocks = self._log.popleft()
             spans = tuple((seconds(a), seconds(b)) for a, b in waits)
             waited = sum(b - a for a, b in spans)
             begin, finish = seconds(start), seconds(end)
             times = {"start": begin, "end": finish, "compute": finish - begin - waited, "wait": waited, "waits": spans}
-            yield CallRecord(**facts, **times, drift={name: float(d) for name, d in drifts.items()})
+            took = {name: between(*marks) for name, marks in blocks.items()}
+            yield CallRecord(**facts, **times, drift={name: float(d) for name, d in drifts.items()}, blocks=took)
 
     def _arrival(self, sender: int, metas: Sequence[TensorMeta]) -> Any:
         coming = [self._transport.receive(self._share.first + sender, meta) for meta in metas]

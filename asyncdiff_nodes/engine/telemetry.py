@@ -21,9 +21,10 @@ class CallRecord:
         compute, wait: seconds of it spent computing, and waiting for values of other ranks.
         waits: start and end of each of these waits.
         bytes_sent: payload bytes that this rank sent to other ranks.
-        why: it is synchronous: "warm-up", "cool-down", or "" where it is not.
+        why: it is synchronous: "warm-up", "move" (the first after one), "cool-down", or "" where it is not.
         ahead: done for later calls, after this rank's part of the last synchronous call.
         drift: producer block -> relative L2 change of its output since the value before, for values received.
+        blocks: own block -> seconds that it took; empty in calls that were not asked for them, see :class:`~.calls.Stream`.
     """
 
     stream: str
@@ -40,6 +41,7 @@ class CallRecord:
     ahead: bool = False
     why: str = ""
     drift: dict[str, float] = field(default_factory=dict)
+    blocks: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -175,3 +177,7 @@ class Stopwatch:
             return mark
         mark.synchronize()
         return self._zero + self._origin.elapsed_time(mark) / 1e3
+
+    def between(self, start: Any, end: Any) -> float:
+        """Seconds from mark ``start`` to mark ``end``; waits for both on a GPU."""
+        return self.seconds(end) - self.seconds(start)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -50,16 +50,9 @@ class Transport:
         bytes_sent: payload bytes handed to the links so far, counted at each send.
     """
 
-    def __init__(
-        self,
-        rank: int,
-        devices: Sequence[torch.device],
-        pairs: Sequence[tuple[int, int]],
-        store_path: str,
-        timeout: float,
-    ) -> None:
-        """Open the links of ``rank``. Every rank of the group must do so, with the same ``pairs`` (sender, receiver)."""
+    def __init__(self, rank: int, devices: Sequence[torch.device], store_path: str, timeout: float) -> None:
         self.bytes_sent = 0
+        self._rank, self._devices, self._timeout = rank, devices, timeout
         self._device = devices[rank]
         self._links: dict[tuple[int, int], Any] = {}
         # sends of this call and of the one before, with their buffers
@@ -67,21 +60,27 @@ class Transport:
         self._sent: list[tuple[Any, torch.Tensor]] = []
         self._staged: queue.SimpleQueue | None = None
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # its bootstrap listener, too, stays on loopback
-        store = dist.FileStore(store_path, -1)
+        self._store = dist.FileStore(store_path, -1)
+        self._nccl_peers = {r for r in range(len(devices)) if uses_nccl(devices[r], self._device)}
+
+    def open(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Open this rank's links among ``pairs`` (sender, receiver), but for those that it has.
+
+        Every rank of the group must do so, with the same ``pairs``. Links that are no longer of use stay open, silent.
+        """
+        rank, devices = self._rank, self._devices
         # in one global order and each confirmed at once, so that no two ranks open different links and wait for each other
         for sender, receiver in sorted(pairs):
-            if rank not in (sender, receiver):
+            if rank not in (sender, receiver) or (sender, receiver) in self._links:
                 continue
             name = f"{sender}->{receiver}"
             nccl = uses_nccl(devices[sender], devices[receiver])
-            link = _open_link(dist.PrefixStore(name, store), int(rank == receiver), nccl, timeout)
+            link = _open_link(dist.PrefixStore(name, self._store), int(rank == receiver), nccl, self._timeout)
             self._links[sender, receiver] = link
             hello = torch.full((1,), sender if rank == sender else -1, device=self._device if nccl else "cpu")
             (link.send([hello], 1, 0) if rank == sender else link.recv([hello], 0, 0)).wait()
             if int(hello) != sender:
                 raise RuntimeError(f"link {name} carries foreign data")
-        self._rank = rank
-        self._nccl_peers = {r for r in range(len(devices)) if uses_nccl(devices[r], self._device)}
 
     def begin_call(self) -> None:
         """Free the buffers of the call before the last: whoever reads its values took them to begin the last one."""

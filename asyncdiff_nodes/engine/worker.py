@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pickle
 import shutil
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -38,7 +39,6 @@ class Boot:
 
     share: Share
     devices: tuple[str, ...]
-    pairs: tuple[tuple[int, int], ...]
     store_path: str
     skeleton: bytes
     prepare: Callable[[], None] | None
@@ -91,7 +91,9 @@ class _Rank:
         if boot.prepare is not None:
             boot.prepare()
         backends.restore(boot.numerics)
-        self._model = SplitModel(pickle.loads(boot.skeleton), boot.share, self._device)
+        self._transport = Transport(boot.share.rank, self._devices, boot.store_path, boot.timeout)
+        self._share = boot.share
+        self._model = SplitModel(pickle.loads(boot.skeleton), boot.share, self._device, self._transport)
         self._inputs: dict[Hashable, list[Any]] = {}
         self._run = 0
 
@@ -107,20 +109,33 @@ class _Rank:
                 self._inputs.clear()
             elif verb == "weight":
                 self._model.load(rest[0], tensors[0])
+            elif verb == "move":
+                self._move(rest[0])
             elif verb == "connect":
-                self._connect()
+                self._connect(rest[0])
             elif verb == "report":
                 self._send_records(wait=True)
                 wire.send(self._conn, ("report", rest[0], self._report()))
             elif verb == "close":
                 return
 
-    def _connect(self) -> None:
+    def _move(self, share: Share) -> None:
+        """Take another share of the model: keep the weights of blocks that stay, free those of others; the rest will follow."""
+        self._send_records(wait=True)
+        self._model.reset()
+        self._inputs.clear()
+        model = SplitModel(pickle.loads(self._boot.skeleton), share, self._device, self._transport)
+        model.take_over(self._model)
+        self._share, self._model = share, model
+        gc.collect()  # the old tree and its hooks hold each other
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _connect(self, pairs: Sequence[tuple[int, int]]) -> None:
         """All weights are in: link up with the other ranks and tell the parent."""
         if missing := self._model.missing():
             raise RuntimeError(f"no value was received for {missing[:5]}")
-        boot = self._boot
-        self._model.connect(Transport(boot.share.rank, self._devices, boot.pairs, boot.store_path, boot.timeout))
+        self._transport.open(pairs)
         wire.send(self._conn, ("ready",))
 
     def _call(self, message: CallMessage, tensors: list[torch.Tensor]) -> None:
@@ -153,12 +168,11 @@ class _Rank:
         return tensors[what].to(self._device) if kind == "tensor" else what
 
     def _report(self) -> RankReport:
-        share = self._boot.share
         return RankReport(
-            rank=share.rank,
+            rank=self._share.rank,
             pid=os.getpid(),
             device=str(self._device),
-            segment=share.segment,
+            segment=self._share.segment,
             weights=self._model.weights(),
             replicated_bytes=self._boot.replicated_bytes,
         )

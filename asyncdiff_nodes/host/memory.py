@@ -36,6 +36,10 @@ class RankMemory:
         """The group has ended: nothing is held any more, nor can be loaded."""
         self._size = self._held = 0
 
+    def resize(self, size: int) -> None:
+        """The rank's weights are other ones now, of ``size`` bytes."""
+        self._size, self._held = size, size if self._held else 0
+
     def model_size(self) -> int:
         """Bytes of the rank's weights."""
         return self._size

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from asyncdiff_nodes.engine import Placement, Plan, WorkerGroup
+from asyncdiff_nodes.engine import BlockGraph, Placement, Plan, WorkerGroup
 
 from .memory import RankMemory
 from .settings import setting
@@ -88,13 +88,14 @@ class Pool:
         shape: Sequence[int],
         load: Callable[[list[Any]], None],
         poll: Callable[[], None],
+        estimate: Callable[[BlockGraph], Any],
     ) -> WorkerGroup:
         """A group that computes ``patcher``'s diffusion model as ``plan`` says.
 
         Args:
             shape: [B, C, h, w] of the latent.
             load: has the host load models (here: the ranks) and make room for them.
-            poll: see :class:`~asyncdiff_nodes.engine.WorkerGroup`.
+            poll, estimate: see :class:`~asyncdiff_nodes.engine.WorkerGroup`.
 
         Raises:
             UnsupportedModelError: the model cannot be split.
@@ -106,11 +107,19 @@ class Pool:
         if held := self._find(patcher, plan, devices):
             load(held.memory)
         if held is None or held.group.closed:  # closed: the host needed its memory for what it loaded
-            return self._start(patcher, plan, devices, shape, skeleton, load, poll).group
+            return self._start(patcher, plan, devices, shape, skeleton, load, poll, estimate).group
         self._held.remove(held)
         self._held.append(held)
         self._update(held, patcher, skeleton)
         return held.group
+
+    def move(self, group: WorkerGroup, placement: Placement, patcher: ModelPatcher) -> None:
+        """Place the blocks of ``group``, which computes ``patcher``'s diffusion model, anew. Raises as ``WorkerGroup.move``."""
+        held = next(held for held in self._held if held.group is group)
+        skeleton = skeleton_of(patcher)
+        group.move(placement, lambda names: weights_of(patcher, skeleton, names))
+        for rank, memory in enumerate(held.memory):
+            memory.resize(placement.weight_bytes(placement.plan.segment_of_rank(rank)))
 
     def release(self, keep: int = 0) -> None:
         """End all groups but the ``keep`` latest used."""
@@ -151,6 +160,7 @@ class Pool:
         skeleton: torch.nn.Module,
         load: Callable[[list[Any]], None],
         poll: Callable[[], None],
+        estimate: Callable[[BlockGraph], Any],
     ) -> Held:
         for held in [held for held in self._held if held.model() is patcher.model]:
             self._end(held)  # the same weights under another plan
@@ -175,6 +185,7 @@ class Pool:
             skeleton,
             plan,
             devices,
+            estimate=estimate,
             family=family,
             example_inputs=family.example_inputs(skeleton, tuple(shape[-2:]), 2 * shape[0]),
             weights=weights_of(patcher, skeleton),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
 from asyncdiff_nodes.engine import (
     AsyncDiffError,
+    CallRecord,
     GroupClosedError,
     NoiseLevels,
     Plan,
@@ -30,6 +31,7 @@ from asyncdiff_nodes.engine import (
     WorkerGroup,
 )
 
+from .balance import Balance
 from .branches import affordable, items_per_call
 from .live import Progress
 from .options import ALWAYS, OneDeviceError, Options
@@ -126,6 +128,8 @@ class Sampling:
         self._guider, self._patcher = guider, guider.model_patcher
         self._sampler, self._sigmas = sampler, sigmas
         self._plan: Plan | None = None
+        self._balance: Balance | None = None
+        self._calls = 0  # of each stream, as far as is known
         self._loaded_here = False
         self._progress = Progress(steps=len(sigmas) - 1)
         self._notes = self._progress.notes
@@ -158,9 +162,9 @@ class Sampling:
             def load(ranks: list[Any]) -> None:
                 comfy.model_management.load_models_gpu([*others, *ranks], memory_required=need, minimum_memory_required=least)
 
-            group = POOL.acquire(
-                patcher, plan, devices, noise_shape, load, comfy.model_management.throw_exception_if_processing_interrupted
-            )
+            balance = Balance(patcher, plan, noise_shape, devices)
+            poll = comfy.model_management.throw_exception_if_processing_interrupted
+            group = POOL.acquire(patcher, plan, devices, noise_shape, load, poll, balance.estimate)
         except OneDeviceError as error:
             return self._note(str(error))
         except UnsupportedModelError as error:
@@ -182,8 +186,10 @@ class Sampling:
                 f"all of these {steps} steps are exact, so none is faster: a warm-up of {here.warmup} and a cool-down of "
                 f"{here.cooldown} leave none between them. Take more steps, or a shorter warm-up with the preset Fast or Custom"
             )
-        self._plan = plan
-        group.begin(sampling.timestep(calls), plan, self._progress.add, levels)
+        self._plan, self._balance, self._calls = plan, balance, len(calls) - here.cooldown
+        if placement := balance.better(group, self._calls - here.warmup, running=False):
+            POOL.move(group, placement, patcher)
+        group.begin(sampling.timestep(calls), plan, self._on_record, levels)
         self.group = group
         self._progress.sampling(group, plan, len(calls))
         return patcher.model, conds, others
@@ -215,6 +221,7 @@ class Sampling:
         # the same prompt under a guidance patch, a control net that starts in mid-run, a window of frames: streams of their own
         patches = [shipped.get(kind) for kind in ("patches", "patches_replace")]
         stream = (tuple(options.get("uuids", ())), tuple(x.shape), _outline(control), repr((patches, window)))
+        self._rebalance()
         self._progress.call(stream)
         if self._plan.branches > len(x):
             self._note(
@@ -228,7 +235,7 @@ class Sampling:
             without = "nothing is computed ahead" if self._plan.stride == 1 else f"stride={self._plan.stride} is not possible"
             self._note(f"which calls of the network this sampler makes is not known beforehand: {without}")
             self._plan = replace(self._plan, stride=1, forecast=0)
-            self.group.begin(plan=self._plan, on_record=self._progress.add)
+            self.group.begin(plan=self._plan, on_record=self._on_record)
             self._progress.sampling(self.group, self._plan)
             return self.group(x, timesteps, stream=stream, **kwargs)
         except GroupClosedError:
@@ -242,6 +249,8 @@ class Sampling:
             self._note(f"there is no report on this run: {error}")
             record = RunRecord(tuple(self._notes), self._plan)
         publish(record)
+        if self._balance is not None:
+            self._balance.finish()
         self._progress.enter("done")
 
     def fail(self, error: BaseException) -> None:
@@ -250,6 +259,29 @@ class Sampling:
         if not cancelled:
             self._notes.append(str(error))
         self._progress.enter("cancelled" if cancelled else "failed")
+
+    @property
+    def _on_record(self) -> Callable[[CallRecord], None]:
+        progress, balance = self._progress, self._balance  # not self: the group would keep the model alive
+
+        def tell(record: CallRecord) -> None:
+            progress.add(record)
+            balance.add(record)
+
+        return tell
+
+    def _rebalance(self) -> None:
+        """Once the ranks have told how fast they are: have the blocks change their ranks, if that pays in what is left."""
+        if self.group.closed or not self._balance.learnt(self._plan):
+            return
+        placement = self._balance.better(self.group, self._calls - self._progress.posted - 1, running=True)
+        if placement is None:
+            return
+        log.info("AsyncDiff: dividing the work anew, at %s", ", ".join(placement.cuts))
+        try:
+            POOL.move(self.group, placement, self._patcher)
+        except AsyncDiffError as error:  # the host goes on by itself
+            self._note(f"the work could not be divided anew: {error}")
 
     def _prepare_model(self, patcher: ModelPatcher) -> None:
         """What loading would have done to the rest of the model: other nodes' object patches, and small parts to the device."""

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from asyncdiff_nodes.engine import Plan, Simulator, WorkerGroup
+from asyncdiff_nodes.engine import Placement, Plan, Simulator, WorkerGroup
+from asyncdiff_nodes.engine.graph import tensors_of
 from toys import TOY, denoise, random_net
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -43,6 +44,25 @@ def test_synchronous_run_is_bit_identical(devices):
     expected = denoise(lambda x, t, context: net(x.cuda(), t, context=context.cuda()).detach().cpu(), TIMESTEPS)
     with WorkerGroup(net, Plan(warmup=len(TIMESTEPS)), devices, family=TOY) as group:
         assert torch.equal(denoise(group, TIMESTEPS), expected)
+
+
+@pytest.mark.parametrize("devices", PLACES)
+def test_blocks_move_and_are_timed(devices):
+    net = random_net(4).cuda()
+    plan = Plan(warmup=len(TIMESTEPS), forecast=0)
+    expected = denoise(lambda x, t, context: net(x.cuda(), t, context=context.cuda()).detach().cpu(), TIMESTEPS)
+    with WorkerGroup(net, plan, devices, family=TOY) as group:
+        graph, here = group.placement.graph, group.placement.starts
+        there = next(starts for starts in ((0, 2), (0, 5)) if starts != here)
+        for starts in (there, here):
+            group.move(Placement(graph, plan, starts), lambda names: tensors_of(net))
+            group.begin(TIMESTEPS)
+            actual = denoise(group, TIMESTEPS)
+            records = group.stats().records
+            assert all(sum(record.blocks.values()) <= record.compute + 1e-3 for record in records)
+            assert {name for record in records for name in record.blocks} == set(graph.names)
+            if "cpu" not in devices:
+                assert torch.equal(actual, expected)
 
 
 def test_memory_is_given_back():

@@ -48,6 +48,20 @@ class Slow(Trap):
         return super().forward(x, emb, context)
 
 
+class Throttled(ToyBlock):
+    """Takes ``SECONDS`` in every call, twice that on rank 1: asleep until they are over, so on a busy machine, too."""
+
+    SECONDS = 0.02
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor) -> Any:
+        slow = multiprocessing.current_process().name == "asyncdiff-rank-1"
+        end = time.monotonic() + self.SECONDS * (1 + slow)
+        output = super().forward(x, emb, context)
+        if not context.is_meta:
+            time.sleep(max(0.0, end - time.monotonic()))
+        return output
+
+
 class Unloadable(ToyBlock):
     """Cannot be unpickled in a worker process."""
 

@@ -36,6 +36,18 @@ def prompts():
     return small.conditioning("sd15", 1), small.conditioning("sd15", 2)
 
 
+@pytest.fixture(autouse=True)
+def cuts_by_macs(request, monkeypatch, tmp_path):
+    """Pictures depend on cuts: these follow what was measured only in tests that ask for it, and nothing is kept for others."""
+    import folder_paths
+
+    from asyncdiff_nodes.host.balance import Balance
+
+    monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path))
+    if "measured" not in request.fixturenames:
+        monkeypatch.setattr(Balance, "estimate", lambda *_: None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def host_rules():
     """One thread, and no gradients, as in the host's own execution."""

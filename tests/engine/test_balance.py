@@ -1,0 +1,141 @@
+"""Block times as the ranks measure them, and the cuts that follow."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import toys
+from asyncdiff_nodes.engine import BlockTimes, CallRecord, Placement, Plan, WorkerGroup, better, place, slowest
+from asyncdiff_nodes.engine.graph import Block, BlockGraph, TensorMeta
+from toys import TOY
+
+TIMES = list(range(950, 0, -50))
+EVEN = Plan(forecast=0)
+
+
+@pytest.fixture(scope="module")
+def uneven():
+    """A group whose block i takes i hundredths of a second, and its records of a run with a warm-up of 6."""
+    net = toys.chain(*[toys.Slow] * 5)
+    for index, block in enumerate(net.blocks):
+        block.seconds = index / 100
+    with WorkerGroup(net, Plan(warmup=6, cuts=("blocks.0", "blocks.3")), threads_per_rank=1, family=TOY) as group:
+        group.begin(TIMES)
+        toys.denoise(group, TIMES)
+        yield group, group.stats().records
+
+
+def test_few_calls_are_timed_and_never_the_first(uneven):
+    group, records = uneven
+    timed = {r.call for r in records if r.blocks}
+    assert timed == {1, 2, 3, 6, 7, 8, 9}
+    for record in records:
+        owned = {group.placement.graph.names[i] for i in group.placement.owned(record.segment)}
+        assert set(record.blocks) == (owned if record.call in timed and not record.ahead else set())
+
+
+def test_a_block_s_time_is_its_own(uneven):
+    """Without waits, sends and glue: each at least its sleep, all together no more than the call's computing."""
+    _, records = uneven
+    for record in records:
+        assert sum(record.blocks.values()) <= record.compute
+        for name, seconds in record.blocks.items():
+            assert seconds >= int(name[-1]) / 100
+
+
+def graph_of(macs):
+    """A chain of blocks, of these MACs."""
+    output = (TensorMeta((1, 4), (4, 1), torch.float32),)
+    blocks = tuple(Block(f"b{i}", output, 0, count, count) for i, count in enumerate(macs))
+    return BlockGraph(blocks, frozenset((i, i + 1) for i in range(len(macs) - 1)), 0, 0)
+
+
+def record(rank, blocks, synchronous=False, call=5):
+    return CallRecord("", call, rank, rank, synchronous, 0.0, 1.0, 1.0, 0.0, 0, blocks=blocks)
+
+
+def test_times_are_medians_of_asynchronous_calls_where_there_are_any():
+    records = [record(0, {"b0": t, "b1": 1.0}) for t in (2.0, 9.0, 3.0)]
+    records += [record(0, {"b0": 100.0, "b1": 1.0}, synchronous=True), record(1, {"b2": 4.0}, synchronous=True), record(1, {})]
+    assert BlockTimes.of(records, ["fast", "slow"]).to_data() == {"fast": {"b0": 3.0, "b1": 1.0}, "slow": {"b2": 4.0}}
+
+
+def test_what_is_known_survives_as_json_and_anything_else_is_as_if_absent():
+    times = BlockTimes({"gpu": {"b0": 0.5, "b1": 1.0}})
+    assert BlockTimes.from_data(json.loads(json.dumps(times.to_data()))).to_data() == times.to_data()
+    for bad in (None, 3, [], {"gpu": 1}, {"gpu": {"b0": "x"}}, {"gpu": {"b0": -1.0}}, {"gpu": {"b0": float("nan")}}):
+        assert BlockTimes.from_data(bad).to_data() == {}
+
+
+def test_newer_times_replace_older_ones_and_carry_the_rest_along():
+    old = BlockTimes({"a": {"b0": 1.0, "b1": 2.0, "b2": 5.0}, "b": {"b3": 1.0}})
+    new = BlockTimes({"a": {"b0": 2.0, "b1": 4.0}, "c": {"b3": 3.0}})
+    assert old.updated(new).to_data() == {"a": {"b0": 2.0, "b1": 4.0, "b2": 10.0}, "b": {"b3": 1.0}, "c": {"b3": 3.0}}
+
+
+def test_nothing_known_is_nothing_estimated():
+    graph = graph_of([1, 2])
+    assert BlockTimes().estimate(graph, ["a", "b"]) is None
+    assert BlockTimes({"other": {"b0": 1.0}}).estimate(graph, ["a", "b"]) is None
+    assert BlockTimes({"a": {"of another model": 1.0}}).estimate(graph, ["a", "b"]) is None
+
+
+def test_the_ratio_of_devices_is_that_of_the_work_that_both_did():
+    """Not of MACs, by which b would be a seventh as fast."""
+    times = BlockTimes({"a": {"b0": 1.0, "b1": 1.0}, "b": {"b1": 2.0, "b2": 16.0}})
+    costs, speeds = times.estimate(graph_of([10, 11, 12]), ["a", "b"])
+    assert speeds == [1.0, 0.5]
+    assert costs == [1.0, 1.0, 8.0]
+
+
+def test_blocks_that_do_the_same_work_tell_it_as_well():
+    times = BlockTimes({"a": {"b0": 1.0, "b1": 2.0}, "b": {"b2": 3.0}})
+    costs, speeds = times.estimate(graph_of([10, 30, 10, 30, 60]), ["b", "a"])
+    assert speeds == [1.0, 3.0]
+    assert costs == pytest.approx([3.0, 6.0, 3.0, 6.0, 60 * 9 / 40])  # seconds on b; the last by MACs
+
+
+def test_macs_tell_it_where_nothing_was_done_by_both():
+    times = BlockTimes({"a": {"b0": 1.0, "b1": 2.0}, "b": {"b2": 6.0}})
+    costs, speeds = times.estimate(graph_of([10, 20, 30]), ["a", "b"])
+    assert speeds == pytest.approx([1.0, 0.5]) and costs == pytest.approx([1.0, 2.0, 3.0])
+
+
+def test_devices_of_one_model_are_equally_fast_unless_measured_otherwise():
+    times = BlockTimes({"gpu 0": {"b0": 1.0, "b1": 2.0}, "gpu 1": {"b2": 6.0}})
+    graph, names, models = graph_of([10, 20, 30]), ["gpu 0", "gpu 1"], ["gpu", "gpu"]
+    assert times.estimate(graph, names, models) == ([1.0, 2.0, 6.0], [1.0, 1.0])
+    throttled = times.updated(BlockTimes({"gpu 1": {"b1": 4.0}}))
+    assert throttled.estimate(graph, names, models) == ([1.0, 2.0, 3.0], [1.0, 0.5])
+
+
+def test_a_third_device_is_compared_with_whichever_shares_work_with_it():
+    times = BlockTimes({"a": {"b0": 1.0, "b1": 1.0}, "c": {"b2": 8.0, "b3": 8.0}, "b": {"b1": 2.0, "b2": 2.0}})
+    costs, speeds = times.estimate(graph_of([10, 11, 12, 13]), ["a", "c", "b", "unknown"])
+    assert speeds == [1.0, 0.125, 0.5, 1.0] and costs == [1.0, 1.0, 1.0, 1.0]
+
+
+def test_cuts_move_to_where_the_speeds_are():
+    graph = graph_of([10] * 12)
+    even = place(graph, EVEN)
+    speeds = [1.0, 0.5]
+    assert slowest(even, [1.0] * 12, speeds) == 12.0
+    moved = better(even, [1.0] * 12, speeds)
+    assert slowest(moved, [1.0] * 12, speeds) == 8.0
+    assert [len(moved.owned(d)) for d in (0, 1)] == [8, 4] and moved.plan == even.plan
+
+
+def test_cuts_stay_where_little_is_won_or_the_user_chose_them():
+    graph = graph_of([10] * 12)
+    even = place(graph, EVEN)
+    assert better(even, [1.0] * 12, [1.0, 0.96]) is None
+    chosen = place(graph, replace(EVEN, cuts=("b0", "b1")))
+    assert better(chosen, [1.0] * 12, [1.0, 1.0]) is None
+    assert better(Placement(graph, EVEN, (0, 1)), [1.0] * 12, [1.0, 1.0]) is not None
+
+
+def test_replicas_count_as_the_slowest_of_them():
+    placement = place(graph_of([10] * 4), Plan(forecast=0, stride=2))
+    assert slowest(placement, [1.0] * 4, [1.0, 1.0, 0.25]) == 8.0
