@@ -35,7 +35,8 @@ def items_per_call(guider: Any, conds: dict[str, Any], model_options: dict[str, 
         del prompts["negative"]
     found = [entry for entries in prompts.values() for entry in entries]
     alike = len(found) == len(prompts) and len({id(entry.get("control")) for entry in found}) == 1
-    if not alike or any(_APART & entry.keys() for entry in found) or _across_items(model_options.get("transformer_options", {})):
+    apart = any(_APART & entry.keys() or entry.get("set_area_to_bounds") for entry in found)
+    if apart or not alike or _across_items(model_options.get("transformer_options", {})):
         return 1
     return len(prompts) * batch
 

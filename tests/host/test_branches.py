@@ -86,12 +86,16 @@ def test_patches_know_which_prompt_they_have(sd15, prompts):
     )
 
 
-@pytest.mark.parametrize("why", ["cfg 1", "area", "range", "control net on one", "two prompts", "across items"])
+@pytest.mark.parametrize("why", ["cfg 1", "area", "mask's bounds", "range", "control net on one", "two prompts", "across items"])
 def test_segments_where_there_is_nothing_to_halve(why, sd15, prompts):
     positive, negative = prompts
     model, cfg = sd15, 1.0 if why == "cfg 1" else 7.0
     if why == "area":
         positive = nodes.ConditioningSetArea().append(positive, 64, 64, 0, 32, 1.0)[0]
+    elif why == "mask's bounds":
+        mask = torch.zeros(1, 16, 16)
+        mask[:, 4:, 8:] = 1.0
+        positive = nodes.ConditioningSetMask().append(positive, mask, "mask bounds", 0.8)[0]
     elif why == "range":
         positive = nodes.ConditioningSetTimestepRange().set_range(positive, 0.0, 0.5)[0]
     elif why == "control net on one":
