@@ -155,8 +155,8 @@ class Placement(Mapping[str, int]):
     def span(self, segment: int) -> tuple[str, str]:
         """First and last block of ``segment`` in the order of the circle, without what it computes again."""
         names, own = self.graph.names, {i for i, owner in enumerate(self.segments) if owner == segment}
-        first = next(i for i in own if (i - 1) % len(names) not in own)
-        last = next(i for i in own if (i + 1) % len(names) not in own)
+        first = next((i for i in own if (i - 1) % len(names) not in own), 0)  # a single segment has no edges
+        last = next((i for i in own if (i + 1) % len(names) not in own), -1)
         return names[first], names[last]
 
     def incoming(self, segment: int) -> tuple[int, ...]:

@@ -103,6 +103,7 @@ def test_run_of_branches_costs_what_their_parts_do():
     assert whole.cost(20) == half.cost(20) / 2
     assert place(graph, WHOLE).cost(20) == 10
     assert place(graph, WHOLE).shares == (1.0,)
+    assert place(graph, WHOLE).span(0) == ("blocks.0", "blocks.6")
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ def assert_halved(model, sample):
     record = last_run()
     assert (record.plan.branches, record.plan.segments) == (2, 1) and not record.notes
     assert {r.rank for r in record.stats.records} == {0, 1}
+    assert "Plan: 2 branches of 1 segment, each with the whole network" in record.text()
+    assert "Rank 1 on cpu: branch 2, segment 1" in record.text()
     assert torch.equal(found, sample(by_halves(model)))
     stock = sample(model)
     assert 0 < (found - stock).abs().max() < 1e-3 * stock.abs().max(), "the same but for rounding"
