@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
@@ -19,19 +20,23 @@ class Baseline:
 
     Args:
         inputs: ``(args, kwargs)`` of one call, on the CPU.
+        repeats: calls that the profile is the median of.
     """
 
-    def __init__(self, model: Model, dtype: torch.dtype, device: str, threads: int, inputs: Any) -> None:
+    def __init__(self, model: Model, dtype: torch.dtype, device: str, threads: int, inputs: Any, repeats: int) -> None:
         context = mp.get_context("spawn")
         self._conn, child = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(child, model, dtype, device, threads, inputs), daemon=True, name="asyncdiff-baseline"
+            target=_serve, args=(child, model, dtype, device, threads, inputs, repeats), daemon=True, name="asyncdiff-baseline"
         )
         self._process.start()
         child.close()
 
-    def block_seconds(self) -> list[float]:
-        """Seconds of each block, measured before the first call. Ask once, first: it says that the process is ready."""
+    def profile(self) -> tuple[list[float], float]:
+        """Seconds of each block and of the whole call, measured before the first call.
+
+        Ask once, first: it says that the process is ready.
+        """
         return self._receive()
 
     def start(self) -> None:
@@ -65,7 +70,7 @@ class Baseline:
 
 
 @torch.inference_mode()
-def _serve(conn: Connection, model: Model, dtype: torch.dtype, device: str, threads: int, inputs: Any) -> None:
+def _serve(conn: Connection, model: Model, dtype: torch.dtype, device: str, threads: int, inputs: Any, repeats: int) -> None:
     torch.set_num_threads(threads)
     unet = model.with_random_weights(dtype, device)
     args, kwargs = torch.utils._pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, inputs)
@@ -75,7 +80,18 @@ def _serve(conn: Connection, model: Model, dtype: torch.dtype, device: str, thre
             torch.get_device_module(torch.device(device)).synchronize()
 
     graph = trace(meta_copy(unet), find_family(unet), args, kwargs)
-    conn.send(block_seconds(unet, graph, args, kwargs))
+    marks = []
+
+    def mark(*_: Any) -> None:
+        synchronize()
+        marks.append(time.perf_counter())
+
+    hooks = unet.register_forward_pre_hook(mark), unet.register_forward_hook(mark)
+    blocks = block_seconds(unet, graph, args, kwargs, repeats)
+    for hook in hooks:
+        hook.remove()
+    whole = [end - begin for begin, end in zip(marks[2::2], marks[3::2], strict=True)]  # the first call pays for memory
+    conn.send((blocks, statistics.median(whole)))
     try:
         while conn.recv():
             begin = time.perf_counter()

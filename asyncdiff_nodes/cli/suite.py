@@ -1,0 +1,102 @@
+"""What ``asyncdiff bench`` measures: subjects, and those of ``--suite``."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+from asyncdiff_nodes.engine import Plan
+from asyncdiff_nodes.engine.clock import Costs
+
+from .baseline import Baseline
+from .measure import Bench, Setting, check_memory, make_inputs
+from .zoo import find_model
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to be known of a model at one size.
+
+    Attributes:
+        plans: the speed of whose asynchronous steps is asked for.
+        runs: the time of whose whole runs is.
+        steps: denoising steps per plan or run.
+        threads: of the unrouted model, if not the setting's: where nothing is measured beside it, it may have the whole machine.
+        repeats: calls that block times are the median of.
+    """
+
+    model: str
+    size: int
+    plans: tuple[Plan, ...] = ()
+    runs: tuple[Plan, ...] = ()
+    steps: int = 10
+    threads: int | None = None
+    repeats: int = 3
+
+
+@dataclass
+class Results:
+    """Rows of subjects, as they are measured, and the profiles that projections rest on."""
+
+    setting: Setting
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    profiles: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, subject: Subject) -> None:
+        """Measure ``subject``.
+
+        Raises:
+            DeviceError: there is not enough memory for it.
+        """
+        setting, model = self.setting, find_model(subject.model)
+        measured = any(setting.has_devices_for(plan) for plan in (*subject.plans, *subject.runs)) and not subject.threads
+        copies_on = (setting.devices * 2)[: 2 if measured else 1]
+        check_memory(model, setting.dtype, copies_on, measured)
+        inputs = make_inputs(model, model.latent_size(subject.size), setting.batch, setting.dtype)
+        threads = subject.threads or setting.threads
+        with ExitStack() as stack:
+            copies = [
+                stack.enter_context(closing(Baseline(model, setting.dtype, device, threads, inputs, subject.repeats)))
+                for device in copies_on
+            ]
+            # all measure their blocks at once, as the ranks will run at once
+            (blocks, whole), *_ = [copy.profile() for copy in copies]
+            costs = Costs(blocks, max(0.0, whole - sum(blocks)), setting.link, setting.round_trip)
+            bench = Bench(setting, model, inputs, copies, costs)
+            facts = {"model": model.name, "size": subject.size}
+            self.profiles.append({**facts, "threads": threads, "block_s": blocks, "unrouted_s": whole})
+            for plan in subject.plans:
+                real = measured and setting.has_devices_for(plan)
+                row = bench.steps(plan, subject.steps) if real else bench.projected(plan)
+                self.rows.append({**facts, "what": "step", **row})
+            for plan in subject.runs:
+                self.rows.append({**facts, "what": "run", **bench.run(plan, subject.steps)})
+
+
+_FAST = {"fresh_skips": False}
+_EVERY = (
+    Plan(2),
+    Plan(2, **_FAST),
+    Plan(3, **_FAST),
+    Plan(4, **_FAST),
+    Plan(2, stride=2, **_FAST),
+    Plan(3, stride=2, **_FAST),
+)
+
+
+def suite() -> tuple[Subject, ...]:
+    """Real groups at sizes that a CPU manages, projections at the models' own."""
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    # true sizes: nothing runs beside the one copy, whose device is the whole machine
+    whole = {"threads": cores, "repeats": 1}
+    return (
+        Subject("sd15", 256, plans=(Plan(2), Plan(2, **_FAST)), steps=13),
+        Subject("sd21", 256, plans=(Plan(2, **_FAST),), steps=10),
+        Subject("sd15", 128, runs=(Plan(2, warmup=2, **_FAST),), steps=30),
+        Subject("sd15", 512, plans=_EVERY, **whole),
+        Subject("sd21", 768, plans=_EVERY, **whole),
+        Subject("sdxl", 1024, plans=_EVERY, **whole),
+    )
