@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-import psutil
 import torch
 
-from asyncdiff_nodes.engine import DeviceError, Plan, WorkerGroup, find_family, place, trace
+from asyncdiff_nodes.engine import Plan, WorkerGroup, find_family, place, trace
 from asyncdiff_nodes.engine.clock import Costs, Link, simulate, step_seconds
 from asyncdiff_nodes.engine.inputs import Inputs
 
@@ -68,12 +67,11 @@ class Bench:
     def projected(self, plan: Plan) -> dict[str, Any]:
         """An asynchronous step on devices each of which is like the one that the blocks were measured on."""
         placement = place(self._graph, plan, costs=self._costs.blocks)
-        step = step_seconds(placement, self._costs)
-        speedup, ideal = self._costs.unrouted / step, plan.stride / max(placement.shares)
+        step, ideal = step_seconds(placement, self._costs), plan.stride / max(placement.shares)
         return {
             **self._facts(plan, placement, placement.bytes_per_call),
-            **{"projected": True, "unrouted_s": self._costs.unrouted, "step_s": step},
-            **{"speedup": speedup, "ideal": ideal, "share_of_ideal": speedup / ideal, "projected_speedup": speedup},
+            "projected": True,
+            **_speeds(self._costs.unrouted, step, step, ideal),
         }
 
     def steps(self, plan: Plan, steps: int) -> dict[str, Any]:
@@ -102,21 +100,22 @@ class Bench:
             stats, placement = group.stats(), group.placement
         unrouted, together, step = statistics.median(alone), statistics.median(both), statistics.median(bursts)
         # every rank profits or suffers from its neighbours as the two copies do
-        scaling = 2 * unrouted / together
-        speedup, ideal = unrouted / step, scaling / 2 * plan.stride / max(placement.shares)
+        ideal = unrouted / together * plan.stride / max(placement.shares)
         costs = replace(_scaled(self._costs, together), round_trip=statistics.median(gaps) if gaps else self._costs.round_trip)
         waited = [record for record in stats.records if not record.synchronous]
         return {
             **self._facts(plan, placement, stats.bytes_per_call),
-            **{"projected": False, "unrouted_s": unrouted, "step_s": step, "scaling": scaling},
-            **{"speedup": speedup, "ideal": ideal, "share_of_ideal": speedup / ideal},
-            "projected_speedup": unrouted / step_seconds(placement, costs),
+            "projected": False,
+            **_speeds(unrouted, step, step_seconds(placement, costs), ideal),
+            "scaling": 2 * unrouted / together,
             "wait_share": sum(r.wait for r in waited) / sum(r.end - r.start for r in waited),
-            **{"step_s_all": bursts, "unrouted_s_all": alone, "together_s_all": both},
+            "step_s_all": bursts,
+            "unrouted_s_all": alone,
+            "together_s_all": both,
         }
 
     def run(self, plan: Plan, steps: int, rounds: int = 3) -> dict[str, Any]:
-        """Whole runs, from the first call to the last result."""
+        """Whole runs of a started group, from the first call to the last result."""
         runs, alone, both = [], [], []
         with self._group(plan) as group:
             self._prime(group, steps)
@@ -135,13 +134,16 @@ class Bench:
         # nobody computes beside a synchronous call
         synchronous = plan.warmup + plan.cooldown
         allowed = synchronous + (placement.cost(steps) - synchronous) * together / unrouted
-        speedup, ideal = steps * unrouted / seconds, steps / allowed
+        by_clock = self._run_seconds(plan, placement, steps, unrouted, together)
         return {
             **self._facts(plan, placement, stats.bytes_per_call),
-            **{"projected": False, "steps": steps, "unrouted_s": unrouted, "run_s": seconds, "scaling": 2 * unrouted / together},
-            **{"speedup": speedup, "ideal": ideal, "share_of_ideal": speedup / ideal},
-            "projected_speedup": steps * unrouted / self._run_seconds(plan, placement, steps, unrouted, together),
-            **{"run_s_all": runs, "unrouted_s_all": alone, "together_s_all": both},
+            "projected": False,
+            "steps": steps,
+            **_speeds(unrouted, seconds / steps, by_clock / steps, steps / allowed),
+            "scaling": 2 * unrouted / together,
+            "run_s_all": runs,
+            "unrouted_s_all": alone,
+            "together_s_all": both,
         }
 
     def _run_seconds(self, plan: Plan, placement: Any, steps: int, unrouted: float, together: float) -> float:
@@ -156,8 +158,13 @@ class Bench:
         macs = place(self._graph, plan)
         return {
             "plan": f"{plan.segments},{plan.stride},{plan.warmup}",
-            **{"segments": plan.segments, "stride": plan.stride, "warmup": plan.warmup, "branches": 1},
-            **{"fresh_skips": plan.fresh_skips, "devices": plan.world_size, "cuts": list(placement.cuts)},
+            "segments": plan.segments,
+            "stride": plan.stride,
+            "warmup": plan.warmup,
+            "branches": 1,
+            "fresh_skips": plan.fresh_skips,
+            "devices": plan.world_size,
+            "cuts": list(placement.cuts),
             "max_share": max(placement.shares),  # of measured block time
             "predicted_speedup": plan.stride / max(macs.shares),
             "mib_per_call": nbytes / MIB,
@@ -196,6 +203,18 @@ def _schedule(steps: int) -> list[int]:
     return [round(999 * (1 - i / steps)) for i in range(steps)]
 
 
+def _speeds(unrouted: float, step: float, by_clock: float, ideal: float) -> dict[str, float]:
+    """Seconds per step without the plan, with it, and as the clock has it; ``ideal`` is a speed-up."""
+    return {
+        "unrouted_s": unrouted,
+        "step_s": step,
+        "speedup": unrouted / step,
+        "ideal": ideal,
+        "share_of_ideal": unrouted / step / ideal,
+        "projected_speedup": unrouted / by_clock,
+    }
+
+
 def _scaled(costs: Costs, whole: float) -> Costs:
     """``costs`` where a call of the whole model takes ``whole``."""
     factor = whole / costs.unrouted
@@ -210,32 +229,3 @@ def _timed(copies: list[Baseline]) -> float:
     for copy in copies:
         copy.start()
     return max([copy.wait() for copy in copies])
-
-
-def make_inputs(model: Model, size: int, batch: int, dtype: torch.dtype) -> Any:
-    """``(args, kwargs)`` of one call on the CPU: noise in the layout of ``size`` latent pixels a side."""
-    skeleton = model.skeleton(dtype)
-    generator = torch.Generator().manual_seed(0)
-
-    def real(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        if not leaf.is_floating_point():
-            return torch.zeros(leaf.shape, dtype=leaf.dtype)
-        return torch.randn(leaf.shape, generator=generator).to(leaf.dtype)
-
-    return torch.utils._pytree.tree_map(real, find_family(skeleton).example_inputs(skeleton, size, batch))
-
-
-def check_memory(model: Model, dtype: torch.dtype, copies: Sequence[str], group: bool) -> None:
-    """Raise DeviceError if ``copies`` of the model, on these devices, and perhaps a group do not fit in."""
-    weights = sum(p.numel() * dtype.itemsize for p in model.skeleton(dtype).parameters())
-    needed = (
-        weights * (copies.count("cpu") + (group and "cpu" in copies)) * 1.15
-    )  # activations, and blocks that are in two segments
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise DeviceError(
-            f"bench of {model.name} in {dtype} needs about {needed / 2**30:.0f} GiB of memory, "
-            f"{free / 2**30:.0f} GiB are free: choose a smaller model or --dtype float16"
-        )

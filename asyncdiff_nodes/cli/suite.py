@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
+import torch
 
-from asyncdiff_nodes.engine import Plan
+from asyncdiff_nodes.engine import DeviceError, Plan, find_family
 from asyncdiff_nodes.engine.clock import Costs
 
 from .baseline import Baseline
-from .measure import Bench, Setting, check_memory, make_inputs
-from .zoo import find_model
+from .measure import Bench, Setting
+from .zoo import Model, find_model
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Results:
         setting, model = self.setting, find_model(subject.model)
         measured = any(setting.has_devices_for(plan) for plan in (*subject.plans, *subject.runs)) and not subject.threads
         copies_on = (setting.devices * 2)[: 2 if measured else 1]
-        check_memory(model, setting.dtype, copies_on, measured)
-        inputs = make_inputs(model, model.latent_size(subject.size), setting.batch, setting.dtype)
+        _check_memory(model, setting.dtype, copies_on, measured)
+        inputs = _inputs(model, model.latent_size(subject.size), setting.batch, setting.dtype)
         threads = subject.threads or setting.threads
         with ExitStack() as stack:
             copies = [
@@ -100,3 +102,32 @@ def suite() -> tuple[Subject, ...]:
         Subject("sd21", 768, plans=_EVERY, **whole),
         Subject("sdxl", 1024, plans=_EVERY, **whole),
     )
+
+
+def _inputs(model: Model, size: int, batch: int, dtype: torch.dtype) -> Any:
+    """``(args, kwargs)`` of one call on the CPU: noise in the layout of ``size`` latent pixels a side."""
+    skeleton = model.skeleton(dtype)
+    generator = torch.Generator().manual_seed(0)
+
+    def real(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if not leaf.is_floating_point():
+            return torch.zeros(leaf.shape, dtype=leaf.dtype)
+        return torch.randn(leaf.shape, generator=generator).to(leaf.dtype)
+
+    return torch.utils._pytree.tree_map(real, find_family(skeleton).example_inputs(skeleton, size, batch))
+
+
+def _check_memory(model: Model, dtype: torch.dtype, copies: Sequence[str], group: bool) -> None:
+    """Raise DeviceError if ``copies`` of the model, on these devices, and perhaps a group do not fit in."""
+    weights = sum(p.numel() * dtype.itemsize for p in model.skeleton(dtype).parameters())
+    needed = (
+        weights * (copies.count("cpu") + (group and "cpu" in copies)) * 1.15
+    )  # activations, and blocks that are in two segments
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise DeviceError(
+            f"bench of {model.name} in {dtype} needs about {needed / 2**30:.0f} GiB of memory, "
+            f"{free / 2**30:.0f} GiB are free: choose a smaller model or --dtype float16"
+        )

@@ -184,7 +184,8 @@ def test_bad_values_are_named(change, message):
 
 
 CALLS = 13
-SLEEPERS = {  # per block, hundredths of a second; where the cuts are; how stale values are dealt with
+# sleeps per block in sixtieths of a second, beside which a busy machine's hiccups are small; cuts; forecast
+SLEEPERS = {
     "N=2, first slowest": ((7, 3, 3, 4), (0, 2), 1),
     "N=3, wrapped, last slowest": ((3, 3, 5, 4, 3, 6), (1, 3, 5), 0),
     "N=4, second slowest": ((3, 5, 6, 3, 3, 2, 4), (0, 2, 4, 6), 1),
@@ -206,7 +207,7 @@ def timed(group, plan, calls):
 def sleepers(request):
     """A group of ranks that sleep, two of them for the last segment; what its calls cost, as measured in synchronous ones."""
     sleeps, cuts, forecast = SLEEPERS[request.param]
-    net, seconds = toys.chain(*[toys.Slow] * len(sleeps)), [sleep / 100 for sleep in sleeps]
+    net, seconds = toys.chain(*[toys.Slow] * len(sleeps)), [sleep / 60 for sleep in sleeps]
     for block, sleep in zip(net.blocks, seconds, strict=True):
         block.seconds = sleep
     plan = Plan(len(cuts), stride=2, warmup=3, cuts=tuple(f"blocks.{cut}" for cut in cuts), forecast=forecast)
