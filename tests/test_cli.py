@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -12,7 +13,10 @@ from PIL import Image
 
 from asyncdiff_nodes.cli import main
 from asyncdiff_nodes.cli.subjects import find_subject
+from asyncdiff_nodes.cli.suite import suite
+from asyncdiff_nodes.cli.zoo import PUBLISHED_SPEEDUPS, find_model
 from asyncdiff_nodes.demo import DemoPipeline
+from asyncdiff_nodes.engine.clock import Link
 
 
 def run(tmp_path, *argv):
@@ -87,6 +91,9 @@ def test_plan_takes_cuts_stride_and_speeds(tmp_path):
         (["plan", "--speeds", "1,fast"], "1,fast"),
         (["bench", "--plans", "2,1"], "2,1"),
         (["bench", "--plans", ";"], "--plans"),
+        (["bench", "--devices", "cuda:99,cpu"], "cuda:99"),
+        (["bench", "--plans", "2,1,13"], "plan 2,1,13"),
+        (["bench", "--size", "100"], "multiple of 64"),
         (["demo", "--devices", "cuda:99,cpu"], "cuda:99"),
         (["demo", "--scheduler", "magic"], "magic"),
         (["compare", "--plans", "5,1,1"], "no cuts for 5 segments"),
@@ -171,14 +178,51 @@ def test_bench_measures_and_projects(tmp_path):
     status, result = run(tmp_path, "bench", "--model", "demo", "--size", "32", "--plans", plans, "--steps", "7")
     assert status == 0
     measured, projected = result["rows"]
-    assert (measured["plan"], measured["projected"]) == ("2,1,1", False)
-    assert (projected["plan"], projected["projected"]) == (f"{more},1,1", True)
+    assert (measured["plan"], measured["projected"], measured["what"]) == ("2,1,1", False, "step")
+    assert (projected["plan"], projected["projected"], projected["what"]) == (f"{more},1,1", True, "step")
     for row in result["rows"]:
-        assert row["mib_per_call"] == pytest.approx(row["planned_mib_per_call"])
         assert row["speedup"] == pytest.approx(row["unrouted_s"] / row["step_s"])
         assert row["share_of_ideal"] == pytest.approx(row["speedup"] / row["ideal"])
-        assert 0 <= row["wait_share"] < 1
+        assert (row["model"], row["size"], row["published"]) == ("demo", 32, None)
+        assert len(row["weights_mib"]) == row["devices"]
+    assert 0 <= measured["wait_share"] < 1
     assert measured["ideal"] == pytest.approx(measured["scaling"] / 2 / measured["max_share"])
+    assert measured["projected_speedup"] == pytest.approx(measured["speedup"], rel=0.5), "nothing is quiet here"
+    (profile,) = result["profiles"]
+    assert projected["step_s"] > projected["max_share"] * sum(profile["block_s"])
+    assert projected["unrouted_s"] == pytest.approx(max(profile["unrouted_s"], sum(profile["block_s"])))
+    assert 0 < result["link"]["latency"] < 0.1 < 1e6 < result["link"]["bandwidth"] and 0 < result["round_trip_s"] < 0.5
+
+
+@pytest.mark.slow
+def test_bench_runs_its_suite(tmp_path, monkeypatch, capsys):
+    """With the demo model in place of the others, and fewer steps."""
+    monkeypatch.setattr("asyncdiff_nodes.cli.bench.measure_link", lambda devices: Link(1e-3, 1e9))
+    monkeypatch.setattr("asyncdiff_nodes.cli.bench.measure_round_trip", lambda devices: 5e-3)
+    subjects = [replace(s, model="demo", size=32, steps=min(s.steps, 7)) for s in suite()]
+    monkeypatch.setattr(
+        "asyncdiff_nodes.cli.bench.suite", lambda: (subjects[2], replace(subjects[3], plans=subjects[3].plans[-1:]))
+    )
+    status, result = run(tmp_path, "bench", "--suite")
+    assert status == 0
+    whole, projected = result["rows"]
+    assert (whole["what"], whole["steps"], whole["warmup"], whole["projected"]) == ("run", 7, 2, False)
+    assert whole["speedup"] == pytest.approx(7 * whole["unrouted_s"] / sorted(whole["run_s_all"])[1])
+    together = 2 / whole["scaling"]
+    assert 7 / whole["ideal"] >= 2 + 5 * whole["max_share"] * together * 0.999
+    found = tuple(projected[name] for name in ("plan", "branches", "projected", "devices"))
+    assert found == ("2,1,1", 2, True, 4) and projected["ideal"] == pytest.approx(4 / 2 / projected["max_share"])
+    assert [profile["branches"] for profile in result["profiles"]] == [1, 1, 2]
+    assert "measured run" in capsys.readouterr().out
+
+
+def test_the_suite_has_the_plans_of_the_paper_at_the_models_own_sizes():
+    own = {s.model: s for s in suite() if s.size == 8 * find_model(s.model).config["sample_size"]}
+    assert {model: subject.size for model, subject in own.items()} == {"sd15": 512, "sd21": 768, "sdxl": 1024}
+    for model, subject in own.items():
+        segments = {(plan.segments, plan.stride) for plan in subject.plans if plan.branches == 1}
+        assert segments == set(PUBLISHED_SPEEDUPS[model])
+        assert {plan.segments for plan in subject.plans if plan.branches == 2} == {1, 2}
 
 
 def test_demo_draws_both_pictures_and_their_difference(tmp_path):

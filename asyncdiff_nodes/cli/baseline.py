@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
@@ -18,24 +20,30 @@ class Baseline:
     """One copy of ``model`` with random weights on ``device``; runs its forward on demand.
 
     Args:
-        inputs: ``(args, kwargs)`` of one call, on the CPU.
+        inputs: number of branches -> ``(args, kwargs)`` of one call with their part of the batch, on the CPU.
+        repeats: calls that the profile is the median of.
     """
 
-    def __init__(self, model: Model, dtype: torch.dtype, device: str, threads: int, inputs: Any) -> None:
+    def __init__(
+        self, model: Model, dtype: torch.dtype, device: str, threads: int, inputs: Mapping[int, Any], repeats: int
+    ) -> None:
         context = mp.get_context("spawn")
         self._conn, child = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(child, model, dtype, device, threads, inputs), daemon=True, name="asyncdiff-baseline"
+            target=_serve, args=(child, model, dtype, device, threads, inputs, repeats), daemon=True, name="asyncdiff-baseline"
         )
         self._process.start()
         child.close()
 
-    def block_seconds(self) -> list[float]:
-        """Seconds of each block, measured before the first call. Ask once, first: it says that the process is ready."""
+    def profile(self) -> dict[int, tuple[list[float], float]]:
+        """Number of branches -> seconds of each block and of the whole call, measured before the first call.
+
+        Ask once, first: it says that the process is ready.
+        """
         return self._receive()
 
     def start(self) -> None:
-        """Start one call."""
+        """Start one call with the whole batch."""
         try:
             self._conn.send("run")
         except OSError:
@@ -65,17 +73,35 @@ class Baseline:
 
 
 @torch.inference_mode()
-def _serve(conn: Connection, model: Model, dtype: torch.dtype, device: str, threads: int, inputs: Any) -> None:
+def _serve(
+    conn: Connection, model: Model, dtype: torch.dtype, device: str, threads: int, inputs: dict[int, Any], repeats: int
+) -> None:
     torch.set_num_threads(threads)
     unet = model.with_random_weights(dtype, device)
-    args, kwargs = torch.utils._pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, inputs)
+    inputs = torch.utils._pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, inputs)
 
     def synchronize() -> None:
         if device != "cpu":
             torch.get_device_module(torch.device(device)).synchronize()
 
-    graph = trace(meta_copy(unet), find_family(unet), args, kwargs)
-    conn.send(block_seconds(unet, graph, args, kwargs))
+    marks = []
+
+    def mark(*_: Any) -> None:
+        synchronize()
+        marks.append(time.perf_counter())
+
+    hooks = unet.register_forward_pre_hook(mark), unet.register_forward_hook(mark)
+    profiles = {}
+    for branches, (args, kwargs) in inputs.items():
+        graph = trace(meta_copy(unet), find_family(unet), args, kwargs)
+        marks.clear()
+        blocks = block_seconds(unet, graph, args, kwargs, repeats)
+        whole = [end - begin for begin, end in zip(marks[2::2], marks[3::2], strict=True)]  # the first call pays for memory
+        profiles[branches] = blocks, statistics.median(whole)
+    for hook in hooks:
+        hook.remove()
+    conn.send(profiles)
+    args, kwargs = inputs[1]
     try:
         while conn.recv():
             begin = time.perf_counter()

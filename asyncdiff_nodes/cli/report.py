@@ -43,17 +43,18 @@ def write_json(path: str, result: dict[str, Any], invocation: str) -> None:
 
 
 def parse_plans(text: str) -> list[Plan]:
-    """Plans written as ``N,S,W`` or ``N,S,W,C`` and separated by semicolons."""
+    """Plans written as ``N,S,W`` or ``N,S,W,C``, ``2xN,S,W`` for two branches, and separated by semicolons."""
     plans = []
     for part in filter(None, (p.strip() for p in text.split(";"))):
         try:
-            segments, stride, warmup, *more = (int(number) for number in part.split(","))
-            (cooldown,) = more or [0]
+            branches, _, numbers = part.rpartition("x")
+            segments, stride, warmup, *more = (int(number) for number in numbers.split(","))
+            (cooldown,), branches = more or [0], int(branches or 1)
         except ValueError:
             raise PlanError(
                 f"--plans: {part!r} is not a plan: write segments,stride,warmup such as 2,1,1 or with a cool-down 2,1,3,1"
             ) from None
-        plans.append(Plan(segments, stride, warmup, cooldown=cooldown))
+        plans.append(Plan(segments, stride, warmup, cooldown=cooldown, branches=branches))
     if not plans:
         raise PlanError(f"--plans: no plan in {text!r}: write segments,stride,warmup such as '2,1,1;3,1,1'")
     return plans

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import diffusers
 import torch
 from torch import nn
 
+from asyncdiff_nodes.engine.graph import tensors_of
 from asyncdiff_nodes.models import FAMILIES
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
@@ -64,6 +66,13 @@ PUBLISHED_CUTS: dict[str, dict[int, tuple[str, ...]]] = {
 }
 PUBLISHED_CUTS["demo"] = PUBLISHED_CUTS["sd15"]  # the same block layout
 
+# of whole runs of 50 DDIM steps on RTX A5000 with NVLink (arXiv 2406.06911), by model and (segments, stride)
+PUBLISHED_SPEEDUPS: dict[str, dict[tuple[int, int], float]] = {
+    "sd15": {(2, 1): 1.8, (3, 1): 2.2, (4, 1): 2.6, (2, 2): 2.9, (3, 2): 3.7},
+    "sd21": {(2, 1): 1.8, (3, 1): 2.3, (4, 1): 2.6, (2, 2): 3.0, (3, 2): 4.0},
+    "sdxl": {(2, 1): 1.7, (3, 1): 2.4, (4, 1): 2.7, (2, 2): 2.8, (3, 2): 3.8},
+}
+
 
 @dataclass(frozen=True)
 class Model:
@@ -100,12 +109,20 @@ class Model:
         """The model at its true size with small random weights: right for speed, not for pictures."""
         denoiser = self.skeleton(dtype).to_empty(device=device)
         torch.manual_seed(0)
-        for name, parameter in denoiser.named_parameters():
-            if parameter.ndim > 1:
-                parameter.uniform_(-0.02, 0.02)
-            else:
-                parameter.fill_(float(name.endswith("weight")))
+        for name, tensor in tensors_of(denoiser):
+            _fill(name, tensor)
         return denoiser
+
+    def random_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """Such weights one by one, for who need not have them all at once."""
+        for name, tensor in tensors_of(self.skeleton(dtype)):
+            yield name, _fill(name, torch.empty_like(tensor, device="cpu"))
+
+
+def _fill(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.ndim > 1 and tensor.is_floating_point():
+        return tensor.uniform_(-0.02, 0.02)
+    return tensor.fill_(float(name.endswith("weight")))
 
 
 def find_model(name: str) -> Model:

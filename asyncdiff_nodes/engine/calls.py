@@ -186,8 +186,7 @@ class Stream:
         self, rank: int, call: Call, inputs: Inputs, packed: list[Packed], tensors: list[torch.Tensor], layouts: Any
     ) -> tuple[CallMessage, list[torch.Tensor]]:
         plan, synchronous = self._run.plan, call.kind in (Kind.SYNCHRONOUS, Kind.AHEAD)
-        # the replicas only listen in synchronous calls, and where this run's stride is smaller than the group's
-        computes = rank < len(call.targets) and not (synchronous and rank >= plan.segments)
+        computes = call.works(rank, plan.segments)
         needed = self._needs[min(rank, plan.segments - 1)]
         target = call.targets[rank] if computes else call.index
         if self._outlook is not None and target != call.index and self._sample in needed:

@@ -70,6 +70,10 @@ class Call:
         """Whether any rank computes in this call."""
         return bool(self.targets)
 
+    def works(self, rank: int, segments: int) -> bool:
+        """Whether ``rank`` computes. Replicas of the last of ``segments`` only listen in synchronous calls, as do spare ranks."""
+        return rank < (len(self.targets) if self.kind is Kind.ASYNCHRONOUS else min(len(self.targets), segments))
+
 
 def call_at(plan: Plan, k: int, total: int | None) -> Call:
     """The call k of a run of ``total`` calls (may be unknown, ``None``, if the stride is 1).

@@ -1,0 +1,98 @@
+"""What talking costs on this machine, measured with real processes: ranks with each other, and the caller with its ranks."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from multiprocessing.connection import Connection
+
+import torch
+import torch.multiprocessing as mp
+
+from asyncdiff_nodes.engine import Plan, WorkerError, WorkerGroup
+from asyncdiff_nodes.engine.clock import Link
+from asyncdiff_nodes.engine.graph import TensorMeta
+from asyncdiff_nodes.engine.transport import Transport
+
+from .zoo import find_model
+
+_REPEATS = 15
+_SIZES = (1, 4 * 2**20)  # elements of 4 bytes: nothing but latency, and as much as a few boundary tensors
+
+
+def measure_link(devices: Sequence[str]) -> Link:
+    """Of two ranks on ``devices``: half of what a value takes there and back."""
+    context = mp.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="asyncdiff-") as folder:
+        here, there = context.Pipe(duplex=False)
+        store = os.path.join(folder, "rendezvous")
+        ranks = [
+            context.Process(target=_ping, args=(rank, tuple(devices), store, there), daemon=True, name="asyncdiff-link")
+            for rank in range(2)
+        ]
+        for rank in ranks:
+            rank.start()
+        there.close()
+        try:
+            small, large = here.recv()
+        except EOFError:
+            raise WorkerError(f"the link between {' and '.join(devices)} could not be measured", rank=-1) from None
+        finally:
+            for rank in ranks:
+                rank.join(10)
+                rank.kill()
+    nbytes = 4 * (_SIZES[1] - _SIZES[0])
+    return Link(latency=small, bandwidth=nbytes / max(large - small, 1e-9))
+
+
+@torch.inference_mode()
+def _ping(rank: int, devices: tuple[str, ...], store: str, results: Connection) -> None:
+    torch.set_num_threads(1)
+    parsed = [torch.device(name) for name in devices]
+    if parsed[rank].type == "cuda":
+        torch.cuda.set_device(parsed[rank])
+    transport = Transport(rank, parsed, store, timeout=60)
+    transport.open([(0, 1), (1, 0)])
+    found = []
+    for size in _SIZES:
+        meta, times = TensorMeta((size,), (1,), torch.float32), []
+        value = torch.zeros(size, device=parsed[rank])
+        for _ in range(_REPEATS):
+            begin = time.perf_counter()
+            transport.begin_call()
+            back = transport.receive(1 - rank, meta)
+            if rank == 0:
+                transport.send(1, value, meta)
+            value = back.wait()
+            float(value[-1])  # until it is really there
+            if rank == 1:
+                transport.send(0, value, meta)
+            times.append((time.perf_counter() - begin) / 2)
+        found.append(statistics.median(times))
+    if rank == 0:
+        results.send(found)
+    transport.begin_call()
+    transport.begin_call()  # until all is sent
+    os._exit(0)  # not by return: links with a dead peer would hang in their destructors
+
+
+def measure_round_trip(devices: Sequence[str]) -> float:
+    """Seconds from a result, on its rank, to the start of the next call: of a small model in two ranks on ``devices``."""
+    model, calls = find_model("demo"), 24
+    skeleton = model.skeleton(torch.float32)
+    plan = Plan(forecast=0)
+    with WorkerGroup(skeleton, plan, devices, threads_per_rank=1, weights=model.random_weights(torch.float32)) as group:
+        args, kwargs = group.family.example_inputs(skeleton, None, 2)
+        args, kwargs = torch.utils._pytree.tree_map(_zeros, (args, kwargs))
+        for _ in range(calls):
+            group(*args, **kwargs)
+        last = [record for record in group.stats().records if record.rank == 1]
+    return statistics.median(after.start - before.end for before, after in pairwise(last[calls // 4 :]))
+
+
+def _zeros(leaf: object) -> object:
+    return torch.zeros(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
