@@ -211,7 +211,7 @@ def test_bench_runs_its_suite(tmp_path, monkeypatch, capsys):
     together = 2 / whole["scaling"]
     assert 7 / whole["ideal"] >= 2 + 5 * whole["max_share"] * together * 0.999
     found = tuple(projected[name] for name in ("plan", "branches", "projected", "devices"))
-    assert found == ("2,1,1", 2, True, 4) and projected["ideal"] == pytest.approx(4 / 2 / projected["max_share"])
+    assert found == ("2,1,1", 2, True, 4) and projected["ideal"] == pytest.approx(2 / projected["max_share"])
     assert [profile["branches"] for profile in result["profiles"]] == [1, 1, 2]
     assert "measured run" in capsys.readouterr().out
 

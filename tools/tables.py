@@ -1,6 +1,6 @@
 """Write the tables of docs/quality.md and README.md from docs/data, between the marks that name them.
 
-python tools/quality_page.py
+python tools/tables.py
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ SAMPLERS = {
     "euler_a": "Euler a",
     "heun": "Heun",
 }
+NAMES = {"sd15": "SD 1.5", "sd21": "SD 2.1", "sdxl": "SDXL"}
 ENOUGH = 64  # pairs, for the README
 Row = dict[str, Any]
 
@@ -80,7 +81,30 @@ def sets(name: str) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"short": short, "full": full, "sets": sets}
+def speed(name: str) -> str:
+    """Speed-ups of plans, measured and projected, beside the paper's."""
+    lines = [
+        "| model, size | plan N,S | | speed-up | ideal | of it | MiB per step | weights per device, GiB | paper |",
+        "|---|---|---|---:|---:|---:|---:|---|---:|",
+    ]
+    for row in json.loads((ROOT / "docs" / "data" / f"{name}.json").read_text(encoding="utf-8"))["rows"]:
+        plan = f"{row['segments']},{row['stride']}"
+        if row["branches"] > 1:
+            plan = f"{row['branches']} branches of {plan}" if row["segments"] > 1 else f"{row['branches']} exact branches"
+        if row["segments"] > 1 and not row["fresh_skips"]:
+            plan += " *Fast*"
+        how = "projected" if row["projected"] else "measured"
+        if row["what"] == "run":
+            how += f", whole run of {row['steps']} steps, W={row['warmup']}"
+        weights = ", ".join(f"{mib / 1024:.1f}" for mib in row["weights_mib"])
+        paper = f"{row['published']:.1f}x" if row["published"] else ""
+        speeds = f"{row['speedup']:.2f}x | {row['ideal']:.2f}x | {row['share_of_ideal']:.0%}"
+        sent = f"{row['mib_per_call'] / row['stride']:.1f}"
+        lines.append(f"| {NAMES[row['model']]}, {row['size']} | {plan} | {how} | {speeds} | {sent} | {weights} | {paper} |")
+    return "\n".join(lines)
+
+
+TABLES = {"short": short, "full": full, "sets": sets, "speed": speed}
 MARKED = re.compile(r"(<!-- table (\w+) of ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
