@@ -52,7 +52,7 @@ def refused(error, match, net=None, plan=None, devices=("cpu", "cpu"), **options
     ids=str,
 )
 def test_wrong_number_of_devices(plan, devices, needed):
-    message = rf"{len(devices)} devices for segments={plan.segments}, stride={plan.stride}: .* = {needed} devices"
+    message = rf"{len(devices)} devices for segments={plan.segments}, stride={plan.stride}, branches=1: .* = {needed} devices"
     refused(DeviceError, message, plan=plan, devices=devices)
 
 

@@ -32,7 +32,7 @@ def denoise(model, begin=None, **extras):
     ]
 
 
-@pytest.mark.parametrize("segments", [2, 3])
+@pytest.mark.parametrize("segments", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_transformer_is_exact_when_synchronous_and_as_simulated_when_not(segments):
     """The larger one with the size conditions of PixArt-alpha, which every rank computes."""
     model, extras = pixart(use_additional_conditions=segments == 3), {}
@@ -53,7 +53,7 @@ def test_transformer_is_exact_when_synchronous_and_as_simulated_when_not(segment
 DEEP = ("down_blocks.1.attentions.0.transformer_blocks.1", "mid_block.attentions.0.proj_out", "up_blocks.0.attentions.1")
 
 
-@pytest.mark.parametrize("cuts", [DEEP[:2], DEEP], ids=["2", "3"])
+@pytest.mark.parametrize("cuts", [DEEP[:2], pytest.param(DEEP, marks=pytest.mark.slow)], ids=["2", "3"])
 def test_unet_cut_within_its_deep_attentions(cuts):
     """SDXL's layout, with three layers per attention where it has ten."""
     torch.manual_seed(0)

@@ -62,7 +62,7 @@ def replay(net, plan, seen):
         return [simulator(x, t, **toys.inputs(0)[1]) for (x, _, _), t in zip(seen, TIMES, strict=True)]
 
 
-@pytest.mark.parametrize("when", [1, 4, 5, 8])
+@pytest.mark.parametrize("when", [1, 5, *(pytest.param(call, marks=pytest.mark.slow) for call in (4, 8))])
 def test_after_a_move_in_mid_run_all_is_as_after_a_warm_up(movable, when):
     """Before it, the old placement's numbers; then an exact call; then those of a run whose warm-up ended there."""
     group, net, (old, new, _) = movable
@@ -107,7 +107,7 @@ def test_every_rank_has_the_weights_of_its_blocks_and_is_sent_only_what_it_lacks
     assert group.pids == pids
 
 
-@pytest.mark.parametrize("when", [0, 1, 5, 9])
+@pytest.mark.parametrize("when", [1, 5, *(pytest.param(call, marks=pytest.mark.slow) for call in (0, 9))])
 def test_a_synchronous_run_is_exact_with_moves(movable, when):
     group, net, (first, second, third) = movable
     group.begin(TIMES, replace(group.plan, warmup=99))
@@ -189,7 +189,9 @@ def test_what_a_rank_gives_up_is_really_freed():
         assert many - less > 2.5 * block and more - one > 2.5 * block
 
 
-@pytest.mark.parametrize("plan", [Plan(forecast=0, warmup=3), Plan(warmup=3)], ids=toys.label)
+@pytest.mark.parametrize(
+    "plan", [pytest.param(Plan(forecast=0, warmup=3), marks=pytest.mark.slow), Plan(warmup=3)], ids=["reuse", "ahead"]
+)
 def test_unequal_devices_come_near_the_ideal_for_their_speeds(plan):
     """Cut evenly at first, with rank 1 half as fast as rank 0; measured in the first calls, moved in mid-run."""
     net = toys.chain(*[toys.Throttled] * 24)
