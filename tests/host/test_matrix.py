@@ -170,7 +170,7 @@ def test_only_the_patched_calls_run_on_the_host(sd15, prompts):
 
 def test_calls_that_a_cache_leaves_out(sd15, prompts):
     """The others are still worked ahead for."""
-    model = attach(ROWS["EasyCache"][0](sd15), Options(devices="cpu,cpu"))
+    model = attach(ROWS["EasyCache"][0](sd15), Options("Custom", "cpu,cpu", segments=2))
     found = nodes.KSampler().sample(model, 5, 12, 4.0, "euler", "normal", *prompts, small.latent())[0]["samples"]
     assert found.isfinite().all()
     calls = {record.call for record in last_run().stats.records}
