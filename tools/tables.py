@@ -27,10 +27,14 @@ ENOUGH = 64  # pairs, for the README
 Row = dict[str, Any]
 
 
+def rows_of(name: str) -> list[Row]:
+    """Those of docs/data/NAME.json."""
+    return json.loads((ROOT / "docs" / "data" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+
+
 def cases(name: str) -> Iterator[tuple[str, Row, dict[str, Row]]]:
     """Of each plan of each run in docs/data/NAME.json: the run, its sequential row, and method -> row."""
-    rows = json.loads((ROOT / "docs" / "data" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
-    for (sampler, steps), run in itertools.groupby(rows, key=lambda row: (row["sampler"], row["steps"])):
+    for (sampler, steps), run in itertools.groupby(rows_of(name), key=lambda row: (row["sampler"], row["steps"])):
         sequential, *others = run
         for _, plan in itertools.groupby(others, key=lambda row: row["plan"]):
             yield f"{SAMPLERS[sampler]}, {steps}", sequential, {row["method"]: row for row in plan}
@@ -87,7 +91,7 @@ def speed(name: str) -> str:
         "| model, size | plan N,S | | speed-up | ideal | of it | MiB per step | weights per device, GiB | paper |",
         "|---|---|---|---:|---:|---:|---:|---|---:|",
     ]
-    for row in json.loads((ROOT / "docs" / "data" / f"{name}.json").read_text(encoding="utf-8"))["rows"]:
+    for row in rows_of(name):
         plan = f"{row['segments']},{row['stride']}"
         if row["branches"] > 1:
             plan = f"{row['branches']} branches of {plan}" if row["segments"] > 1 else f"{row['branches']} exact branches"

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from asyncdiff_nodes.engine import Placement, Plan, PlanError, find_family, place, trace
+from asyncdiff_nodes.engine import Placement, Plan, PlanError, find_family, place, slowest, trace
 
 from .report import console, positive
 from .zoo import NAMES, PUBLISHED_CUTS, find_model
@@ -59,8 +59,7 @@ def describe(placement: Placement, speeds: Sequence[float] | None = None) -> dic
     """A placement as plain data; bytes for fp16 weights and activations if the graph was traced so."""
     graph, plan = placement.graph, placement.plan
     speeds = speeds or [1.0] * plan.world_size
-    shares = placement.shares
-    slowest = max(shares[plan.segment_of_rank(rank)] / speeds[rank] for rank in range(plan.world_size))
+    shares, whole = placement.shares, sum(placement.costs)
     segments = []
     for segment in range(plan.segments):
         blocks = [graph.blocks[i] for i in placement.owned(segment)]
@@ -96,7 +95,7 @@ def describe(placement: Placement, speeds: Sequence[float] | None = None) -> dic
         "max_share": max(shares),
         "mib_per_call": plan.branches * placement.bytes_per_call / MIB,
         # against the whole model on the fastest of the devices
-        "predicted_speedup": plan.branches * plan.stride / (slowest * max(speeds)),
+        "predicted_speedup": plan.branches * plan.stride * whole / (slowest(placement, placement.costs, speeds) * max(speeds)),
         "segments": segments,
     }
 

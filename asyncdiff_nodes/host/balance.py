@@ -50,6 +50,7 @@ class Balance:
         self._names = [f"{model} {device}" + (f" ({use})" if use > 1 else "") for model, device, use in each]
         self._times = BlockTimes.from_data(_load().get(self._key))
         self._records: list[CallRecord] = []
+        self._kept = True  # what is known is what the file has
         self._streams: set[str] = set()
 
     def estimate(self, graph: BlockGraph) -> tuple[list[float], list[float]] | None:
@@ -95,6 +96,8 @@ class Balance:
     def finish(self) -> None:
         """The sampling is over: keep what was learnt for those to come, in this session and others. Never raises."""
         self._learn()
+        if self._kept:
+            return
         entries = _load()
         entries.pop(self._key, None)  # the latest last
         entries[self._key] = self._times.to_data()
@@ -104,8 +107,10 @@ class Balance:
             log.warning("AsyncDiff: block times are not kept: %s", error)
 
     def _learn(self) -> None:
-        self._times = self._times.updated(BlockTimes.of(self._records, self._names))
-        self._records.clear()
+        if self._records:
+            self._times = self._times.updated(BlockTimes.of(self._records, self._names))
+            self._records.clear()
+            self._kept = False
 
 
 def _fits(group: WorkerGroup, new: Placement) -> bool:
