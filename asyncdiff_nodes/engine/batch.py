@@ -11,6 +11,12 @@ from torch.utils._pytree import tree_map
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # (args, kwargs) of one call
 
 
+def sample_of(args: tuple[Any, ...], kwargs: dict[str, Any], place: tuple[int, str]) -> Any:
+    """The noisy sample among a call's arguments, at ``place``: (position, keyword); None if it is not there."""
+    position, keyword = place
+    return args[position] if len(args) > position else kwargs.get(keyword)
+
+
 def divide(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, parts: int) -> list[Arguments]:
     """The same call for each of at most ``parts`` parts of its ``batch`` items, as equal as can be.
 

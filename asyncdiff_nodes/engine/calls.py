@@ -44,6 +44,7 @@ class CallMessage:
         targets, reads: as in :class:`~.schedule.Call`; ``reads`` is this rank's.
         why: it is synchronous: "warm-up", "move", "cool-down", or "" where it is not.
         ahead: the call is no call of the caller's; see :func:`~.schedule.calls_ahead`.
+        parts: of its batch, that the rank is to compute one after the other.
         timed: its record is to say how long each block took.
         leaves, structure, positional: as in :class:`~.inputs.Inputs`.
         timestep: this rank's.
@@ -58,6 +59,7 @@ class CallMessage:
     why: str
     computes: bool
     ahead: bool
+    parts: int
     timed: bool
     targets: tuple[int, ...]
     reads: int | None
@@ -76,16 +78,24 @@ class Stream:
         inputs: of the first call.
         sample: position and keyword of the sample in the model's forward.
         graph: traced with these inputs.
+        parts: micro-batches of a synchronous call.
 
     Raises:
         ScheduleError: the first call's timestep is none of the run's.
     """
 
     def __init__(
-        self, key: Hashable, run: Run, inputs: Inputs, sample: tuple[int, str], graph: BlockGraph, placement: Placement
+        self,
+        key: Hashable,
+        run: Run,
+        inputs: Inputs,
+        sample: tuple[int, str],
+        graph: BlockGraph,
+        placement: Placement,
+        parts: int = 1,
     ) -> None:
         self.graph = graph
-        self._key, self._run = key, run
+        self._key, self._run, self._parts = key, run, parts
         self._base = run.plan  # with another warm-up after a move
         self._signature = inputs.signature
         self._sample = inputs.position(sample)
@@ -194,6 +204,7 @@ class Stream:
             tensors[packed[self._sample][1]] = wire.dense_on_cpu(self._outlook.of(target))
         leaves, sent = only(packed, tensors, needed)
         timestep = self._timestep(call, call.timestep_indices[rank] if computes else call.index, inputs)
+        parts = self._parts if call.kind is Kind.SYNCHRONOUS else 1
         is_tensor = isinstance(timestep, torch.Tensor)
         message = CallMessage(
             run=self._run.number,
@@ -203,7 +214,8 @@ class Stream:
             why=self._why(call),
             computes=computes,
             ahead=call.kind is Kind.AHEAD,
-            timed=self._timed(call),
+            parts=parts,
+            timed=parts == 1 and self._timed(call),
             targets=call.targets,
             reads=call.reads[rank] if computes else None,
             leaves=tuple(leaves),

@@ -8,6 +8,7 @@ It follows the same schedule (:func:`~.schedule.call_at`, :func:`~.schedule.call
   a synchronous call for this call's value, in an asynchronous one until no more than the newest is still on its way.
 * A value leaves as soon as it is made and does not hold its rank up; but no rank begins a call before what it sent in the call
   before the last is through.
+* In a synchronous call it does so for one micro-batch after the other; the last segment's result is there after the last of them.
 * A link carries one value at a time, in the order in which they were made, and none before its receiver has begun the call.
 * The caller waits for the result of its call alone, and not at all for one that came with a batch.
 
@@ -17,6 +18,7 @@ order in which generators are run does not matter, since each of them only ever 
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Generator, Hashable, Sequence
 from dataclasses import dataclass
@@ -137,8 +139,9 @@ def simulate(placement: Placement, plan: Plan, calls: int, costs: Costs, speeds:
 
     Args:
         placement: of the group's blocks.
-        plan: of the run; as for ``WorkerGroup.begin``, it may differ from the placement's in warm-up, cool-down and time shift,
-            and be smaller in stride and forecast.
+        plan: of the run; as for ``WorkerGroup.begin``, it may differ from the placement's in warm-up, cool-down, time shift and
+            micro-batches,
+            and be smaller in stride and forecast. Micro-batches are taken to cost their part of the whole.
         speeds: of each of the branch's devices, relative to the one that ``costs`` are for; all 1 if None.
 
     Raises:
@@ -166,8 +169,9 @@ def step_seconds(placement: Placement, costs: Costs, speeds: Sequence[float] | N
 class _Clock:
     """One simulation. Its events, with n the number of a call among those that ranks compute in, those ahead included:
 
-    ("message", n) the caller made it, ("begun", n, rank), ("made", n, block, rank) the value is ready to be sent, ("there", n,
-    block, rank) it has arrived, ("through", n, link) all of the call's values have crossed, ("result", k) of the caller's call k.
+    ("message", n) the caller made it, ("begun", n, rank), ("made", n, m, block, rank) the value of micro-batch m is ready to be
+    sent, ("there", n, m, block, rank) it has arrived, ("through", n, link) all of the call's values have crossed, ("result", k)
+    of the caller's call k.
     """
 
     def __init__(self, placement: Placement, plan: Plan, calls: int, costs: Costs, speeds: Sequence[float]) -> None:
@@ -176,6 +180,7 @@ class _Clock:
         # what each call has the ranks do
         self._parts = [[p for p in (call, *calls_ahead(plan, call.index, calls)) if p.computes] for call in self._calls]
         self._all_parts = [part for parts in self._parts for part in parts]
+        self._micro = [self._microbatches(part) for part in self._all_parts]
         self._sources = [self._sources_of(rank) for rank in range(len(speeds))]
         self._sinks = {block for sources in self._sources for block in sources}
         self._links = sorted({(s, rank) for rank, sources in enumerate(self._sources) for s in sources.values()})
@@ -238,16 +243,22 @@ class _Clock:
                     coming[block].append(n)
             works, before = self._works(part, rank), busy
             leave = 0 if works and part.kind is not Kind.ASYNCHRONOUS else 1
-            if works:
-                now, busy = now + self._costs.glue / speed, busy + self._costs.glue / speed
-            for block, seconds in enumerate(self._costs.blocks):
-                if block in own and works:
-                    now, busy = now + seconds / speed, busy + seconds / speed
-                    if block in self._sinks:
-                        self._happens(("made", n, block, rank), now)
-                elif block in coming:
-                    while len(coming[block]) > leave:
-                        now = max(now, (yield "there", coming[block].popleft(), block, rank))
+            for micro in range(self._micro[n] if works else 1):
+                unit = 1 / speed / self._micro[n]  # of what the whole batch costs
+                if works:
+                    now, busy = now + self._costs.glue * unit, busy + self._costs.glue * unit
+                for block, seconds in enumerate(self._costs.blocks):
+                    if block in own and works:
+                        now, busy = now + seconds * unit, busy + seconds * unit
+                        if block in self._sinks:
+                            self._happens(("made", n, micro, block, rank), now)
+                    elif block in coming:
+                        while len(coming[block]) > leave:
+                            call = coming[block].popleft()
+                            for m in [micro] if call == n else range(self._micro[call]):
+                                now = max(now, (yield "there", call, m, block, rank))
+                        if leave == 0 and micro + 1 < self._micro[n]:
+                            coming[block].append(n)  # the next micro-batch is still to come
             waiting += now - begin - (busy - before)
             for sender, index in part.results:
                 if sender == rank:
@@ -261,12 +272,15 @@ class _Clock:
         for n, part in enumerate(self._all_parts):
             if not self._works(part, sender):
                 continue
-            for block in carried:
-                made = yield "made", n, block, sender
+            for micro, block in itertools.product(range(self._micro[n]), carried):
+                made = yield "made", n, micro, block, sender
                 begun = yield "begun", n, receiver
-                free = max(free, made, begun) + blocks[block].output_bytes / link.bandwidth
-                self._happens(("there", n, block, receiver), free + link.latency)
+                free = max(free, made, begun) + blocks[block].output_bytes / self._micro[n] / link.bandwidth
+                self._happens(("there", n, micro, block, receiver), free + link.latency)
             self._happens(("through", n, (sender, receiver)), free)
+
+    def _microbatches(self, part: Call) -> int:
+        return self._plan.microbatches if part.kind is Kind.SYNCHRONOUS and self._placement.pipelines else 1
 
     def _works(self, part: Call, rank: int) -> bool:
         return part.works(rank, self._plan.segments)

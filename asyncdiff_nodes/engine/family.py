@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batch import Arguments, divide
+from .batch import Arguments, divide, sample_of
 from .errors import UnsupportedModelError
 
 
@@ -39,8 +39,7 @@ class Family:
 
     def parts(self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> list[Arguments]:
         """The call divided into at most ``count`` parts of its batch."""
-        position, keyword = self.sample
-        sample = args[position] if len(args) > position else kwargs.get(keyword)
+        sample = sample_of(args, kwargs, self.sample)
         if count == 1 or not isinstance(sample, torch.Tensor):
             return [(args, kwargs)]
         return self.divide(args, kwargs, sample.shape[0], count)

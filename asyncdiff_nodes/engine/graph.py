@@ -37,6 +37,14 @@ class TensorMeta:
         dense = torch.empty_like(tensor, device="meta")
         return cls(tuple(tensor.shape), dense.stride(), tensor.dtype)
 
+    def divides(self, batch: int) -> bool:
+        """Whether the first dimension can be that of a batch of so many items, each of which is in one piece."""
+        return bool(self.shape) and self.shape[0] % batch == 0 and self.stride[0] * self.shape[0] == self.numel
+
+    def part(self, items: int, batch: int) -> TensorMeta:
+        """The layout for ``items`` of the ``batch`` items; see :meth:`divides`."""
+        return TensorMeta((self.shape[0] // batch * items, *self.shape[1:]), self.stride, self.dtype)
+
     @property
     def numel(self) -> int:
         """Number of elements."""

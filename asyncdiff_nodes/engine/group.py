@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from . import backends, wire
-from .batch import concatenated
+from .batch import concatenated, sample_of
 from .calls import Run, Stream
 from .devices import parse_devices
 from .errors import DeviceError, PlanError, ScheduleError, UnsupportedModelError
@@ -23,7 +23,7 @@ from .family import Family, find_family
 from .graph import BlockGraph, meta_copy, tensors_of, trace
 from .inputs import Inputs
 from .lookahead import NoiseLevels
-from .plan import Placement, Plan, place
+from .plan import PER_RUN, Placement, Plan, place
 from .processes import Ranks
 from .schedule import Kind
 from .split import Share
@@ -140,8 +140,9 @@ class WorkerGroup:
         Args:
             timesteps: [T], the timestep of every call of a stream, in order. Needed for stride > 1, and to work ahead
                 (``forecast=1``): a call that does not follow it is then refused. A stream may begin at any of them.
-            plan: the plan of this run, if not the group's. Warm-up, cool-down and time shift may differ, and the stride may be
-                smaller (the ranks that it does not need then only listen), and so may the forecast; blocks stay where they are.
+            plan: the plan of this run, if not the group's. Warm-up, cool-down, time shift and micro-batches may differ, and the
+                stride may be smaller (the ranks that it does not need then only listen), and so may the forecast; blocks stay
+                where they are.
             on_record: called with each rank's record of each call of this run, in the thread of the caller, while it waits.
             levels: noise of every call, by which expected inputs are exacter than by the number of the call.
 
@@ -151,12 +152,12 @@ class WorkerGroup:
         """
         plan = plan or self.plan
         own = self.plan
-        mine = {name: getattr(plan, name) for name in ("warmup", "cooldown", "time_shift", "stride", "forecast")}
+        mine = {name: getattr(plan, name) for name in (*PER_RUN, "stride", "forecast")}
         placed = replace(own, **mine, cuts=plan.cuts and own.cuts)
         if placed != plan or plan.stride > own.stride or plan.forecast > own.forecast:
             raise PlanError(
-                f"{plan} does not fit a group that was started with {own}: warm-up, cool-down and time shift may differ, "
-                "stride and forecast may be lower"
+                f"{plan} does not fit a group that was started with {own}: warm-up, cool-down, time shift and "
+                "micro-batches may differ, stride and forecast may be lower"
             )
         if isinstance(timesteps, torch.Tensor):
             timesteps = timesteps.detach().flatten().tolist()
@@ -306,6 +307,8 @@ class WorkerGroup:
                 threads=threads,
                 numerics=backends.snapshot(),
                 timestep=self.family.timestep,
+                sample=self.family.sample,
+                divide=self.family.divide,
                 timeout=self._call_timeout,
                 replicated_bytes=self.placement.graph.glue_bytes,
             )
@@ -369,8 +372,19 @@ class WorkerGroup:
         """Of this run; a new one if it was not called before."""
         if (branch, key) not in self._streams:
             graph = self._graph_for(inputs)
-            self._streams[branch, key] = Stream(key, self._run, inputs, self.family.sample, graph, self.placement)
+            parts = self._microbatches(inputs, graph)
+            self._streams[branch, key] = Stream(key, self._run, inputs, self.family.sample, graph, self.placement, parts)
         return self._streams[branch, key]
+
+    def _microbatches(self, inputs: Inputs, graph: BlockGraph) -> int:
+        """How many parts of these inputs' batch are to follow each other through the segments."""
+        count = self._run.plan.microbatches
+        if count == 1 or not self.placement.pipelines:
+            return 1
+        args, kwargs = inputs.arguments()
+        batch = len(sample_of(args, kwargs, self.family.sample))
+        alike = all(meta.divides(batch) for block in graph.blocks for meta in block.outputs)
+        return len(self.family.parts(args, kwargs, count)) if alike else 1
 
     def _graph_for(self, inputs: Inputs) -> BlockGraph:
         """The block graph, traced with these inputs."""

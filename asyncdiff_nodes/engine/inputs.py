@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from . import wire
+from .batch import sample_of
 from .graph import TensorMeta
 from .trees import flatten, unflatten
 
@@ -55,8 +56,7 @@ class Inputs:
 
     def position(self, place: tuple[int, str]) -> int:
         """Position among ``leaves`` of the tensor at ``place``: (position, keyword). Raises TypeError if there is none."""
-        args, kwargs = self.arguments()
-        value = args[place[0]] if len(args) > place[0] else kwargs.get(place[1])
+        value = sample_of(*self.arguments(), place)
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"missing argument {place[1]!r}: pass the sample as the model's forward takes it")
         return next(position for position, leaf in enumerate(self.leaves) if leaf is value)

@@ -13,6 +13,7 @@ from .lookahead import NoiseLevels
 from .partition import Arcs, best_starts
 
 MAX_STRIDE = 4
+PER_RUN = ("warmup", "cooldown", "time_shift", "microbatches")  # what any run of a group may have otherwise than the group
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Plan:
             anywhere else. Schedules that fade out without a leap have no cool-down (:attr:`~.lookahead.NoiseLevels.leap`).
         branches: parts of a call's batch, such as the two halves of CFG, that are computed side by side, each by N segments of
             its own. With one segment each nothing is stale: the result is the model's for each part by itself.
+        microbatches: M, parts of the batch of a synchronous call that follow each other through the segments, so that these work
+            at the same time there, too (GPipe, arXiv 1811.06965). The result is the model's for each part by itself: bit by bit
+            that for the whole batch only with 1.
     """
 
     segments: int = 2
@@ -50,6 +54,7 @@ class Plan:
     fresh_skips: bool = True
     cooldown: int = 0
     branches: int = 1
+    microbatches: int = 1
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -59,6 +64,7 @@ class Plan:
             ("warmup", 1, None),
             ("forecast", 0, 1),
             ("cooldown", 0, None),
+            ("microbatches", 1, None),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -134,6 +140,11 @@ class Placement(Mapping[str, int]):
         return tuple(self.graph.names[start] for start in self.starts)
 
     @property
+    def pipelines(self) -> bool:
+        """Whether micro-batches can follow each other: not where others wait for first blocks of the last segment."""
+        return self.plan.segments > 1 and (bool(self.plan.forecast) or self.starts[0] == 0)
+
+    @property
     def wrapped(self) -> bool:
         """Whether the last segment also computes the first blocks, so that the result depends on this call's input."""
         return 0 in self.owned(self.plan.segments - 1)
@@ -172,7 +183,7 @@ class Placement(Mapping[str, int]):
     def cost(self, steps: int, levels: NoiseLevels | None = None, plan: Plan | None = None) -> float:
         """Of a run of ``steps`` calls with these noise levels, in evaluations of the unrouted model, communication left out.
 
-        Batches are taken to divide evenly over the branches.
+        Batches are taken to divide evenly, over branches and into micro-batches, and their parts to cost so much less.
 
         Args:
             plan: of the run, if not the placement's own; see ``WorkerGroup.begin``.
@@ -180,7 +191,9 @@ class Placement(Mapping[str, int]):
         plan = (plan or self.plan).at(levels)
         synchronous = min(plan.warmup + plan.cooldown, steps)
         batches = math.ceil((steps - synchronous) / plan.stride)
-        return (synchronous + batches * max(self.shares) + self._lag(batches)) / plan.branches
+        parts = plan.microbatches if self.pipelines else 1
+        together = (1 + (parts - 1) * max(self.shares)) / parts
+        return (synchronous * together + batches * max(self.shares) + self._lag(batches)) / plan.branches
 
     def within(self, speedup: float, plan: Plan, steps: int, levels: NoiseLevels | None = None) -> Plan:
         """``plan`` with the longest warm-up that makes a run of ``steps`` calls at least ``speedup`` times as fast as unrouted.

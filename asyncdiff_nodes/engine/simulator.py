@@ -98,7 +98,16 @@ class Simulator:
         total = None if self._timesteps is None else len(self._timesteps)
         call = call_at(now, state["k"], total)
 
-        def run(segment: int | None, target: int, index: int) -> tuple[Any, dict[str, Any]]:
+        def whole() -> tuple[Any, dict[str, Any]]:
+            """Of this call, in micro-batches."""
+            self._segment, found = None, []
+            for args, kwargs in self._family.parts(*inputs.arguments(), plan.microbatches if self.placement.pipelines else 1):
+                self._fresh = {}
+                found.append((self._module(*args, **kwargs), self._fresh))
+            leaves, (structure, *_) = zip(*map(flatten, found), strict=True)
+            return unflatten(concatenated(leaves), structure)
+
+        def run(segment: int, target: int, index: int) -> tuple[Any, dict[str, Any]]:
             leaves, t = list(inputs.leaves), inputs.timestep
             if ahead and target != call.index:
                 leaves[at] = outlook.of(target)
@@ -111,7 +120,7 @@ class Simulator:
         self._stale = state["history"]
         kept: dict[str, Any] = {}
         if call.kind is Kind.SYNCHRONOUS:
-            state["results"][call.index], kept = run(None, call.index, call.index)
+            state["results"][call.index], kept = whole()
         elif call.kind is Kind.ASYNCHRONOUS:
             results = dict(call.results)
             for rank, (target, index) in enumerate(zip(call.targets, call.timestep_indices, strict=True)):

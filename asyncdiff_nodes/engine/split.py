@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from .batch import Arguments, concatenated
 from .calls import CallMessage
 from .graph import TensorMeta, tensors_of
 from .profile import block_marks
@@ -21,6 +22,7 @@ from .transport import Transport
 from .trees import flatten, unflatten
 
 Layout = tuple[tuple[TensorMeta, ...], Any]  # a block's output: its tensors, and the structure they make up
+Arrival = Callable[[], tuple[torch.Tensor, ...]]  # waits for a value
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,31 @@ class Share:
 
 
 class _Stream:
-    """State of one stream in one run."""
+    """State of one stream in one run.
+
+    Attributes:
+        layouts: of the outputs of all blocks, for the whole batch.
+    """
 
     def __init__(self, share: Share) -> None:
         self.layouts: dict[str, Layout] = {}
         # what a segment works ahead for is read as many batches later as there are segments between
         self.inboxes = {name: Inbox(share.segment - sender) for name, sender in share.sources.items()}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is running: a call, or a part of its batch.
+
+    Attributes:
+        layouts: of the outputs of all blocks, for this part.
+        values: block of another segment -> waits for this part of its value; empty where it is the whole, which inboxes have.
+    """
+
+    stream: _Stream
+    message: CallMessage
+    layouts: dict[str, Layout]
+    values: dict[str, Arrival]
 
 
 class SplitModel:
@@ -62,7 +83,7 @@ class SplitModel:
         self._transport = transport
         self._streams: dict[Hashable, _Stream] = {}
         self._placeholders: dict[TensorMeta, torch.Tensor] = {}
-        self._now: tuple[_Stream, CallMessage] | None = None  # what is running
+        self._now: _Part | None = None
         self._watch = Stopwatch(device)
         self._waits: list[tuple[Any, Any]] = []
         # (facts, start, end, waits, drifts, blocks), the times as marks that are read when somebody asks
@@ -112,26 +133,36 @@ class SplitModel:
         stream = self._streams.setdefault(key, _Stream(self._share))
         stream.layouts = dict(zip(self._share.blocks, layouts, strict=True))
 
-    def call(self, message: CallMessage, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """One computing call of the group; returns the model's output, or None where this rank only listens.
+    def call(self, message: CallMessage, parts: Sequence[tuple[int, Arguments]]) -> tuple[list[torch.Tensor], Any] | None:
+        """One computing call of the group.
 
         A rank that does not compute, a replica in a synchronous call, takes the values that others send, and no more.
+
+        Args:
+            parts: items of the batch, and arguments, of each of the call's parts; the whole, or micro-batches.
+
+        Returns:
+            Leaves and structure of the model's output, if this rank's is asked for.
         """
         stream = self._streams[message.stream]
         start, sent = self._watch.mark(), self._transport.bytes_sent
         self._waits = []
         self._transport.begin_call()
-        for name, sender in self._share.sources.items():
-            if sender >= len(message.targets):
-                continue
-            stream.inboxes[name].expect(message.targets[sender], self._arrival(sender, stream.layouts[name][0]))
+        running = self._expect(stream, message, [items for items, _ in parts])
         output, blocks = None, {}
         if message.computes:
-            self._now = stream, message
             timed = block_marks(self._module, self._share.owned, self._watch) if message.timed else contextlib.nullcontext({})
             with timed as blocks:
-                output = self._module(*args, **kwargs)
+                outputs = []
+                for part, (_, (args, kwargs)) in zip(running, parts, strict=True):
+                    self._now = part
+                    outputs.append(flatten(self._module(*args, **kwargs)))
             self._now = None
+            if len(parts) > 1:  # all of it is there
+                for inbox in stream.inboxes.values():
+                    inbox.settle()
+            if message.result is not None:
+                output = concatenated([leaves for leaves, _ in outputs]), outputs[0][1]
         else:
             for inbox in stream.inboxes.values():
                 inbox.settle(leave=1)
@@ -163,7 +194,26 @@ class SplitModel:
             took = {name: between(*marks) for name, marks in blocks.items()}
             yield CallRecord(**facts, **times, drift={name: float(d) for name, d in drifts.items()}, blocks=took)
 
-    def _arrival(self, sender: int, metas: Sequence[TensorMeta]) -> Any:
+    def _expect(self, stream: _Stream, message: CallMessage, items: Sequence[int]) -> list[_Part]:
+        """Have the inboxes expect the values of this call; the parts that are to be computed."""
+        batch, whole = sum(items), len(items) == 1
+        parts = [
+            _Part(stream, message, stream.layouts if whole else _part_of(stream.layouts, count, batch), {}) for count in items
+        ]
+        coming: dict[str, list[Arrival]] = {}
+        for part in parts:  # on each link in the order in which they are sent
+            for name, sender in self._share.sources.items():
+                if sender < len(message.targets):
+                    arrival = self._arrival(sender, part.layouts[name][0])
+                    if not whole:
+                        arrival = part.values[name] = cache(arrival)
+                    coming.setdefault(name, []).append(arrival)
+        for name, arrivals in coming.items():
+            arrival = arrivals[0] if whole else partial(_all_of, arrivals)
+            stream.inboxes[name].expect(message.targets[self._share.sources[name]], arrival)
+        return parts
+
+    def _arrival(self, sender: int, metas: Sequence[TensorMeta]) -> Arrival:
         coming = [self._transport.receive(self._share.first + sender, meta) for meta in metas]
 
         def wait() -> tuple[torch.Tensor, ...]:
@@ -175,12 +225,14 @@ class SplitModel:
         return wait
 
     def _fetch(self, name: str) -> Any:
-        stream, message = self._now
-        metas, structure = stream.layouts[name]
-        inbox = stream.inboxes.get(name)
+        now = self._now
+        metas, structure = now.layouts[name]
+        inbox = now.stream.inboxes.get(name)
         if inbox is None:  # no block of this rank reads it: only its shape matters
             return unflatten([self.placeholder(meta) for meta in metas], structure)
-        return unflatten(inbox.current() if message.synchronous else inbox.stale(message.reads), structure)
+        if name in now.values:
+            return unflatten([leaf.clone() for leaf in now.values[name]()], structure)
+        return unflatten(inbox.current() if now.message.synchronous else inbox.stale(now.message.reads), structure)
 
     def placeholder(self, meta: TensorMeta) -> torch.Tensor:
         """A tensor of this layout whose values do not matter."""
@@ -190,11 +242,20 @@ class SplitModel:
         return self._placeholders[meta]
 
     def _produced(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
-        stream = self._now[0]
-        for leaf, meta in zip(flatten(output)[0], stream.layouts[name][0], strict=True):
+        for leaf, meta in zip(flatten(output)[0], self._now.layouts[name][0], strict=True):
             if tuple(leaf.shape) != meta.shape or leaf.dtype != meta.dtype:
                 raise RuntimeError(
                     f"block {name} returned {leaf.dtype} {tuple(leaf.shape)}, but the trace says {meta.dtype} {meta.shape}"
                 )
             for receiver in self._share.sinks[name]:
                 self._transport.send(self._share.first + receiver, leaf, meta)
+
+
+def _part_of(layouts: dict[str, Layout], items: int, batch: int) -> dict[str, Layout]:
+    """Those for ``items`` of the ``batch`` items."""
+    return {name: (tuple(meta.part(items, batch) for meta in metas), structure) for name, (metas, structure) in layouts.items()}
+
+
+def _all_of(arrivals: Sequence[Arrival]) -> tuple[torch.Tensor, ...]:
+    """The value whose parts these wait for."""
+    return tuple(concatenated([arrival() for arrival in arrivals]))

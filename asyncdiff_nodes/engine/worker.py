@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from . import backends, wire
+from .batch import Arguments, sample_of
 from .calls import CallMessage
 from .inputs import join
 from .split import Share, SplitModel
 from .telemetry import RankReport
 from .transport import Transport
-from .trees import flatten
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Boot:
     Attributes:
         skeleton: the pickled module tree on the meta device.
         prepare: called before the skeleton is unpickled.
-        timestep: position and keyword of the timestep in its forward.
+        timestep, sample: position and keyword of each in its forward.
+        divide: as in :class:`~.family.Family`.
         replicated_bytes: bytes of the weights that every rank holds.
     """
 
@@ -45,6 +46,8 @@ class Boot:
     threads: int
     numerics: dict[str, Any]
     timestep: tuple[int, str]
+    sample: tuple[int, str]
+    divide: Callable[[tuple[Any, ...], dict[str, Any], int, int], list[Arguments]]
     timeout: float
     replicated_bytes: int
 
@@ -148,15 +151,25 @@ class _Rank:
         args, kwargs = join(leaves, message.structure, timestep, self._boot.timestep, message.positional)
         if message.layouts is not None:
             self._model.set_layouts(message.stream, message.layouts)
-        output = self._model.call(message, args, kwargs)
-        if message.result is not None:
-            leaves, structure = flatten(output)
+        result = self._model.call(message, self._parts(args, kwargs, message.parts))
+        if result is not None:
+            leaves, structure = result
             wire.send(
                 self._conn,
                 ("result", message.run, message.stream, message.result, structure),
                 [wire.dense_on_cpu(leaf) for leaf in leaves],
             )
         self._send_records()
+
+    def _parts(self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> list[tuple[int, Arguments]]:
+        """The call in ``count`` parts: items of the batch, and arguments, of each."""
+        sample, batch = self._boot.sample, len(sample_of(args, kwargs, self._boot.sample))
+        if count == 1:
+            return [(batch, (args, kwargs))]
+        parts = self._boot.divide(args, kwargs, batch, count)
+        if len(parts) != count:
+            raise RuntimeError(f"the batch was to be divided into {count} parts, not {len(parts)}")
+        return [(len(sample_of(*part, sample)), part) for part in parts]
 
     def _send_records(self, wait: bool = False) -> None:
         for record in self._model.records(wait):

@@ -1,4 +1,4 @@
-"""The batch of a sampling's calls, such as the two halves of CFG: whether branches are for it, and how it is divided."""
+"""The batch of a sampling's calls, such as the two halves of CFG: whether branches are for it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,10 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from asyncdiff_nodes.engine import Plan
-from asyncdiff_nodes.engine.batch import Arguments
-from asyncdiff_nodes.engine.batch import divide as divide_batch
 
 from .live import title
-from .shipping import ShippedPatch
+from .parts import across_items
 
-# Patches that look at several items of a batch at once: the prompt's and the negative one's.
-_ACROSS_ITEMS = frozenset({"comfy_extras.nodes_nag"})
 # With these the host may evaluate a prompt in calls of its own, or not in all steps.
 _APART = frozenset({"area", "start_percent", "end_percent", "gligen", "hooks"})
 
@@ -36,7 +32,7 @@ def items_per_call(guider: Any, conds: dict[str, Any], model_options: dict[str, 
     found = [entry for entries in prompts.values() for entry in entries]
     alike = len(found) == len(prompts) and len({id(entry.get("control")) for entry in found}) == 1
     apart = any(_APART & entry.keys() or entry.get("set_area_to_bounds") for entry in found)
-    if apart or not alike or _across_items(model_options.get("transformer_options", {})):
+    if apart or not alike or across_items(model_options.get("transformer_options", {})):
         return 1
     return len(prompts) * batch
 
@@ -52,27 +48,3 @@ def affordable(patcher: ModelPatcher, plan: Plan, devices: Sequence[str], memory
     return all(
         count * rank < comfy.model_management.get_total_memory(torch.device(device)) for device, count in Counter(devices).items()
     )
-
-
-def divide(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, parts: int) -> list[Arguments]:
-    """See :func:`asyncdiff_nodes.engine.batch.divide`; patches are told which prompts their part has."""
-    options = kwargs["transformer_options"]
-    chunks = options.get("cond_or_uncond", [])
-    if _across_items(options) or (len(chunks) > 1 and len(chunks) % parts):
-        return [(args, kwargs)]
-    found = divide_batch(args, kwargs, batch, parts)
-    if len(chunks) > 1:
-        each = len(chunks) // parts
-        for part, (_, own) in enumerate(found):
-            own["transformer_options"]["cond_or_uncond"] = chunks[part * each : (part + 1) * each]
-    return found
-
-
-def _across_items(transformer_options: dict[str, Any]) -> bool:
-    found = [
-        patch
-        for kind in ("patches", "patches_replace")
-        for patches in transformer_options.get(kind, {}).values()
-        for patch in (patches.values() if isinstance(patches, dict) else patches)
-    ]
-    return any((p.module if isinstance(p, ShippedPatch) else getattr(p, "__module__", None)) in _ACROSS_ITEMS for p in found)

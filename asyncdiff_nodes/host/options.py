@@ -49,11 +49,12 @@ class Options:
     speedup: float = 0.0
     branches: int = 0
 
-    def resolve(self, useful: int = 1) -> tuple[Plan, tuple[str, ...]]:
+    def resolve(self, items: int = 1, branching: bool = True) -> tuple[Plan, tuple[str, ...]]:
         """The plan, and one device per rank.
 
         Args:
-            useful: how many branches the sampling has work for, if there are to be as many as are of use.
+            items: of the batch of each call of the network.
+            branching: whether there may be branches if the user did not say so.
 
         Raises:
             OneDeviceError: fewer than two devices.
@@ -64,7 +65,7 @@ class Options:
         devices = self._devices()
         count = len(devices)
         knobs: dict[str, Any] = {"cuts": tuple(_words(self.cuts)) or None}
-        branches = self._branches(count, useful)
+        branches = self._branches(count, 2 if branching and items % 2 == 0 else 1)
         each = count // branches
         if self.preset == "Custom":
             if self.speedup and not 1 <= self.speedup < math.inf:
@@ -84,6 +85,8 @@ class Options:
             stride = 2 if preset == "Turbo" else 1
             segments, knobs["stride"] = each - stride + 1, stride
             knobs |= {"warmup": {"Exact": ALWAYS, "Fast": 2}.get(preset, 3), "cooldown": 1, "fresh_skips": preset != "Fast"}
+        if self.preset != "Exact" and items > branches:
+            knobs["microbatches"] = 2
         plan = Plan(segments=segments, branches=branches, **knobs)
         if plan.world_size > count:
             raise PlanError(
@@ -93,7 +96,7 @@ class Options:
         return plan, devices[: plan.world_size]
 
     def _branches(self, count: int, useful: int) -> int:
-        """How many there will be on ``count`` devices."""
+        """How many there will be on ``count`` devices, if there is work for as many as are ``useful``."""
         if self.preset == "Custom":
             if self.branches < 0:
                 raise PlanError(f"branches={self.branches} is out of range: choose 1 or more, or 0 for as many as are of use")

@@ -14,6 +14,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from asyncdiff_nodes.engine import BlockGraph, Placement, Plan, WorkerGroup
+from asyncdiff_nodes.engine.plan import PER_RUN
 
 from .memory import RankMemory
 from .settings import setting
@@ -49,7 +50,7 @@ class Held:
         """Whether ``plan`` can run in this group once it has the right weights."""
         own = self.group.plan
         return (
-            replace(own, warmup=plan.warmup, cooldown=plan.cooldown, time_shift=plan.time_shift) == plan
+            replace(own, **{name: getattr(plan, name) for name in PER_RUN}) == plan
             and self.group.devices == tuple(devices)
             and self.fingerprint == fingerprint
         )

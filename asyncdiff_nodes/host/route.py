@@ -150,14 +150,14 @@ class Sampling:
             return self._note("there is no step to sample")
         try:
             items = items_per_call(self._guider, conds, model_options or {}, noise_shape[0])
-            plan, devices = self._options.resolve(useful=2 if items % 2 == 0 else 1)
+            plan, devices = self._options.resolve(items)
             helpers = comfy.sampler_helpers
             others, extra = helpers.get_additional_models(conds, patcher.model_dtype())
             others += helpers.get_additional_models_from_model_options(model_options)
             others += patcher.get_nested_additional_models()
             need, least = (size + extra for size in helpers.estimate_memory(patcher, noise_shape, conds))
             if plan.branches > 1 and not self._options.branches and not affordable(patcher, plan, devices, least):
-                plan, devices = self._options.resolve()
+                plan, devices = self._options.resolve(items, branching=False)
 
             def load(ranks: list[Any]) -> None:
                 comfy.model_management.load_models_gpu([*others, *ranks], memory_required=need, minimum_memory_required=least)

@@ -13,7 +13,7 @@ from torch import nn
 from asyncdiff_nodes.engine import Family, UnsupportedModelError, find_family
 from asyncdiff_nodes.engine.graph import tensors_of
 
-from .branches import divide
+from .parts import divide
 
 
 def skeleton_of(patcher: ModelPatcher) -> nn.Module:

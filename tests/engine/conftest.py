@@ -35,8 +35,8 @@ def pytest_collection_modifyitems(items):
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if "golden_group" in item.fixturenames and "name" in params:
             return golden.RUNS[params["name"]]["layout"], golden.plan_of(params["name"])
-        if "toy_group" in item.fixturenames and "plan" in params:
-            return "toy", params["plan"]
+        if "start" in item.fixturenames and "plan" in params:
+            return item.module, params["plan"]
         return item.nodeid
 
     first = {}

@@ -158,6 +158,29 @@ def test_agrees_with_the_plans_cost(segments, stride, forecast):
         assert step_seconds(placement, Costs(seconds)) == pytest.approx(sum(seconds) * slowest / stride, rel=0.01)
 
 
+def test_micro_batches_follow_each_other():
+    placement = placed((0, 2), warmup=2, cooldown=1, microbatches=2, forecast=0)
+    assert results(placement, 4, Costs((1, 1, 1, 1))) == [3, 6, 8, 11]
+    assert results(placement, 1, Costs((2, 2, 1, 1))) == [2 + 2 + 1]
+    # a value of 1000 bytes takes a second, half of it half of one: 2 + 0.5 + 1, if rank 1 has the second half in time
+    assert results(placement, 1, Costs((1, 1, 1, 1), link=Link(bandwidth=1000))) == [1 + 0.5 + 1 + 1]
+    assert results(placement, 1, Costs((1, 1, 1, 1), link=Link(bandwidth=250))) == [1 + 2 + 2 + 1]
+    wrapped = placed((1, 3), warmup=2, microbatches=2, forecast=0)
+    assert results(wrapped, 2, Costs((1, 1, 1, 1))) == [4, 8]
+
+
+@pytest.mark.parametrize("microbatches", [2, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_micro_batches_agree_with_the_plans_cost(stride, microbatches):
+    for seed in range(3):
+        rng = toys.random.Random(seed)
+        graph, seconds = graph_of(9, {(0, 8), (2, 6)}), [rng.uniform(0.5, 2) for _ in range(9)]
+        placement = place(graph, Plan(3, stride, microbatches=microbatches), costs=seconds)
+        plan = replace(placement.plan, warmup=5)
+        total = simulate(placement, plan, 5, Costs(seconds)).seconds / sum(seconds)
+        assert placement.cost(5, plan=plan) == pytest.approx(total, rel=0.1)
+
+
 def test_a_run_may_have_another_plan_than_the_group():
     placement = placed((0, 2), warmup=1, stride=2)
     run = replace(placement.plan, warmup=3, stride=1, forecast=0)
@@ -225,11 +248,11 @@ def sleepers(request):
         yield group, Costs([sleep + more for sleep in seconds], round_trip=round_trip)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_real_ranks_that_sleep_take_as_long_as_the_clock_says(sleepers, stride):
+@pytest.mark.parametrize(("stride", "microbatches"), [(1, 1), (2, 2)])
+def test_real_ranks_that_sleep_take_as_long_as_the_clock_says(sleepers, stride, microbatches):
     """A rank that sleeps is a device of its own, on any number of cores."""
     group, costs = sleepers
-    plan = replace(group.plan, stride=stride)
+    plan = replace(group.plan, stride=stride, microbatches=microbatches)
     ends = [
         min(times) for times in zip(*(timed(group, plan, CALLS)[0] for _ in range(3)), strict=True)
     ]  # others only ever disturb

@@ -38,13 +38,13 @@ class Trap(ToyBlock):
 
 
 class Slow(Trap):
-    """Takes ``seconds`` in every call."""
+    """Takes ``seconds`` in every call of two items."""
 
     seconds = 0.0
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor) -> Any:
         if not context.is_meta:
-            time.sleep(self.seconds)
+            time.sleep(self.seconds * len(x) / 2)
         return super().forward(x, emb, context)
 
 

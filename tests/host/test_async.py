@@ -64,7 +64,7 @@ def test_presets_equal_the_simulator(kind, options, sampler):
 
     stock = sample(model)
     routed = sample(attach(model, options))
-    plan = options.resolve(useful=2)[0]
+    plan = options.resolve(items=2)[0]
     if sampler in TWICE:  # 8 steps are then 15 calls, or 16 where the last step is made of two as well
         assert plan.warmup * 15 / 8 <= last_run().plan.warmup <= plan.warmup * 2 + 1
         assert last_run().plan.warmup % plan.stride == 1 % plan.stride

@@ -44,7 +44,7 @@ def assert_halved(model, sample):
     assert "Rank 1 on cpu: branch 2, segment 1" in record.text()
     assert torch.equal(found, sample(by_halves(model)))
     stock = sample(model)
-    assert 0 < (found - stock).abs().max() < 1e-3 * stock.abs().max(), "the same but for rounding"
+    assert (found - stock).abs().max() < 1e-3 * stock.abs().max(), "the same but for rounding"
 
 
 @pytest.mark.parametrize("kind", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
@@ -145,7 +145,7 @@ def test_guiders_with_more_or_fewer_prompts(sd15, prompts):
 
 
 def test_unequal_or_full_devices_get_segments(sd15, monkeypatch):
-    plan, devices = TWO.resolve(useful=2)
+    plan, devices = TWO.resolve(items=2)
     assert branches.affordable(sd15, plan, devices, 0)
     assert not branches.affordable(sd15, plan, devices, 1e15), "no room for the calls"
     monkeypatch.setattr(branches, "title", {"cpu": "RTX 4090", "cuda:1": "RTX 3060"}.get)

@@ -83,11 +83,27 @@ def test_presets(options, segments, stride, warmup, ranks):
     ],
 )
 def test_branches_where_there_is_work_for_two(options, branches, segments, stride):
-    plan, devices = options.resolve(useful=2)
+    plan, devices = options.resolve(items=2)
     assert (plan.branches, plan.segments, plan.stride) == (branches, segments, stride)
     assert len(devices) == plan.world_size
     if not options.branches:
         assert options.resolve()[0].branches == 1
+
+
+@pytest.mark.parametrize(
+    "options, items, microbatches",
+    [
+        (Options(devices="cpu,cpu,cpu"), 1, 1),
+        (Options(devices="cpu,cpu,cpu"), 2, 2),
+        (Options(devices="cpu,cpu,cpu"), 3, 2),
+        (Options("Exact", "cpu,cpu,cpu"), 2, 1),
+        (Options("Custom", "cpu,cpu", segments=2), 2, 2),
+        (Options(devices="cpu,cpu,cpu,cpu"), 2, 1),
+        (Options(devices="cpu,cpu,cpu,cpu"), 4, 2),
+    ],
+)
+def test_micro_batches_where_a_branch_has_several_items(options, items, microbatches):
+    assert options.resolve(items)[0].microbatches == microbatches
 
 
 def test_custom_may_do_without_a_cool_down():
