@@ -68,7 +68,7 @@ class Bench:
     def projected(self, plan: Plan) -> dict[str, Any]:
         """An asynchronous step on devices each of which is like the one that the blocks were measured on."""
         costs = self._costs[plan.branches]
-        placement = place(self._graphs[plan.branches], plan, costs=costs.blocks)
+        placement = place(self._graphs[plan.branches], plan, costs=costs.blocks, pause=costs.round_trip)
         step, ideal = step_seconds(placement, costs), plan.branches * plan.stride / max(placement.shares)
         return {
             **self._facts(plan, placement, plan.branches * placement.bytes_per_call),
@@ -183,12 +183,13 @@ class Bench:
         return replace(costs, blocks=[seconds * factor for seconds in costs.blocks], glue=costs.glue * factor)
 
     def _group(self, plan: Plan) -> WorkerGroup:
+        costs = self._costs[plan.branches]
         return WorkerGroup(
             self._model.skeleton(self._setting.dtype),
             plan,
             self._setting.devices[: plan.world_size],
             threads_per_rank=self._setting.threads,
-            costs=self._costs[plan.branches].blocks,
+            estimate=lambda _: (costs.blocks, [1.0] * plan.world_size, costs.round_trip),
             example_inputs=self._inputs,
             weights=self._model.random_weights(self._setting.dtype),
             call_timeout=1800,

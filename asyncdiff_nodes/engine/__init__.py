@@ -6,7 +6,7 @@
 ...     noise = group(sample, t, encoder_hidden_states=emb, return_dict=False)[0]
 """
 
-from .balance import BlockTimes, better, slowest
+from .balance import BlockTimes, better, pause, slowest
 from .errors import (
     AsyncDiffError,
     DeadlineError,
@@ -57,6 +57,7 @@ __all__ = [
     "call_at",
     "find_family",
     "meta_copy",
+    "pause",
     "place",
     "slowest",
     "trace",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .graph import Block, BlockGraph
-from .plan import Placement, mac_costs, place
+from .plan import Placement, Plan, mac_costs, place
 from .telemetry import CallRecord
 
 # How much faster the slowest segment must get. Medians scatter by a few per cent, and the planner itself gives away
@@ -23,13 +24,15 @@ class BlockTimes:
 
     Args:
         seconds: device -> block -> seconds. A device is any name that its user gives it; ranks of one name are taken for equal.
+        pause: seconds between two calls of the rank whose result is waited for; see :func:`pause`. 0 if not known.
     """
 
-    def __init__(self, seconds: Mapping[str, Mapping[str, float]] | None = None) -> None:
+    def __init__(self, seconds: Mapping[str, Mapping[str, float]] | None = None, pause: float = 0.0) -> None:
         self._seconds = {device: dict(blocks) for device, blocks in (seconds or {}).items() if blocks}
+        self.pause = pause
 
     @classmethod
-    def of(cls, records: Iterable[CallRecord], devices: Sequence[str]) -> BlockTimes:
+    def of(cls, records: Iterable[CallRecord], devices: Sequence[str], pause: float = 0.0) -> BlockTimes:
         """Medians over the records of one group; of asynchronous calls where there are any, since then all devices are busy.
 
         Args:
@@ -44,28 +47,31 @@ class BlockTimes:
         for (device, block), kinds in found.items():
             median = statistics.median(kinds.get(False) or kinds[True])
             times.setdefault(device, {})[block] = max(median, 1e-9)  # a coarse clock may say nothing at all
-        return cls(times)
+        return cls(times, pause)
 
     @classmethod
     def from_data(cls, data: Any) -> BlockTimes:
         """What :meth:`to_data` returned; nothing where it is anything else."""
-        if not isinstance(data, Mapping) or not all(map(_are_times, data.values())):
+        if not isinstance(data, Mapping) or not isinstance(data.get("blocks"), Mapping):
             return cls()
-        return cls(data)
+        seconds, pause = data["blocks"], data.get("pause")
+        if not all(map(_are_times, seconds.values())) or not isinstance(pause, float) or not 0 <= pause < math.inf:
+            return cls()
+        return cls(seconds, pause)
 
-    def to_data(self) -> dict[str, dict[str, float]]:
+    def to_data(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
-        return {device: dict(blocks) for device, blocks in self._seconds.items()}
+        return {"blocks": self._seconds, "pause": self.pause}
 
     def updated(self, newer: BlockTimes) -> BlockTimes:
         """These, with what was measured again replaced; the rest of such a device's is scaled as the replaced part changed."""
-        merged = self.to_data()
-        for device, blocks in newer.to_data().items():
+        merged = dict(self._seconds)
+        for device, blocks in newer._seconds.items():
             old = merged.get(device, {})
             before, after = (sum(times[name] for name in old.keys() & blocks.keys()) for times in (old, blocks))
             change = after / before if before and after else 1.0
             merged[device] = {name: seconds * change for name, seconds in old.items()} | blocks
-        return BlockTimes(merged)
+        return BlockTimes(merged, newer.pause or self.pause)
 
     def estimate(
         self, graph: BlockGraph, devices: Sequence[str], models: Sequence[str] | None = None
@@ -112,23 +118,37 @@ class BlockTimes:
         return costs, [1 / slowness.get(device, 1.0) for device in devices]
 
 
-def slowest(placement: Placement, costs: Sequence[float], speeds: Sequence[float]) -> float:
-    """Time of the slowest rank in an asynchronous call, communication and glue left out, in the unit of ``costs``."""
-    plan = placement.plan
-    owned = [sum(costs[i] for i in placement.owned(d)) for d in range(plan.segments)]
-    return max(owned[plan.segment_of_rank(rank)] / speed for rank, speed in enumerate(speeds))
+def pause(records: Iterable[CallRecord], plan: Plan) -> float:
+    """Median seconds between two asynchronous calls on the rank whose result is waited for; 0 if that cannot be told.
+
+    The result goes to the caller, who takes a step with it and makes the next call, while the other ranks compute.
+    """
+    last = sorted((record for record in records if record.rank == plan.segments - 1), key=lambda record: record.start)
+    gaps = [after.start - before.end for before, after in itertools.pairwise(last) if not before.synchronous]
+    return max(0.0, statistics.median(gaps)) if gaps else 0.0
 
 
-def better(placement: Placement, costs: Sequence[float], speeds: Sequence[float]) -> Placement | None:
+def slowest(placement: Placement, costs: Sequence[float], speeds: Sequence[float], pause: float = 0.0) -> float:
+    """Time of the slowest rank in an asynchronous call, links and glue left out, in the unit of ``costs`` and ``pause``."""
+    plan, times = placement.plan, []
+    for rank, speed in enumerate(speeds):
+        segment = plan.segment_of_rank(rank)
+        rest = pause if segment == plan.segments - 1 else 0.0
+        times.append(sum(costs[i] for i in placement.owned(segment)) / speed + rest)
+    return max(times)
+
+
+def better(placement: Placement, costs: Sequence[float], speeds: Sequence[float], pause: float = 0.0) -> Placement | None:
     """The placement to move to; None where that does not pay (:data:`WORTH`), or where the user chose the cuts.
 
     Args:
-        costs, speeds: as for :func:`~.plan.place`; see :meth:`BlockTimes.estimate`.
+        costs, speeds, pause: as for :func:`~.plan.place`; see :class:`BlockTimes`.
     """
     if placement.plan.cuts is not None:
         return None
-    found = place(placement.graph, placement.plan, speeds, costs)
-    return found if slowest(found, costs, speeds) * (1 + WORTH) < slowest(placement, costs, speeds) else None
+    found = place(placement.graph, placement.plan, speeds, costs, pause)
+    before, after = (slowest(each, costs, speeds, pause) for each in (placement, found))
+    return found if after * (1 + WORTH) < before else None
 
 
 def _kind(block: Block) -> tuple[Any, ...]:

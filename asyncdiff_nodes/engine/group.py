@@ -44,7 +44,7 @@ class WorkerGroup:
         threads_per_rank: intra-op threads of a rank; ``None`` shares the parent's threads among the ranks.
         speeds: relative speed of each device, for automatic cuts.
         costs: cost of each block, for automatic cuts; see :func:`~.plan.place`.
-        estimate: called with the block graph; returns ``costs`` and ``speeds`` to take instead, or None.
+        estimate: called with the block graph; returns ``costs``, ``speeds`` and ``pause`` for :func:`~.plan.place`, or None.
         family: how to split this kind of model; found by its class if ``None``.
         example_inputs: ``(args, kwargs)`` of a typical call, for automatic cuts; the family's own if ``None``.
         weights: name and value of every parameter and buffer, in place of the module's own; each is read once, when it is sent.
@@ -67,7 +67,7 @@ class WorkerGroup:
         threads_per_rank: int | None = None,
         speeds: Sequence[float] | None = None,
         costs: Sequence[float] | None = None,
-        estimate: Callable[[BlockGraph], tuple[Sequence[float], Sequence[float]] | None] | None = None,
+        estimate: Callable[[BlockGraph], tuple[Sequence[float], Sequence[float], float] | None] | None = None,
         family: Family | None = None,
         example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
         weights: Iterable[tuple[str, torch.Tensor]] | None = None,
@@ -98,9 +98,8 @@ class WorkerGroup:
         args, kwargs = example_inputs or self.family.example_inputs(self._skeleton, None, 2)
         self._graphs: dict[Any, BlockGraph] = {}
         graph = trace(self._skeleton, self.family, *self.family.parts(args, kwargs, plan.branches)[0])
-        if estimate is not None:
-            costs, speeds = estimate(graph) or (costs, speeds)
-        self.placement: Placement = place(graph, plan, speeds, costs)
+        costs, speeds, pause = (estimate and estimate(graph)) or (costs, speeds, 0.0)
+        self.placement: Placement = place(graph, plan, speeds, costs, pause)
         self._run = Run(0, plan)
         # all by branch and stream
         self._streams: dict[tuple[int, Hashable], Stream] = {}

@@ -254,13 +254,19 @@ def mac_costs(graph: BlockGraph) -> list[float]:
 
 
 def place(
-    graph: BlockGraph, plan: Plan, speeds: Sequence[float] | None = None, costs: Sequence[float] | None = None
+    graph: BlockGraph,
+    plan: Plan,
+    speeds: Sequence[float] | None = None,
+    costs: Sequence[float] | None = None,
+    pause: float = 0.0,
 ) -> Placement:
     """Turn ``plan`` into a placement of the blocks of ``graph``.
 
     Args:
         speeds: relative speed of each device, in rank order; equal if ``None``. Ignored where the plan names its cuts.
         costs: cost of each block, such as seconds from :func:`~.profile.block_seconds`; MACs if ``None``.
+        pause: for how long, in the unit of ``costs``, the last segment is idle between two calls, while the caller works: it is
+            given so much less to do than the others, which are not waited for.
 
     Raises:
         PlanError: unknown cut, cuts out of order, more segments than blocks, or wrong speeds or costs.
@@ -289,5 +295,6 @@ def place(
     if plan.segments == 1:
         return Placement(graph, plan, (0,), costs)
     ahead = bool(plan.forecast)
-    starts = best_starts(Arcs(graph, costs, ahead), per_segment, plan.stride, ahead and plan.fresh_skips)
+    busy = [*costs[:-1], costs[-1] + pause * per_segment[-1]]  # the last block is the last segment's, whatever the cuts
+    starts = best_starts(Arcs(graph, busy, ahead), per_segment, plan.stride, ahead and plan.fresh_skips)
     return Placement(graph, plan, starts, costs)

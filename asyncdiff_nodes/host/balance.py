@@ -17,7 +17,7 @@ import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from asyncdiff_nodes.engine import BlockGraph, BlockTimes, Placement, Plan, WorkerGroup, better, slowest
+from asyncdiff_nodes.engine import BlockGraph, BlockTimes, Placement, Plan, WorkerGroup, better, pause, slowest
 from asyncdiff_nodes.engine.calls import TIMED
 from asyncdiff_nodes.engine.telemetry import CallRecord
 
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 _KEPT = 200  # models and shapes in the file, the latest ones
 # what a move takes, guessed so that it rarely disappoints: rebuilding the module tree, and patching and sending weights
 _MOVE_SECONDS, _BYTES_PER_SECOND = 1.0, 1e9
+_PAUSES = 50  # of which the median is taken
 _SPARE_BYTES = 2**28  # that a rank must have left after it grew
 
 
@@ -50,15 +51,20 @@ class Balance:
         self._names = [f"{model} {device}" + (f" ({use})" if use > 1 else "") for model, device, use in each]
         self._times = BlockTimes.from_data(_load().get(self._key))
         self._records: list[CallRecord] = []
+        self._waited_for: collections.deque[CallRecord] = collections.deque(maxlen=_PAUSES)
+        self._plan = plan
         self._kept = True  # what is known is what the file has
         self._streams: set[str] = set()
 
-    def estimate(self, graph: BlockGraph) -> tuple[list[float], list[float]] | None:
-        """Costs and speeds for the planner, as far as they are known."""
-        return self._times.estimate(graph, self._names, self._models)
+    def estimate(self, graph: BlockGraph) -> tuple[list[float], list[float], float] | None:
+        """Costs, speeds and pause for the planner, as far as they are known."""
+        found = self._times.estimate(graph, self._names, self._models)
+        return found and (*found, self._times.pause)
 
     def add(self, record: CallRecord) -> None:
         """A rank has finished a call."""
+        if record.rank == self._plan.segments - 1:
+            self._waited_for.append(record)
         if record.blocks:
             self._streams.add(record.stream)
             if not self._records or record.stream == self._records[0].stream:  # others may be of another shape
@@ -82,9 +88,9 @@ class Balance:
         old, plan = group.placement, group.plan
         if (found := self.estimate(old.graph)) is None or (new := better(old, *found)) is None:
             return None
-        costs, speeds = found
+        costs, speeds, _ = found
         streams = max(1, len(self._streams))
-        before, after = (slowest(placement, costs, speeds) for placement in (old, new))
+        before, after = (slowest(placement, *found) for placement in (old, new))
         gain = (before - after) * streams * calls / plan.stride
         segments = range(plan.segments)
         come = sum(new.graph.blocks[i].weight_bytes for d in segments for i in set(new.owned(d)) - set(old.owned(d)))
@@ -108,7 +114,7 @@ class Balance:
 
     def _learn(self) -> None:
         if self._records:
-            self._times = self._times.updated(BlockTimes.of(self._records, self._names))
+            self._times = self._times.updated(BlockTimes.of(self._records, self._names, pause(self._waited_for, self._plan)))
             self._records.clear()
             self._kept = False
 

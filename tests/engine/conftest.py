@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items):
         if "golden_group" in item.fixturenames and "name" in params:
             return golden.RUNS[params["name"]]["layout"], golden.plan_of(params["name"])
         if "start" in item.fixturenames and "plan" in params:
-            return item.module, params["plan"]
+            return "toy" if "toy_group" in item.fixturenames else item.module, params["plan"]
         return item.nodeid
 
     first = {}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import toys
-from asyncdiff_nodes.engine import BlockTimes, CallRecord, Placement, Plan, WorkerGroup, better, place, slowest
+from asyncdiff_nodes.engine import BlockTimes, CallRecord, Placement, Plan, WorkerGroup, better, pause, place, slowest
 from asyncdiff_nodes.engine.graph import Block, BlockGraph, TensorMeta
 from toys import TOY
 
@@ -59,20 +59,38 @@ def record(rank, blocks, synchronous=False, call=5):
 def test_times_are_medians_of_asynchronous_calls_where_there_are_any():
     records = [record(0, {"b0": t, "b1": 1.0}) for t in (2.0, 9.0, 3.0)]
     records += [record(0, {"b0": 100.0, "b1": 1.0}, synchronous=True), record(1, {"b2": 4.0}, synchronous=True), record(1, {})]
-    assert BlockTimes.of(records, ["fast", "slow"]).to_data() == {"fast": {"b0": 3.0, "b1": 1.0}, "slow": {"b2": 4.0}}
+    found = BlockTimes.of(records, ["fast", "slow"], pause=0.5).to_data()
+    assert found == {"blocks": {"fast": {"b0": 3.0, "b1": 1.0}, "slow": {"b2": 4.0}}, "pause": 0.5}
 
 
 def test_what_is_known_survives_as_json_and_anything_else_is_as_if_absent():
-    times = BlockTimes({"gpu": {"b0": 0.5, "b1": 1.0}})
+    times = BlockTimes({"gpu": {"b0": 0.5, "b1": 1.0}}, pause=0.25)
     assert BlockTimes.from_data(json.loads(json.dumps(times.to_data()))).to_data() == times.to_data()
-    for bad in (None, 3, [], {"gpu": 1}, {"gpu": {"b0": "x"}}, {"gpu": {"b0": -1.0}}, {"gpu": {"b0": float("nan")}}):
-        assert BlockTimes.from_data(bad).to_data() == {}
+    nothing = BlockTimes().to_data()
+    for bad in (1, {"b0": "x"}, {"b0": -1.0}, {"b0": float("nan")}):
+        assert BlockTimes.from_data({"blocks": {"gpu": bad}, "pause": 0.0}).to_data() == nothing
+    for bad in (
+        None,
+        3,
+        [],
+        {},
+        {"gpu": {"b0": 0.5}},
+        {"blocks": 3},
+        {"blocks": {}, "pause": -1.0},
+        {"blocks": {}, "pause": "x"},
+    ):
+        assert BlockTimes.from_data(bad).to_data() == nothing
 
 
 def test_newer_times_replace_older_ones_and_carry_the_rest_along():
     old = BlockTimes({"a": {"b0": 1.0, "b1": 2.0, "b2": 5.0}, "b": {"b3": 1.0}})
     new = BlockTimes({"a": {"b0": 2.0, "b1": 4.0}, "c": {"b3": 3.0}})
-    assert old.updated(new).to_data() == {"a": {"b0": 2.0, "b1": 4.0, "b2": 10.0}, "b": {"b3": 1.0}, "c": {"b3": 3.0}}
+    assert old.updated(new).to_data() == {
+        "blocks": {"a": {"b0": 2.0, "b1": 4.0, "b2": 10.0}, "b": {"b3": 1.0}, "c": {"b3": 3.0}},
+        "pause": 0.0,
+    }
+    assert BlockTimes(pause=0.5).updated(BlockTimes(pause=0.25)).pause == 0.25
+    assert BlockTimes(pause=0.5).updated(new).pause == 0.5, "not told"
 
 
 def test_nothing_known_is_nothing_estimated():
@@ -115,6 +133,34 @@ def test_a_third_device_is_compared_with_whichever_shares_work_with_it():
     times = BlockTimes({"a": {"b0": 1.0, "b1": 1.0}, "c": {"b2": 8.0, "b3": 8.0}, "b": {"b1": 2.0, "b2": 2.0}})
     costs, speeds = times.estimate(graph_of([10, 11, 12, 13]), ["a", "c", "b", "unknown"])
     assert speeds == [1.0, 0.125, 0.5, 1.0] and costs == [1.0, 1.0, 1.0, 1.0]
+
+
+def test_the_pause_is_that_of_the_rank_that_is_waited_for():
+    def at(rank, start, end, synchronous=False):
+        return replace(record(rank, {}, synchronous), start=start, end=end)
+
+    found = [
+        at(1, 10.0, 11.0, True),
+        at(1, 19.0, 20.0),
+        at(1, 20.5, 22.0),
+        at(1, 22.25, 23.0),
+        at(1, 23.5, 24.0),
+        at(0, 0.0, 40.0),
+    ]
+    assert pause(found, Plan()) == 0.5
+    assert pause(found[:2], Plan()) == 0.0, "what follows on a synchronous call says nothing about the others"
+    assert pause([], Plan()) == 0.0
+
+
+@pytest.mark.parametrize("forecast", [0, 1])
+def test_the_last_segment_has_less_to_do_if_it_must_pause(forecast):
+    graph = graph_of([10] * 20)
+    plan = Plan(forecast=forecast, fresh_skips=False)
+    assert place(graph, plan, costs=[1.0] * 20, pause=4.0).shares == (12 / 20, 8 / 20)
+    assert slowest(place(graph, plan, costs=[1.0] * 20), [1.0] * 20, [1.0, 1.0], 4.0) == 14.0
+    assert place(graph, plan, [1.0, 2.0], [1.0] * 20, pause=4.0).shares == (9 / 20, 11 / 20), "11 / 2 + 4 = 9.5"
+    moved = better(place(graph, plan), [1.0] * 20, [1.0, 1.0], 4.0)
+    assert moved.shares == (12 / 20, 8 / 20)
 
 
 def test_cuts_move_to_where_the_speeds_are():

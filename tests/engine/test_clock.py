@@ -189,6 +189,14 @@ def test_a_run_may_have_another_plan_than_the_group():
     assert timeline.ranks[2].busy == 0
 
 
+def test_cuts_that_know_the_callers_time_hide_it():
+    graph, plan = graph_of(20), Plan(forecast=0)
+    costs = Costs((0.5,) * 20, round_trip=0.5, caller=1.5)
+    blind, knowing = (place(graph, plan, costs=costs.blocks, pause=pause) for pause in (0, 2))
+    assert step_seconds(blind, costs) == 7
+    assert step_seconds(knowing, costs) == 6
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

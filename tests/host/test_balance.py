@@ -51,8 +51,9 @@ def test_blocks_move_to_the_faster_rank_in_mid_run_and_the_next_group_starts_so(
     moved = next(call.call for call in last_run().stats.calls if call.why == "move")
     assert step_seconds(range(moved + 1, 20)) < 0.85 * step_seconds(range(2, moved))
     (entry,) = json.loads(next(iter(balance._path().parent.iterdir())).read_text()).values()
-    assert list(entry) == ["cpu cpu", "cpu cpu (2)"]
-    assert set(entry["cpu cpu"]) | set(entry["cpu cpu (2)"]) == set(first)
+    assert list(entry["blocks"]) == ["cpu cpu", "cpu cpu (2)"]
+    assert set(entry["blocks"]["cpu cpu"]) | set(entry["blocks"]["cpu cpu (2)"]) == set(first)
+    assert 0 < entry["pause"] < 0.1
     tracked = sum(rank.loaded_size() for rank in POOL._held[-1].memory)
     assert tracked == sum(first.weight_bytes(d) for d in (0, 1))
     POOL.release()
