@@ -174,16 +174,17 @@ class Sampling:
         calls = rehearse(self._sampler, self._sigmas, patcher)
         levels = _levels(sampling, calls, rest=float(self._sigmas[-1]))
         plan = _in_calls(plan, len(calls) / steps)
-        if self._options.preset == "Custom" and self._options.speedup:
+        wanted = self._options.preset == "Custom" and self._options.speedup
+        if wanted:
             try:
                 plan = group.placement.within(self._options.speedup, plan, len(calls), levels)
             except PlanError as error:
                 self._note(str(error))
                 plan = replace(plan, warmup=1)
         here = plan.at(levels)
-        if plan.segments > 1 and len(calls) <= here.warmup + here.cooldown < ALWAYS:
+        if plan.segments > 1 and not wanted and len(calls) <= here.warmup + here.cooldown < ALWAYS:
             self._note(
-                f"all of these {steps} steps are exact, so none is faster: a warm-up of {here.warmup} and a cool-down of "
+                f"all of these {steps} steps are exact, so none is much faster: a warm-up of {here.warmup} and a cool-down of "
                 f"{here.cooldown} leave none between them. Take more steps, or a shorter warm-up with the preset Fast or Custom"
             )
         self._plan, self._balance, self._calls = plan, balance, len(calls) - here.cooldown

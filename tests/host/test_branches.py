@@ -8,7 +8,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
 
 from asyncdiff_nodes.engine.batch import divide
-from asyncdiff_nodes.host import branches
+from asyncdiff_nodes.host import branches, parts
 from asyncdiff_nodes.host.options import Options
 from asyncdiff_nodes.host.report import last_run
 from asyncdiff_nodes.host.route import attach
@@ -79,13 +79,11 @@ def test_patches_know_which_prompt_they_have(sd15, prompts):
     patched = small.node(FreeU_V2, sd15, 1.3, 1.4, 0.9, 0.2)
     assert_halved(patched, lambda m: ksampler(m, *prompts))
     options = {"cond_or_uncond": [1, 0], "patches": {"output_block_patch": [None]}}
-    parts = branches.divide((torch.zeros(4, 1), torch.zeros(4)), {"transformer_options": options}, 4, 2)
-    assert [kwargs["transformer_options"]["cond_or_uncond"] for _, kwargs in parts] == [[1], [0]]
-    assert [len(args[0]) for args, _ in parts] == [2, 2]
-    assert (
-        len(branches.divide((torch.zeros(3, 1), torch.zeros(3)), {"transformer_options": {"cond_or_uncond": [1, 0, 0]}}, 3, 2))
-        == 1
-    )
+    halves = parts.divide((torch.zeros(4, 1), torch.zeros(4)), {"transformer_options": options}, 4, 2)
+    assert [kwargs["transformer_options"]["cond_or_uncond"] for _, kwargs in halves] == [[1], [0]]
+    assert [len(args[0]) for args, _ in halves] == [2, 2]
+    three = {"transformer_options": {"cond_or_uncond": [1, 0, 0]}}
+    assert len(parts.divide((torch.zeros(3, 1), torch.zeros(3)), three, 3, 2)) == 1
 
 
 @pytest.mark.parametrize("why", ["cfg 1", "area", "mask's bounds", "range", "control net on one", "two prompts", "across items"])
