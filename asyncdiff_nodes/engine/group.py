@@ -49,7 +49,7 @@ class WorkerGroup:
         example_inputs: ``(args, kwargs)`` of a typical call, for automatic cuts; the family's own if ``None``.
         weights: name and value of every parameter and buffer, in place of the module's own; each is read once, when it is sent.
         prepare: picklable; called in every rank before the model's classes are imported.
-        on_placed: called with the placement before any process starts, for example to make room on the devices.
+        on_placed: called with the placement before anything is on the devices, for example to make room there.
         start_timeout, call_timeout: seconds until all ranks must be ready, and until a call must be answered.
         poll: called again and again while waiting; what it raises interrupts the call, after which ``begin`` starts afresh.
 
@@ -95,11 +95,8 @@ class WorkerGroup:
         self.devices = tuple(str(device) for device in parsed)
         self.family = family or find_family(module)
         self._skeleton = meta_copy(module)
-        args, kwargs = example_inputs or self.family.example_inputs(self._skeleton, None, 2)
+        skeleton = _pickled(self._skeleton)
         self._graphs: dict[Any, BlockGraph] = {}
-        graph = trace(self._skeleton, self.family, *self.family.parts(args, kwargs, plan.branches)[0])
-        costs, speeds, pause = (estimate and estimate(graph)) or (costs, speeds, 0.0)
-        self.placement: Placement = place(graph, plan, speeds, costs, pause)
         self._run = Run(0, plan)
         # all by branch and stream
         self._streams: dict[tuple[int, Hashable], Stream] = {}
@@ -108,16 +105,19 @@ class WorkerGroup:
         self._records: deque[CallRecord] = deque(maxlen=20_000)
         self._on_record: Callable[[CallRecord], None] | None = None
         self._call_timeout = call_timeout
-        skeleton = _pickled(self._skeleton)
 
-        if on_placed is not None:
-            on_placed(self.placement)
-        threads = threads_per_rank or max(1, torch.get_num_threads() // plan.world_size)
-        ranks = Ranks(plan.world_size, poll)
+        ranks = Ranks(plan.world_size, poll)  # they import for seconds, during what follows
         self._ranks = ranks
         self._finalizer = weakref.finalize(self, ranks.close)
-        deadline = time.monotonic() + start_timeout
         try:
+            args, kwargs = example_inputs or self.family.example_inputs(self._skeleton, None, 2)
+            graph = trace(self._skeleton, self.family, *self.family.parts(args, kwargs, plan.branches)[0])
+            costs, speeds, pause = (estimate and estimate(graph)) or (costs, speeds, 0.0)
+            self.placement: Placement = place(graph, plan, speeds, costs, pause)
+            if on_placed is not None:
+                on_placed(self.placement)
+            threads = threads_per_rank or max(1, torch.get_num_threads() // plan.world_size)
+            deadline = time.monotonic() + start_timeout
             self._boot(skeleton, prepare, threads, deadline)
             self._send_weights(weights, deadline)
             self._connect(deadline)

@@ -69,7 +69,7 @@ class Ranks:
         context = mp.get_context("spawn")
         try:
             for rank in range(count):
-                conn, child_conn = context.Pipe(duplex=True)
+                conn, child_conn = wire.pipe(context)
                 child_death, death = context.Pipe(duplex=False)
                 self._conns.append(conn)
                 self._deaths.append(death)
