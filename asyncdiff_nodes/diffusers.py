@@ -19,11 +19,13 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
 from torch import nn
 
 from asyncdiff_nodes.engine import NoiseLevels, Plan, RunStats, ScheduleError, WorkerGroup
+from asyncdiff_nodes.engine.inputs import Inputs
 
 _DPMPP_2M = {"algorithm_type": "dpmsolver++", "solver_order": 2}
 SCHEDULERS = {
@@ -67,7 +69,8 @@ def denoiser_of(pipe: Any) -> str:
 class RoutedDenoiser(nn.Module):
     """Stands in for ``pipe.unet`` or ``pipe.transformer``: same configuration and signature, computed by the group.
 
-    A pipeline run begins when its scheduler has a new ``timesteps`` tensor, which every ``set_timesteps`` makes.
+    A pipeline run begins when its scheduler has a new ``timesteps`` tensor, which every ``set_timesteps`` makes. Prompts that it
+    evaluates one after the other are streams of their own, by the names that it gives them for its caches.
     """
 
     def __init__(self, pipe: Any, group: WorkerGroup) -> None:
@@ -77,6 +80,16 @@ class RoutedDenoiser(nn.Module):
         self.__dict__["_pipe"] = pipe
         self.group = group
         self._timesteps: torch.Tensor | None = None
+        self._stream: str | None = None
+
+    @contextmanager
+    def cache_context(self, name: str, **_: Any) -> Iterator[None]:
+        """Around the calls for one prompt, such as ``cond``; pipelines say so to the models that cache."""
+        self._stream = name
+        try:
+            yield
+        finally:
+            self._stream = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -88,29 +101,44 @@ class RoutedDenoiser(nn.Module):
         """One call of the denoiser; see the original's ``forward``."""
         timesteps = self._pipe.scheduler.timesteps
         if timesteps is not self._timesteps:
-            self.group.begin(timesteps, levels=noise_levels(self._pipe.scheduler))
+            given = Inputs.take(args, kwargs, self.group.family.timestep).timestep_number()
+            self.group.begin(_in_units_of(given, timesteps), levels=noise_levels(self._pipe.scheduler))
             self._timesteps = timesteps
         try:
-            return self.group(*args, **kwargs)
+            return self.group(*args, stream=self._stream, **kwargs)
         except ScheduleError:
             if self.group.plan.stride > 1:
                 raise
             self.group.begin(plan=replace(self.group.plan, forecast=0))  # a pipeline with calls of its own
-            return self.group(*args, **kwargs)
+            return self.group(*args, stream=self._stream, **kwargs)
 
     def stats(self) -> RunStats:
         """Telemetry of the last run."""
         return self.group.stats()
 
 
+def is_flow(scheduler: Any) -> bool:
+    """Whether a diffusers scheduler is one for models that were trained for flow matching."""
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or bool(scheduler.config.get("use_flow_sigmas"))
+
+
 def noise_levels(scheduler: Any) -> NoiseLevels | None:
     """Of the calls of a diffusers scheduler whose timesteps are set; None if it does not say."""
+    if is_flow(scheduler):
+        # clean + sigma * (noise - clean): straight in sigma as it is
+        *sigmas, rest = scheduler.sigmas.tolist()
+        return NoiseLevels(tuple(sigmas), (1.0,) * len(sigmas), rest)
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is None:
         return None
     # fractional timesteps lie between two of training; an alpha of 0 (zero terminal SNR) would be infinite noise
     found = np.interp(scheduler.timesteps.cpu().double().numpy(), np.arange(len(alphas)), alphas.cpu().double().numpy())
     return NoiseLevels.variance_preserving(found.clip(1e-6).tolist())
+
+
+def _in_units_of(given: float, timesteps: torch.Tensor) -> torch.Tensor:
+    """A schedule as the pipeline passes it on: some models take thousandths."""
+    return min(timesteps, timesteps / 1000, key=lambda found: float((found - given).abs().min()))
 
 
 @contextmanager

@@ -59,6 +59,14 @@ def test_plan_of_a_transformer(tmp_path):
     assert plan["mib_per_call"] == 3 * 2 * 64 * 128 * 2 / 2**20  # the hidden states of 64 patches, at three cuts, fp16
 
 
+@pytest.mark.parametrize("model", ["svd", "sd35-large", "flux", "qwen-image", "wan-14b", "hunyuan-video", "ltx-video"])
+def test_the_largest_models_divide_evenly(tmp_path, model):
+    """At their true sizes, without a weight."""
+    status, result = run(tmp_path, "plan", "--model", model, "--segments", "4", "--no-fresh-skips")
+    assert status == 0 and result["max_share"] < 0.27
+    assert max(segment["weight_mib"] for segment in result["segments"]) < 0.5 * sum(s["weights_mib"] for s in result["segments"])
+
+
 def test_plan_with_branches(tmp_path):
     _, halves = run(tmp_path, "plan", "--model", "sd15", "--segments", "1", "--branches", "2")
     assert (halves["devices"], halves["mib_per_call"], halves["predicted_speedup"]) == (2, 0, 2)
@@ -184,7 +192,7 @@ def test_bench_measures_and_projects(tmp_path):
         assert row["speedup"] == pytest.approx(row["unrouted_s"] / row["step_s"])
         assert row["share_of_ideal"] == pytest.approx(row["speedup"] / row["ideal"])
         assert (row["model"], row["size"], row["published"]) == ("demo", 32, None)
-        assert len(row["weights_mib"]) == row["devices"]
+        assert len(row["weight_mib"]) == row["devices"]
     assert 0 <= measured["wait_share"] < 1
     assert measured["ideal"] == pytest.approx(measured["scaling"] / 2 / measured["max_share"])
     assert measured["projected_speedup"] == pytest.approx(measured["speedup"], rel=0.5), "nothing is quiet here"

@@ -6,11 +6,17 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 
 from asyncdiff_nodes.diffusers import accelerate, noise_levels
@@ -137,3 +143,58 @@ def test_a_pipeline_with_a_transformer(pipe):
         assert {record.call for record in records} == set(range(STEPS))
         assert {record.call for record in records if record.synchronous} == set(range(plan.warmup))
     assert pixart.transformer is transformer
+
+
+def flux():
+    """Its transformer takes timesteps in thousandths, and one prompt."""
+    torch.manual_seed(1)
+    transformer = FluxTransformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+        pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
+    ).eval()  # fmt: skip
+    nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(shift=3.0), transformer=transformer, **nothing)
+    given = {"prompt_embeds": torch.randn(1, 8, 32), "pooled_prompt_embeds": torch.randn(1, 32), "height": 64, "width": 64}
+    return pipe, given, {"cond"}
+
+
+def wan():
+    """Evaluates its prompts one after the other."""
+    torch.manual_seed(1)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, ffn_dim=32, num_layers=4,
+    ).eval()  # fmt: skip
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipe = WanPipeline(None, None, None, scheduler, transformer)
+    embeds = {"prompt_embeds": torch.randn(1, 8, 16), "negative_prompt_embeds": torch.randn(1, 8, 16)}
+    return pipe, {**embeds, "height": 32, "width": 32, "num_frames": 5}, {"cond", "uncond"}
+
+
+@pytest.mark.parametrize("make", [flux, wan])
+def test_flow_matching_pipelines(make):
+    pipe, given, streams = make()
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw():
+        return pipe(
+            **given, num_inference_steps=8, output_type="latent", generator=torch.Generator().manual_seed(0), return_dict=False
+        )[0]
+
+    sequential = draw()
+    with accelerate(pipe, Plan(warmup=3, cooldown=1), threads_per_rank=1) as routed:
+        ahead = draw()
+        calls = routed.stats().calls
+        assert {call.stream for call in calls} == streams
+        assert {call.call for call in calls if not call.synchronous} == {3, 4, 5, 6}
+        error = (ahead - sequential).abs().mean()
+        assert 0 < error < 0.05 * sequential.abs().mean()
+    with accelerate(pipe, Plan(warmup=8), threads_per_rank=1):
+        assert torch.equal(draw(), sequential)
+
+
+def test_levels_of_a_flow():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    levels = noise_levels(scheduler)
+    assert levels.sigmas == tuple(scheduler.sigmas[:-1].tolist()) and levels.scales == (1.0,) * 4 and levels.rest == 0.0
+    assert levels.leap == 1

@@ -14,7 +14,7 @@ from torch import nn
 from asyncdiff_nodes.demo import DemoPipeline
 from asyncdiff_nodes.demo.features import features, kernel_distance, training_features
 from asyncdiff_nodes.demo.pipeline import WEIGHTS
-from asyncdiff_nodes.diffusers import RoutedDenoiser, denoiser_of, make_scheduler, noise_levels
+from asyncdiff_nodes.diffusers import SCHEDULERS, RoutedDenoiser, denoiser_of, is_flow, make_scheduler, noise_levels
 from asyncdiff_nodes.engine import BlockGraph, NoiseLevels, PlanError, Simulator, find_family, meta_copy, trace
 
 from .zoo import PUBLISHED_CUTS
@@ -134,6 +134,8 @@ class _Folder:
         if getattr(pipe, "safety_checker", None) is not None:
             pipe.safety_checker = None  # it would blacken pictures, and so their distance
         pipe.set_progress_bar_config(disable=True)
+        if is_flow(pipe.scheduler):
+            raise ValueError(f"--model {folder}: trained for flow matching, which none of {', '.join(SCHEDULERS)} is for")
         self._pipe, self._schedule = pipe, pipe.scheduler.config
         try:
             self.denoiser = getattr(pipe, denoiser_of(pipe))

@@ -12,13 +12,13 @@ import diffusers
 import torch
 from torch import nn
 
-from asyncdiff_nodes.engine.graph import tensors_of
+from asyncdiff_nodes.engine.graph import meta_copy, tensors_of
 from asyncdiff_nodes.models import FAMILIES
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
 
 _UNET = "UNet2DConditionModel"
-_SUPPORTED = sorted(name for name in FAMILIES if hasattr(diffusers, name))
+_SUPPORTED = sorted(name.removeprefix("diffusers.") for name in FAMILIES if name.startswith("diffusers."))
 _SDXL_DOWN = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
 _CONFIGS: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -41,6 +41,20 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     },
+    "svd": {"_class_name": "UNetSpatioTemporalConditionModel"},
+    "sd35-large": {
+        "_class_name": "SD3Transformer2DModel",
+        "num_layers": 38,
+        "num_attention_heads": 38,
+        "caption_projection_dim": 2432,
+        "pos_embed_max_size": 192,
+        "qk_norm": "rms_norm",
+    },
+    "flux": {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True},
+    "qwen-image": {"_class_name": "QwenImageTransformer2DModel"},
+    "wan-14b": {"_class_name": "WanTransformer3DModel"},
+    "hunyuan-video": {"_class_name": "HunyuanVideoTransformer3DModel"},
+    "ltx-video": {"_class_name": "LTXVideoTransformer3DModel"},
 }
 
 _DEMOS = {"demo": DEMO_WEIGHTS, "demo-transformer": DEMO_WEIGHTS / "transformer"}
@@ -88,11 +102,13 @@ class Model:
     config: dict[str, Any]
     pixels_per_latent: int
 
-    def latent_size(self, pixels: int | None) -> int:
-        """Latent pixels along one side for a picture of ``pixels``; the model's own size if None."""
+    def latent_size(self, pixels: int | None) -> int | None:
+        """Latent pixels along one side for a picture of ``pixels``; the model's own size if None, None if it has none."""
         if pixels is None:
-            return self.config["sample_size"]
+            return self.config.get("sample_size")
         patch = self.config.get("patch_size") or 2 ** (len(self.config.get("block_out_channels", (0,) * 4)) - 1)
+        if not isinstance(patch, int):  # of a video: frames, rows, columns
+            patch = patch[-1]
         step = self.pixels_per_latent * patch
         if pixels < step or pixels % step:
             raise ValueError(f"--size {pixels}: model {self.name} needs a multiple of {step} pixels")
@@ -103,7 +119,8 @@ class Model:
         with torch.device("meta"):
             denoiser = getattr(diffusers, self.config.get("_class_name", _UNET)).from_config(self.config)
         # Module.to: diffusers' own warns about lists of layers that are empty here
-        return nn.Module.to(denoiser, dtype).eval().requires_grad_(False)
+        # a copy, since some buffers are made on the CPU all the same
+        return meta_copy(nn.Module.to(denoiser, dtype)).eval().requires_grad_(False)
 
     def with_random_weights(self, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
         """The model at its true size with small random weights: right for speed, not for pictures."""
@@ -138,7 +155,7 @@ def find_model(name: str) -> Model:
     for path in (folder / "unet" / "config.json", folder / "transformer" / "config.json", folder / "config.json"):
         if path.is_file():
             config = json.loads(path.read_text(encoding="utf-8"))
-            if (kind := config.get("_class_name", _UNET)) not in FAMILIES:
+            if (kind := config.get("_class_name", _UNET)) not in _SUPPORTED:
                 raise ValueError(f"--model {name}: {path} is a {kind}, not one of {', '.join(_SUPPORTED)}")
             return Model(name, config, pixels_per_latent=2 if name in _DEMOS else _vae_scale(folder))
     raise FileNotFoundError(f"--model {name}: neither one of {', '.join(NAMES)} nor a diffusers folder with unet/config.json")

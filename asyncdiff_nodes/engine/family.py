@@ -46,7 +46,7 @@ class Family:
 
 
 def find_family(module: nn.Module) -> Family:
-    """The family of ``module``, by the names of its class and its base classes.
+    """The family of ``module``, by the names of its class or base classes and of the packages that these are from.
 
     Raises:
         UnsupportedModelError: no family lists this class.
@@ -54,8 +54,8 @@ def find_family(module: nn.Module) -> Family:
     from asyncdiff_nodes.models import FAMILIES  # here, because the block lists import this module
 
     for cls in type(module).__mro__:
-        if cls.__name__ in FAMILIES:
-            return FAMILIES[cls.__name__]
+        if family := FAMILIES.get(f"{cls.__module__.partition('.')[0]}.{cls.__name__}"):
+            return family
     raise UnsupportedModelError(
         f"no block list for a {type(module).__module__}.{type(module).__qualname__}; "
         f"supported: {', '.join(sorted(FAMILIES))}. Pass family=Family(...) to split another model."

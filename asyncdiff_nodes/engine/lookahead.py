@@ -80,10 +80,10 @@ class Outlook:
         self._still = self._steadiness = torch.empty(0)
 
     def see(self, call: int, sample: torch.Tensor) -> None:
-        """The input of ``call``: [B, C, ...]."""
+        """The input of ``call``: [B, ..., h, w] or [B, tokens, C]."""
         if self._call >= 0:  # channels that did not change; single elements may be equal by chance
-            same = (sample == self._input).flatten(2).all(2)
-            self._still = same.reshape(*same.shape, *[1] * (sample.ndim - 2))
+            # pictures, in channels or frames of them, end in rows and columns; sequences [B, tokens, C] in channels
+            self._still = (sample == self._input).all(1 if sample.ndim == 3 else (-2, -1), keepdim=True)
         self._call, self._input = call, sample.clone()
         sigma, point = self._levels.sigmas[call], sample.float() / self._levels.scales[call]
         if self._points and self._points[-1][0] == sigma:  # a second evaluation at the same noise: two points make no line

@@ -6,7 +6,7 @@ come from dictionaries. Tests use it as their oracle; quality measurements use i
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,11 +42,11 @@ class Simulator:
         example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
     ) -> None:
         self._module, self.plan = module, plan
-        self._family = family or find_family(module)
+        self.family = family or find_family(module)
         skeleton = meta_copy(module)
-        args, kwargs = example_inputs or self._family.example_inputs(skeleton, None, 2)
-        args, kwargs = self._family.parts(args, kwargs, plan.branches)[0]
-        self.placement: Placement = place(trace(skeleton, self._family, args, kwargs), plan)
+        args, kwargs = example_inputs or self.family.example_inputs(skeleton, None, 2)
+        args, kwargs = self.family.parts(args, kwargs, plan.branches)[0]
+        self.placement: Placement = place(trace(skeleton, self.family, args, kwargs), plan)
         self._run_plan = plan
         self._timesteps: list[float] | None = None
         self._levels: NoiseLevels | None = None
@@ -81,17 +81,17 @@ class Simulator:
     @torch.no_grad()
     def __call__(self, *args: Any, stream: Hashable = None, **kwargs: Any) -> Any:
         """One call; see ``WorkerGroup.__call__``."""
-        parts = self._family.parts(args, kwargs, self.plan.branches)
+        parts = self.family.parts(args, kwargs, self.plan.branches)
         results = [self._branch((branch, stream), *part) for branch, part in enumerate(parts)]
         leaves, (structure, *_) = zip(*map(flatten, results), strict=True)
         return unflatten(concatenated(leaves), structure)
 
     def _branch(self, key: tuple[int, Hashable], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         plan, state = self._run_plan, self._streams.setdefault(key, {"k": 0, "history": [], "results": {}})
-        inputs = Inputs.take(args, kwargs, self._family.timestep)
+        inputs = Inputs.take(args, kwargs, self.family.timestep)
         ahead = bool(plan.forecast and self._levels is not None and plan.segments > 1)
         if ahead:
-            at = inputs.position(self._family.sample)
+            at = inputs.position(self.family.sample)
             outlook = state.setdefault("outlook", Outlook(self._levels))
             outlook.see(state["k"], inputs.leaves[at])
         now = replace(plan, forecast=0) if ahead and not outlook.steady else plan
@@ -101,7 +101,7 @@ class Simulator:
         def whole() -> tuple[Any, dict[str, Any]]:
             """Of this call, in micro-batches."""
             self._segment, found = None, []
-            for args, kwargs in self._family.parts(*inputs.arguments(), plan.microbatches if self.placement.pipelines else 1):
+            for args, kwargs in self.family.parts(*inputs.arguments(), plan.microbatches if self.placement.pipelines else 1):
                 self._fresh = {}
                 found.append((self._module(*args, **kwargs), self._fresh))
             leaves, (structure, *_) = zip(*map(flatten, found), strict=True)
@@ -156,15 +156,21 @@ class Simulator:
         def run(*args: Any, **kwargs: Any) -> Any:
             if self._segment is None or self._segment in owners:
                 output = forward(*args, **kwargs)
-                self._fresh[name] = tree_map(lambda leaf: leaf.clone(), output)
+                self._fresh[name] = _made_of(torch.clone, output)
                 return output
             sender = self.placement[name]
             sent = [(targets[sender], values[name]) for targets, values in self._stale if name in values]
             if self._segment not in readers:  # only its shape matters; no view of a kept value, which glue might change
-                return tree_map(torch.empty_like, sent[-1][1])
+                return _made_of(torch.empty_like, sent[-1][1])
             if self._reads is None:
-                return tree_map(lambda leaf: leaf.clone(), sent[-1][1])
+                return _made_of(torch.clone, sent[-1][1])
             known = dict(sent[-max(2, self._segment - sender) :])
-            return tree_map(lambda *leaves: value_for(self._reads, dict(zip(known, leaves, strict=True))), *known.values())
+            return _made_of(lambda *leaves: value_for(self._reads, dict(zip(known, leaves, strict=True))), *known.values())
 
         return run
+
+
+def _made_of(function: Callable[..., torch.Tensor], *trees: Any) -> Any:
+    """A tree like these, of what ``function`` makes of their tensors."""
+    leaves, structures = zip(*map(flatten, trees), strict=True)
+    return unflatten([function(*each) for each in zip(*leaves, strict=True)], structures[0])

@@ -1,11 +1,18 @@
-"""The table of model families: class name -> block list. A new architecture is one module and one row here."""
+"""The table of model families: package and class -> block list. A new architecture is one module and one row here."""
 
 from asyncdiff_nodes.engine.family import Family
 
-from . import comfy_unet, pixart, unet2d
+from . import comfy_unet, flux, hunyuan_video, ltx_video, pixart, qwen_image, sd3, svd, unet2d, wan
 
 FAMILIES: dict[str, Family] = {
-    "PixArtTransformer2DModel": pixart.FAMILY,
-    "UNet2DConditionModel": unet2d.FAMILY,
-    "UNetModel": comfy_unet.FAMILY,
+    "comfy.UNetModel": comfy_unet.FAMILY,
+    "diffusers.FluxTransformer2DModel": flux.FAMILY,
+    "diffusers.HunyuanVideoTransformer3DModel": hunyuan_video.FAMILY,
+    "diffusers.LTXVideoTransformer3DModel": ltx_video.FAMILY,
+    "diffusers.PixArtTransformer2DModel": pixart.FAMILY,
+    "diffusers.QwenImageTransformer2DModel": qwen_image.FAMILY,
+    "diffusers.SD3Transformer2DModel": sd3.FAMILY,
+    "diffusers.UNet2DConditionModel": unet2d.FAMILY,
+    "diffusers.UNetSpatioTemporalConditionModel": svd.FAMILY,
+    "diffusers.WanTransformer3DModel": wan.FAMILY,
 }

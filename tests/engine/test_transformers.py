@@ -1,0 +1,101 @@
+"""Laws 1 and 2 for transformers and video models: diffusers' own classes, small, with random weights."""
+
+from dataclasses import replace
+
+import diffusers
+import pytest
+import torch
+from torch.utils._pytree import tree_map
+
+from asyncdiff_nodes.engine import Plan, Simulator, WorkerGroup, find_family, meta_copy, place, trace
+from asyncdiff_nodes.engine.graph import tensors_of
+from asyncdiff_nodes.engine.inputs import Inputs
+
+SMALL = {
+    "FluxTransformer2DModel": {
+        "in_channels": 4, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (4, 4, 8), "guidance_embeds": True,
+    },
+    "SD3Transformer2DModel": {
+        "sample_size": 8, "in_channels": 4, "out_channels": 4, "num_layers": 4, "attention_head_dim": 8, "num_attention_heads": 4,
+        "joint_attention_dim": 32, "caption_projection_dim": 32, "pooled_projection_dim": 64,
+    },
+    "QwenImageTransformer2DModel": {
+        "in_channels": 16, "out_channels": 4, "num_layers": 4, "attention_head_dim": 16, "num_attention_heads": 3,
+        "joint_attention_dim": 16, "axes_dims_rope": (8, 4, 4),
+    },
+    "WanTransformer3DModel": {
+        "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16, "ffn_dim": 32,
+        "num_layers": 4,
+    },
+    "LTXVideoTransformer3DModel": {
+        "in_channels": 8, "out_channels": 8, "num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16,
+        "num_layers": 4, "caption_channels": 16,
+    },
+    "HunyuanVideoTransformer3DModel": {
+        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 10, "num_layers": 2,
+        "num_single_layers": 2, "num_refiner_layers": 1, "patch_size": 1, "text_embed_dim": 16, "pooled_projection_dim": 8,
+        "rope_axes_dim": (2, 4, 4),
+    },
+    "UNetSpatioTemporalConditionModel": {
+        "block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 32, "num_attention_heads": 2,
+        "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"), "num_frames": 3,
+        "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        "projection_class_embeddings_input_dim": 96, "addition_time_embed_dim": 32,
+    },
+}  # fmt: skip
+TIMESTEPS = [900, 700, 500, 300, 100]
+
+
+def small(name):
+    torch.manual_seed(0)
+    return getattr(diffusers, name)(**SMALL[name]).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def denoise(call, model, batch=2):
+    """Results of a short run of made-up inputs."""
+    family, generator = find_family(model), torch.Generator().manual_seed(1)
+
+    def real(leaf):
+        return torch.rand(leaf.shape, generator=generator) if isinstance(leaf, torch.Tensor) else leaf
+
+    first = Inputs.take(*tree_map(real, family.example_inputs(model, 8, batch)), family.timestep)
+    sample, found = first.position(family.sample), []
+    for k, t in enumerate(TIMESTEPS):
+        leaves = list(first.leaves)
+        leaves[sample] = leaves[sample] * (1 - k / 7)
+        args, kwargs = replace(first, leaves=leaves, timestep=first.timestep_like(t)).arguments()
+        found.append(call(*args, **kwargs)[0])
+    return found
+
+
+@pytest.mark.parametrize("segments", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", SMALL)
+def test_exact_when_synchronous_and_as_simulated_when_not(name, segments):
+    model, plan = small(name), Plan(segments)
+    with WorkerGroup(model, plan, ["cpu"] * segments, threads_per_rank=1) as group:
+        exact = denoise(model, model)
+        group.begin(TIMESTEPS, replace(plan, warmup=len(TIMESTEPS)))
+        assert all(map(torch.equal, denoise(group, model), exact))
+        with Simulator(model, plan) as simulator:
+            simulator.begin(TIMESTEPS)
+            expected = denoise(simulator, model)
+        group.begin(TIMESTEPS)
+        got = denoise(group, model)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+        assert not torch.equal(got[segments - 1], exact[segments - 1])
+        held = [set(rank.weights) for rank in group.stats().ranks]
+        assert set().union(*held) == {name for name, _ in tensors_of(model)}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_cut_of_a_transformer_is_crossed_by_its_stream_alone(name):
+    model = small(name)
+    family, skeleton = find_family(model), meta_copy(small(name))
+    graph = trace(skeleton, family, *family.example_inputs(skeleton, 8, 2))
+    if "Transformer" in name:
+        placement = place(graph, Plan(2, forecast=0, cuts=(graph.names[0], graph.names[len(graph.names) // 2])))
+        (producer,) = placement.incoming(1)
+        assert producer == len(graph.names) // 2 - 1
+    assert max(place(graph, Plan(2, fresh_skips=False)).shares) < 0.7
