@@ -64,7 +64,7 @@ def test_the_largest_models_divide_evenly(tmp_path, model):
     """At their true sizes, without a weight."""
     status, result = run(tmp_path, "plan", "--model", model, "--segments", "4", "--no-fresh-skips")
     assert status == 0 and result["max_share"] < 0.27
-    assert max(segment["weight_mib"] for segment in result["segments"]) < 0.5 * sum(s["weights_mib"] for s in result["segments"])
+    assert max(segment["weight_mib"] for segment in result["segments"]) < 0.5 * sum(s["weight_mib"] for s in result["segments"])
 
 
 def test_plan_with_branches(tmp_path):
@@ -192,7 +192,7 @@ def test_bench_measures_and_projects(tmp_path):
         assert row["speedup"] == pytest.approx(row["unrouted_s"] / row["step_s"])
         assert row["share_of_ideal"] == pytest.approx(row["speedup"] / row["ideal"])
         assert (row["model"], row["size"], row["published"]) == ("demo", 32, None)
-        assert len(row["weight_mib"]) == row["devices"]
+        assert len(row["weights_mib"]) == row["devices"]
     assert 0 <= measured["wait_share"] < 1
     assert measured["ideal"] == pytest.approx(measured["scaling"] / 2 / measured["max_share"])
     assert measured["projected_speedup"] == pytest.approx(measured["speedup"], rel=0.5), "nothing is quiet here"
