@@ -64,7 +64,6 @@ def test_the_largest_models_divide_evenly(tmp_path, model):
     """At their true sizes, without a weight."""
     status, result = run(tmp_path, "plan", "--model", model, "--segments", "4", "--no-fresh-skips")
     assert status == 0 and result["max_share"] < 0.27
-    assert max(segment["weight_mib"] for segment in result["segments"]) < 0.5 * sum(s["weight_mib"] for s in result["segments"])
 
 
 def test_plan_with_branches(tmp_path):
