@@ -250,6 +250,8 @@ class Stream:
 
 def _find(inputs: Inputs, timesteps: Sequence[float]) -> int | None:
     """Position of the first of ``timesteps`` that is that of these inputs."""
-    given = inputs.timestep_number()  # once: it may be on a GPU
-    near = (index for index, expected in enumerate(timesteps) if abs(given - expected) <= 1e-3 * max(1.0, abs(expected)))
+    given, timestep = inputs.timestep_number(), inputs.timestep  # once: it may be on a GPU
+    rounded = isinstance(timestep, torch.Tensor) and timestep.is_floating_point()  # as bfloat16, to three digits
+    exact = max(1e-3, torch.finfo(timestep.dtype).eps if rounded else 0.0)
+    near = (index for index, expected in enumerate(timesteps) if abs(given - expected) <= exact * max(1.0, abs(expected)))
     return next(near, None)
