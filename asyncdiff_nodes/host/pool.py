@@ -94,7 +94,7 @@ class Pool:
         """A group that computes ``patcher``'s diffusion model as ``plan`` says.
 
         Args:
-            shape: [B, C, h, w] of the latent.
+            shape: [B, C, h, w] of the latent, or [B, C, F, h, w].
             load: has the host load models (here: the ranks) and make room for them.
             poll, estimate: see :class:`~asyncdiff_nodes.engine.WorkerGroup`.
 
@@ -188,7 +188,7 @@ class Pool:
             devices,
             estimate=estimate,
             family=family,
-            example_inputs=family.example_inputs(skeleton, tuple(shape[-2:]), 2 * shape[0]),
+            example_inputs=family.example_inputs(skeleton, tuple(shape[2:]), 2 * shape[0]),
             weights=weights_of(patcher, skeleton),
             prepare=HostSettings.current(),
             on_placed=make_room,

@@ -6,6 +6,7 @@ The host's own sampler loop runs as always; see docs/architecture.md for what ea
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -195,33 +196,24 @@ class Sampling:
         self._progress.sampling(group, plan, len(calls))
         return patcher.model, conds, others
 
-    def call(
-        self,
-        network: Any,
-        x: torch.Tensor,
-        timesteps: torch.Tensor,
-        context: torch.Tensor | None = None,
-        y: torch.Tensor | None = None,
-        control: dict[str, Any] | None = None,
-        transformer_options: dict[str, Any] | None = None,
-        **extra: Any,
-    ) -> torch.Tensor:
-        """One call of the network, [B, C, h, w] like ``x``; by the group if that can be."""
-        options = transformer_options or {}
+    def call(self, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One call of the network, with the latent as its first argument; by the group if that can be."""
+        given = _by_name(network, args, kwargs)
+        x, options = next(iter(given.values())), given.get("transformer_options") or {}
 
         def by_host(reason: str) -> torch.Tensor:
             self._note(reason)
             self._load_here(x)
-            return network(x, timesteps, context, y, control, options, **extra)
+            return network(*args, **kwargs)
 
         if reason := call_obstacle(options):
             return by_host(reason)
         shipped = shippable(options)
-        kwargs = {**extra, "context": context, "y": y, "control": control, "transformer_options": shipped}
+        given["transformer_options"] = shipped
         window = getattr(options.get("context_window"), "index_list", None)
         # the same prompt under a guidance patch, a control net that starts in mid-run, a window of frames: streams of their own
         patches = [shipped.get(kind) for kind in ("patches", "patches_replace")]
-        stream = (tuple(options.get("uuids", ())), tuple(x.shape), _outline(control), repr((patches, window)))
+        stream = (tuple(options.get("uuids", ())), tuple(x.shape), _outline(given.get("control")), repr((patches, window)))
         self._rebalance()
         self._progress.call(stream)
         if self._plan.branches > len(x):
@@ -230,7 +222,7 @@ class Sampling:
                 f"{self._plan.branches} branches works: AsyncDiff Options, Custom, branches=1 uses all devices"
             )
         try:
-            return self.group(x, timesteps, stream=stream, **kwargs)
+            return self.group(stream=stream, **given)
         except ScheduleError:
             # a schedule that only the sampler knows (dpm_adaptive, another pack's)
             without = "nothing is computed ahead" if self._plan.stride == 1 else f"stride={self._plan.stride} is not possible"
@@ -238,7 +230,7 @@ class Sampling:
             self._plan = replace(self._plan, stride=1, forecast=0)
             self.group.begin(plan=self._plan, on_record=self._on_record)
             self._progress.sampling(self.group, self._plan)
-            return self.group(x, timesteps, stream=stream, **kwargs)
+            return self.group(stream=stream, **given)
         except GroupClosedError:
             return by_host("ComfyUI took the ranks' memory back in mid-run; going on without them")
 
@@ -314,6 +306,16 @@ def _levels(sampling: Any, sigmas: torch.Tensor, rest: float) -> NoiseLevels | N
         return NoiseLevels(tuple(sigmas.tolist()), tuple(scales.tolist()), rest)
     except ValueError:
         return None
+
+
+def _by_name(network: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of ``network`` by the names that it has for them, in their order."""
+    signature = inspect.signature(network)
+    given = signature.bind(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+    return given
 
 
 def _in_calls(plan: Plan, calls_per_step: float) -> Plan:

@@ -2,10 +2,12 @@
 
 from asyncdiff_nodes.engine.family import Family
 
-from . import comfy_unet, flux, hunyuan_video, ltx_video, pixart, qwen_image, sd3, svd, unet2d, wan
+from . import comfy_transformers, comfy_unet, flux, hunyuan_video, ltx_video, pixart, qwen_image, sd3, svd, unet2d, wan
 
 FAMILIES: dict[str, Family] = {
+    "comfy.Flux": comfy_transformers.FLUX,
     "comfy.UNetModel": comfy_unet.FAMILY,
+    "comfy.WanModel": comfy_transformers.WAN,
     "diffusers.FluxTransformer2DModel": flux.FAMILY,
     "diffusers.HunyuanVideoTransformer3DModel": hunyuan_video.FAMILY,
     "diffusers.LTXVideoTransformer3DModel": ltx_video.FAMILY,

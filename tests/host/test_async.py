@@ -2,42 +2,15 @@
 
 from dataclasses import replace
 
-import comfy.samplers
 import nodes
 import pytest
 import small
 import torch
-from comfy.patcher_extension import WrappersMP
+from simulated import simulated
 
-from asyncdiff_nodes.engine import NoiseLevels, Simulator
 from asyncdiff_nodes.host.options import Options
-from asyncdiff_nodes.host.rehearsal import rehearse
 from asyncdiff_nodes.host.report import last_run
 from asyncdiff_nodes.host.route import attach
-from asyncdiff_nodes.host.skeleton import family_of, skeleton_of
-
-
-def simulated(model, plan, sampler):
-    """``model`` with its network replaced by the simulator, once per sampling."""
-    clone = model.clone()
-    skeleton = skeleton_of(model)
-    family = family_of(skeleton)
-    simulator = Simulator(
-        model.model.diffusion_model, plan, family=family, example_inputs=family.example_inputs(skeleton, (16, 16), 2)
-    )
-
-    def call(executor, x, timesteps, context=None, y=None, control=None, transformer_options=None, **extra):
-        if not simulator._streams:
-            sigmas = rehearse(comfy.samplers.sampler_object(sampler), transformer_options["sample_sigmas"], model)
-            levels = NoiseLevels(tuple(sigmas.tolist()), tuple((1 / (sigmas**2 + 1) ** 0.5).tolist()))  # of an SD model
-            simulator.begin(model.get_model_object("model_sampling").timestep(sigmas), levels)
-        stream = tuple(transformer_options["uuids"]), tuple(x.shape)
-        options = {"sample_sigmas": None}
-        return simulator(x, timesteps, stream=stream, context=context, y=y, control=control, transformer_options=options, **extra)
-
-    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "simulator", call)
-    return clone, simulator
-
 
 TWICE = ("heun", "dpm_2", "dpmpp_sde")  # the network is called twice per step
 

@@ -1,0 +1,89 @@
+"""Diffusion transformers, as the host builds them: small, with random weights."""
+
+import comfy.sd
+import nodes
+import pytest
+import small
+import torch
+from simulated import simulated
+
+from asyncdiff_nodes.host.options import Options
+from asyncdiff_nodes.host.report import last_run
+from asyncdiff_nodes.host.route import attach
+
+
+def sampled(model, kind, steps=6, cfg=1.0):
+    positive, negative = small.conditioning(kind, 1), small.conditioning(kind, 2)
+    latent = small.latent(kind=kind)
+    return nodes.KSampler().sample(model, 5, steps, cfg, "euler", "simple", positive, negative, latent)[0]["samples"]
+
+
+@pytest.mark.parametrize("devices", ["cpu,cpu", pytest.param("cpu,cpu,cpu", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind, cfg", [("flux", 1.0), ("wan", 5.0)])
+def test_exact_is_the_stock_sampler_bit_by_bit(kind, cfg, devices):
+    model = small.model(kind)
+    stock = sampled(model, kind, cfg=cfg)
+    found = sampled(attach(model, Options("Exact", devices)), kind, cfg=cfg)
+    assert not last_run().notes and len(last_run().stats.ranks) == devices.count("cpu")
+    assert torch.equal(found, stock) and stock.std() > 0
+
+
+@pytest.mark.parametrize("devices", ["cpu,cpu", pytest.param("cpu,cpu,cpu", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind, cfg", [("flux", 1.0), ("wan", 5.0)])
+def test_asynchronous_steps_are_those_of_the_simulator(kind, cfg, devices):
+    model = small.model(kind)
+    options = Options("Custom", devices, segments=devices.count("cpu"), warmup=3)
+    stock, found = sampled(model, kind, 8, cfg), sampled(attach(model, options), kind, 8, cfg)
+    assert not last_run().notes
+    oracle, simulator = simulated(model, last_run().plan, "euler", small.latent(kind=kind)["samples"].shape[2:])
+    with simulator:
+        expected = sampled(oracle, kind, 8, cfg)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (found - stock).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("kind", ["flux", "wan"])
+def test_image_to_image_with_a_mask(kind):
+    latent = small.latent(kind=kind)
+    latent["noise_mask"] = torch.zeros(1, 1, 16, 16)
+    latent["noise_mask"][..., 6:] = 1.0
+    prompts = small.conditioning(kind, 1), small.conditioning(kind, 2)
+
+    def sample(model):
+        return nodes.KSampler().sample(model, 5, 6, 1.0, "dpmpp_2m", "sgm_uniform", *prompts, latent, 0.6)[0]["samples"]
+
+    stock = sample(small.model(kind))
+    assert torch.equal(sample(attach(small.model(kind), Options("Exact", "cpu,cpu"))), stock) and not last_run().notes
+    assert torch.allclose(stock[..., :6], latent["samples"][..., :6], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["flux", "wan"])
+def test_lora_and_fewer_bits(kind):
+    model = small.model(kind, dtype=torch.bfloat16)
+    plain = sampled(model, kind)
+    for strength in (0.8, 0.3):
+        changed = comfy.sd.load_lora_for_models(model, None, small.lora(model), strength, 0)[0]
+        stock = sampled(changed, kind)
+        assert torch.equal(sampled(attach(changed, Options("Exact", "cpu,cpu")), kind), stock) and not last_run().notes
+        assert not torch.equal(stock, plain)
+
+
+def test_a_variant_with_blocks_of_its_own_is_sampled_as_usual():
+    model = small.model("wan")
+
+    class Variant(type(model.model.diffusion_model)):
+        pass
+
+    model.model.diffusion_model.__class__ = Variant
+    stock = sampled(model, "wan")
+    assert torch.equal(sampled(attach(model, Options("Exact", "cpu,cpu")), "wan"), stock)
+    assert "a variant of WanModel with blocks of its own" in last_run().notes[0]
+
+
+@pytest.mark.parametrize("kind", ["flux", "wan"])
+def test_two_devices_halve_the_prompts_of_cfg(kind):
+    model = small.model(kind)
+    found = sampled(attach(model, Options("Balanced", "cpu,cpu")), kind, cfg=5.0)
+    assert (last_run().plan.branches, last_run().plan.segments) == (2, 1) and not last_run().notes
+    stock = sampled(model, kind, cfg=5.0)
+    assert (found - stock).abs().max() < 1e-3 * stock.abs().max()
