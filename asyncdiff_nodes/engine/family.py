@@ -46,16 +46,18 @@ class Family:
 
 
 def find_family(module: nn.Module) -> Family:
-    """The family of ``module``, by the names of its class or base classes and of the packages that these are from.
+    """The family of ``module``, by the names of its class and of the package that this is from.
+
+    A class that is built on a listed one is another: blocks that it adds would be computed by every rank.
 
     Raises:
         UnsupportedModelError: no family lists this class.
     """
     from asyncdiff_nodes.models import FAMILIES  # here, because the block lists import this module
 
-    for cls in type(module).__mro__:
-        if family := FAMILIES.get(f"{cls.__module__.partition('.')[0]}.{cls.__name__}"):
-            return family
+    cls = type(module)
+    if family := FAMILIES.get(f"{cls.__module__.partition('.')[0]}.{cls.__name__}"):
+        return family
     raise UnsupportedModelError(
         f"no block list for a {type(module).__module__}.{type(module).__qualname__}; "
         f"supported: {', '.join(sorted(FAMILIES))}. Pass family=Family(...) to split another model."

@@ -26,9 +26,8 @@ def skeleton_of(patcher: ModelPatcher) -> nn.Module:
         UnsupportedModelError: no block list for its class; quantised layers; layers that other nodes replaced.
     """
     live = patcher.model.diffusion_model
+    find_family(live)
     name = type(live).__name__
-    if (base := find_family(live).name) != name:
-        raise UnsupportedModelError(f"no block list for its {name}, a variant of {base} with blocks of its own")
     for module in live.modules():
         cls = type(module)
         if "<locals>" in cls.__qualname__ or not all(part.isidentifier() for part in cls.__module__.split(".")):

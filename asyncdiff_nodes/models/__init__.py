@@ -5,6 +5,7 @@ from asyncdiff_nodes.engine.family import Family
 from . import comfy_transformers, comfy_unet, flux, hunyuan_video, ltx_video, pixart, qwen_image, sd3, svd, unet2d, wan
 
 FAMILIES: dict[str, Family] = {
+    "asyncdiff_nodes.DemoUNet": comfy_unet.FAMILY,
     "comfy.Flux": comfy_transformers.FLUX,
     "comfy.UNetModel": comfy_unet.FAMILY,
     "comfy.WanModel": comfy_transformers.WAN,
