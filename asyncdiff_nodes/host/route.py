@@ -106,7 +106,8 @@ class Route:
         inner = executor.wrappers[executor.idx + 1 :]
 
         def routed(*args: Any, **kwargs: Any) -> Any:
-            return self._sampling.call(executor.original, *args, **kwargs)
+            given = _by_name(executor.class_obj.forward, args, kwargs)
+            return self._sampling.call(given, lambda: executor.original(*args, **kwargs))
 
         return WrapperExecutor.new_class_executor(routed, executor.class_obj, inner).execute(*args, **kwargs)
 
@@ -196,15 +197,14 @@ class Sampling:
         self._progress.sampling(group, plan, len(calls))
         return patcher.model, conds, others
 
-    def call(self, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One call of the network, with the latent as its first argument; by the group if that can be."""
-        given = _by_name(network, args, kwargs)
+    def call(self, given: dict[str, Any], network: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """One call of the network with these arguments, the latent first; by the group if that can be."""
         x, options = next(iter(given.values())), given.get("transformer_options") or {}
 
         def by_host(reason: str) -> torch.Tensor:
             self._note(reason)
             self._load_here(x)
-            return network(*args, **kwargs)
+            return network()
 
         if reason := call_obstacle(options):
             return by_host(reason)
@@ -308,9 +308,9 @@ def _levels(sampling: Any, sigmas: torch.Tensor, rest: float) -> NoiseLevels | N
         return None
 
 
-def _by_name(network: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of ``network`` by the names that it has for them, in their order."""
-    signature = inspect.signature(network)
+def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names that ``forward`` has for them, in their order."""
+    signature = inspect.signature(forward)
     given = signature.bind(*args, **kwargs).arguments
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:

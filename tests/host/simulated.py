@@ -21,7 +21,7 @@ def simulated(model, plan, sampler, size=(16, 16)):
     )
 
     def call(executor, *args, **kwargs):
-        given = inspect.signature(executor.original).bind(*args, **kwargs).arguments
+        given = inspect.signature(executor.class_obj.forward).bind(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         options, x = given["transformer_options"], given["x"]
         if not simulator._streams:
