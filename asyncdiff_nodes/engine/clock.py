@@ -140,8 +140,7 @@ def simulate(placement: Placement, plan: Plan, calls: int, costs: Costs, speeds:
     Args:
         placement: of the group's blocks.
         plan: of the run; as for ``WorkerGroup.begin``, it may differ from the placement's in warm-up, cool-down, time shift and
-            micro-batches,
-            and be smaller in stride and forecast. Micro-batches are taken to cost their part of the whole.
+            micro-batches, and be smaller in stride and forecast. Micro-batches are taken to cost their part of the whole.
         speeds: of each of the branch's devices, relative to the one that ``costs`` are for; all 1 if None.
 
     Raises:

@@ -82,6 +82,13 @@ def toy_group(start):
 
 
 @pytest.fixture
+def group_of(start):
+    """plan -> a group of one random network for any plan, and that network."""
+    net = toys.random_net(3)
+    return lambda plan: (start("random", plan, net, family=toys.TOY), net)
+
+
+@pytest.fixture
 def own_tmp(tmp_path, monkeypatch):
     """The folder in which this test's groups keep their temporary files."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -24,12 +24,6 @@ def label(plan):
     return f"{toys.label(plan)}-B{plan.branches}"
 
 
-@pytest.fixture
-def group_of(start):
-    net = toys.random_net(3)
-    return lambda plan: (start("branches", plan, net, family=TOY), net)
-
-
 def by_parts(call, plan):
     """``call`` for each part of a batch by itself."""
 

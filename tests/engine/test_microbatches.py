@@ -23,12 +23,6 @@ def label(plan):
     return f"{toys.label(plan)}-B{plan.branches}-M{plan.microbatches}"
 
 
-@pytest.fixture
-def group_of(start):
-    net = toys.random_net(3)
-    return lambda plan: (start("microbatches", plan, net, family=TOY), net)
-
-
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
 @pytest.mark.parametrize("plan", PLANS, ids=label)
 def test_group_computes_what_the_simulator_does(plan, batch, group_of):

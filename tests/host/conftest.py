@@ -1,6 +1,7 @@
 """Tests that run inside a real ComfyUI: under its Python, with its modules. ``run.py`` beside this file starts them."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def cuts_by_macs(request, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="session", autouse=True)
 def host_rules():
-    """One thread, and no gradients, as in the host's own execution."""
+    """One thread, and no gradients, as in the host's own execution; servers and ranks end with a run that is terminated, too."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.set_num_threads(1)
     with torch.inference_mode():
         yield
