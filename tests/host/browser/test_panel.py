@@ -56,7 +56,7 @@ def demo(frontend, steps=20, **options):
 
 def recorded(run, width):
     """What each of two ranks did at the middle of each of ``width`` columns, from the records of ``run``."""
-    rows = [row[:5] + [list(zip(row[5][::2], row[5][1::2], strict=True))] for row in run["records"]]
+    rows = [[*row[:5], list(zip(row[5][::2], row[5][1::2], strict=True))] for row in run["records"]]
     begin, end = min(row[3] for row in rows), max(row[4] for row in rows)
 
     def kind(rank, when):
