@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
@@ -167,6 +168,20 @@ class _Provenance(TorchDispatchMode):
         return out
 
 
+class _ConvolutionLayouts(TorchDispatchMode):
+    """Gives the results of 2D convolutions the memory format that devices give them, which torch's meta kernel leaves open.
+
+    Values cross in the traced layouts, and other kernels serve another layout, with other rounding.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is not torch.ops.aten.convolution.default or out.ndim != 4:
+            return out
+        last = torch.channels_last in map(suggest_memory_format, args[:2])
+        return torch.empty_like(out, memory_format=torch.channels_last) if last else out
+
+
 def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockGraph:
     """Run ``skeleton`` (a :func:`meta_copy`) once on meta inputs and record its block graph.
 
@@ -225,7 +240,7 @@ def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: di
             provenance.mark(leaf, frozenset({~position}))
         if family.trace_inputs is not None:
             args, kwargs = family.trace_inputs(args, kwargs)
-        with torch.no_grad(), flops, provenance:
+        with torch.no_grad(), _ConvolutionLayouts(), flops, provenance:
             result = skeleton(*args, **kwargs)
     finally:
         for hook in hooks:

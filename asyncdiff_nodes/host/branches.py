@@ -23,8 +23,10 @@ _APART = frozenset({"area", "start_percent", "end_percent", "gligen", "hooks"})
 def items_per_call(guider: Any, conds: dict[str, Any], model_options: dict[str, Any], batch: int) -> int:
     """Batch items of each call of the network that ``guider`` will make for ``batch`` latents, as far as can be foretold.
 
-    1 where the host will, or may, evaluate the prompts one after the other.
+    1 where the host will, or may, evaluate the prompts one after the other. The frames of a video are one item.
     """
+    if guider.model_patcher.model.model_config.unet_config.get("use_temporal_attention"):
+        batch = 1
     prompts = {name: entries for name, entries in conds.items() if entries}
     optimized = not model_options.get("disable_cfg1_optimization", False)
     if prompts.keys() == {"positive", "negative"} and math.isclose(getattr(guider, "cfg", 0.0), 1.0) and optimized:

@@ -14,10 +14,12 @@ _ACROSS_ITEMS = frozenset({"comfy_extras.nodes_nag"})
 
 
 def divide(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, parts: int) -> list[Arguments]:
-    """See :func:`asyncdiff_nodes.engine.batch.divide`; patches are told which prompts their part has."""
+    """See :func:`asyncdiff_nodes.engine.batch.divide`; patches are told which prompts their part has, videos stay whole."""
     options = kwargs["transformer_options"]
     chunks = options.get("cond_or_uncond", [])
-    if across_items(options) or (len(chunks) > 1 and len(chunks) % parts):
+    frames = kwargs.get("num_video_frames") or 1  # of each video: they are computed together
+    torn = frames > 1 and (batch // frames) % parts
+    if torn or across_items(options) or (len(chunks) > 1 and len(chunks) % parts):
         return [(args, kwargs)]
     found = divide_batch(args, kwargs, batch, parts)
     if len(chunks) > 1:

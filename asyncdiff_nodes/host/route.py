@@ -9,7 +9,7 @@ import contextlib
 import inspect
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +45,7 @@ from .settings import setting
 log = logging.getLogger(__name__)
 
 KEY = "asyncdiff"
+_WITHOUT_HOOK = frozenset({"OpenAISignatureMMDITWrapper"})  # networks whose forward calls no DIFFUSION_MODEL wrappers
 
 
 def attach(patcher: ModelPatcher, options: Options | None = None) -> ModelPatcher:
@@ -65,6 +66,7 @@ def attach(patcher: ModelPatcher, options: Options | None = None) -> ModelPatche
         (WrappersMP.OUTER_SAMPLE, route.outer_sample),
         (WrappersMP.PREPARE_SAMPLING, route.prepare_sampling),
         (WrappersMP.DIFFUSION_MODEL, route.diffusion_model),
+        (WrappersMP.APPLY_MODEL, route.apply_model),
     ):
         clone.remove_wrappers_with_key(kind, KEY)
         clone.add_wrapper_with_key(kind, KEY, hook)
@@ -72,7 +74,7 @@ def attach(patcher: ModelPatcher, options: Options | None = None) -> ModelPatche
 
 
 class Route:
-    """The three hooks of one model; between samplings it holds nothing but its options."""
+    """The hooks of one model; between samplings it holds nothing but its options."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -110,6 +112,19 @@ class Route:
             return self._sampling.call(given, lambda: executor.original(*args, **kwargs))
 
         return WrapperExecutor.new_class_executor(routed, executor.class_obj, inner).execute(*args, **kwargs)
+
+    def apply_model(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
+        """One evaluation of the model, whose network may have no hook of its own."""
+        network = executor.class_obj.diffusion_model
+        if self._sampling is None or self._sampling.group is None or type(network).__name__ not in _WITHOUT_HOOK:
+            return executor(*args, **kwargs)
+        forward = network.forward
+
+        def routed(*args: Any, **kwargs: Any) -> Any:
+            return self._sampling.call(_by_name(forward, args, kwargs), lambda: forward(*args, **kwargs))
+
+        with _attribute(network, "forward", routed):
+            return executor(*args, **kwargs)
 
 
 class Sampling:
@@ -306,6 +321,17 @@ def _levels(sampling: Any, sigmas: torch.Tensor, rest: float) -> NoiseLevels | N
         return NoiseLevels(tuple(sigmas.tolist()), tuple(scales.tolist()), rest)
     except ValueError:
         return None
+
+
+@contextlib.contextmanager
+def _attribute(module: Any, name: str, value: Any) -> Iterator[None]:
+    """``module`` with ``value`` in place of what its class, or somebody else, has under ``name``."""
+    before = vars(module).get(name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        delattr(module, name) if before is None else setattr(module, name, before)
 
 
 def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

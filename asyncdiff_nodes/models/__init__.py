@@ -7,6 +7,11 @@ from . import comfy_transformers, comfy_unet, flux, hunyuan_video, ltx_video, pi
 FAMILIES: dict[str, Family] = {
     "asyncdiff_nodes.DemoUNet": comfy_unet.FAMILY,
     "comfy.Flux": comfy_transformers.FLUX,
+    "comfy.HunyuanVideo": comfy_transformers.HUNYUAN_VIDEO,
+    "comfy.LTXVModel": comfy_transformers.LTXV,
+    "comfy.NextDiT": comfy_transformers.LUMINA,
+    "comfy.OpenAISignatureMMDITWrapper": comfy_transformers.SD3,
+    "comfy.QwenImageTransformer2DModel": comfy_transformers.QWEN_IMAGE,
     "comfy.UNetModel": comfy_unet.FAMILY,
     "comfy.WanModel": comfy_transformers.WAN,
     "diffusers.FluxTransformer2DModel": flux.FAMILY,

@@ -1,4 +1,4 @@
-"""ComfyUI's diffusion transformers: ``Flux`` (FLUX.1, with what is built like it) and ``WanModel`` (Wan 2.1 and 2.2)."""
+"""ComfyUI's diffusion transformers, one row each: which modules are blocks, and the inputs that a first trace takes."""
 
 from __future__ import annotations
 
@@ -6,43 +6,99 @@ from typing import Any
 
 from torch import nn
 
+from asyncdiff_nodes.engine.errors import UnsupportedModelError
 from asyncdiff_nodes.engine.family import Family
 
 from .stack import meta, stacked
 
-
-def _flux_inputs(flux: nn.Module, size: Any = None, batch: int = 1) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs of one call: ``x`` [B, C, h, w], of 128 x 128 latent pixels by default, and 256 tokens of text."""
-    height, width = (size, size) if isinstance(size, int) else size or (128, 128)
-    params, dtype = flux.params, flux.dtype
-    kwargs = {
-        "context": meta(batch, 256, params.context_in_dim, dtype=dtype),
-        "y": None if params.vec_in_dim is None else meta(batch, params.vec_in_dim, dtype=dtype),
-        "guidance": meta(batch) if params.guidance_embed else None,
-        "transformer_options": {},
-    }
-    return (meta(batch, params.in_channels, height, width, dtype=dtype), meta(batch)), kwargs
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-FLUX = Family(
-    "Flux",
-    stacked(("img_in", "txt_in"), ("double_blocks", "single_blocks"), ("final_layer",)),
-    sample=(0, "x"),
-    timestep=(1, "timestep"),
-    example_inputs=_flux_inputs,
-)
+def _inputs(net: nn.Module, channels: int, size: Any, batch: int, text: int, tokens: int, **others: Any) -> Inputs:
+    """Inputs of one call: ``x`` [B, C, (F,) h, w] for a ``size`` of one side or of all, and ``tokens`` of ``text`` channels."""
+    sides = (size, size) if isinstance(size, int) else size
+    kwargs = {"context": meta(batch, tokens, text, dtype=net.dtype), "transformer_options": {}}
+    return (meta(batch, channels, *sides, dtype=net.dtype), meta(batch)), kwargs | others
 
 
-def _wan_inputs(wan: nn.Module, size: Any = None, batch: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs of one call: ``x`` [B, C, F, h, w], of 21 latent frames of 60 x 104 by default, and 512 tokens of text."""
-    frames, height, width = (21, size, size) if isinstance(size, int) else size or (21, 60, 104)
-    dtype, weights = wan.dtype, dict(wan.named_parameters())
-    channels, text = weights["patch_embedding.weight"].shape[1], weights["text_embedding.0.weight"].shape[1]
-    kwargs = {"context": meta(batch, 512, text, dtype=dtype), "transformer_options": {}}
-    return (meta(batch, channels, frames, height, width, dtype=dtype), meta(batch)), kwargs
+def _frames(size: Any, default: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Latent frames, height and width."""
+    return (default[0], size, size) if isinstance(size, int) else tuple(size or default)
 
 
-WAN = Family(
-    "WanModel", stacked(("patch_embedding",), ("blocks",), ("head",)), sample=(0, "x"), timestep=(1, "timestep"),
-    example_inputs=_wan_inputs,
-)  # fmt: skip
+def _width(net: nn.Module, weight: str) -> int:
+    """Input channels of the layer with this weight."""
+    return net.get_parameter(weight).shape[1]
+
+
+def _flux_inputs(flux: nn.Module, size: Any = None, batch: int = 1) -> Inputs:
+    params = flux.params
+    pooled = None if params.vec_in_dim is None else meta(batch, params.vec_in_dim, dtype=flux.dtype)
+    guidance = meta(batch) if params.guidance_embed else None
+    return _inputs(flux, params.in_channels, size or 128, batch, params.context_in_dim, 256, y=pooled, guidance=guidance)
+
+
+def _hunyuan_blocks(net: nn.Module) -> list[str]:
+    if net.time_r_in is not None:
+        raise UnsupportedModelError(
+            "its HunyuanVideo is distilled by mean flow: every call reads the sampler's schedule, which a rank does not have"
+        )
+    return _FLUX_BLOCKS(net)
+
+
+def _hunyuan_inputs(net: nn.Module, size: Any = None, batch: int = 1) -> Inputs:
+    params = net.params
+    sides = _frames(size, (33, 90, 160))[-len(net.patch_size) :]
+    pooled = None if params.vec_in_dim is None else meta(batch, params.vec_in_dim, dtype=net.dtype)
+    guidance = meta(batch) if params.guidance_embed else None
+    return _inputs(net, params.in_channels, sides, batch, params.context_in_dim, 256, y=pooled, guidance=guidance)
+
+
+def _ltxv_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Inputs:
+    sides = _frames(size, (13, 16, 24))
+    return _inputs(net, net.in_channels, sides, batch, net.caption_channels, 128, attention_mask=None)
+
+
+def _lumina_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Inputs:
+    return _inputs(net, net.in_channels, size or 128, batch, _width(net, "cap_embedder.1.weight"), 128, num_tokens=128)
+
+
+def _qwen_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Inputs:
+    sides = _frames(size, (1, 128, 128))
+    return _inputs(net, net.in_channels // net.patch_size**2, sides, batch, _width(net, "txt_in.weight"), 128)
+
+
+def _sd3_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Inputs:
+    linear = isinstance(net.context_embedder, nn.Linear)
+    text = net.context_embedder.in_features if linear else net.hidden_size
+    pooled = None if net.y_embedder is None else meta(batch, _width(net, "y_embedder.mlp.0.weight"), dtype=net.dtype)
+    return _inputs(net, net.in_channels, size or 128, batch, text, 154, y=pooled)
+
+
+def _wan_inputs(wan: nn.Module, size: Any = None, batch: int = 2) -> Inputs:
+    channels, text = _width(wan, "patch_embedding.weight"), _width(wan, "text_embedding.0.weight")
+    return _inputs(wan, channels, _frames(size, (21, 60, 104)), batch, text, 512)
+
+
+_X, _TIMESTEP, _TIMESTEPS = (0, "x"), (1, "timestep"), (1, "timesteps")
+_FLUX_BLOCKS = stacked(("img_in", "txt_in"), ("double_blocks", "single_blocks"), ("final_layer",))
+_LTXV_BLOCKS = stacked(("patchify_proj",), ("transformer_blocks",), ("proj_out",))
+_LUMINA_BLOCKS = stacked(("x_embedder", "cap_embedder"), ("context_refiner", "noise_refiner", "layers"), ("final_layer",))
+_QWEN_BLOCKS = stacked(("img_in", "txt_norm", "txt_in"), ("transformer_blocks",), ("norm_out", "proj_out"))
+_SD3_BLOCKS = stacked(("x_embedder", "context_embedder"), ("joint_blocks",), ("final_layer",))
+_WAN_BLOCKS = stacked(("patch_embedding",), ("blocks",), ("head",))
+
+# FLUX.1, and what is built like it
+FLUX = Family("Flux", _FLUX_BLOCKS, _TIMESTEP, _flux_inputs, sample=_X)
+# HunyuanVideo and HunyuanVideo 1.5
+HUNYUAN_VIDEO = Family("HunyuanVideo", _hunyuan_blocks, _TIMESTEP, _hunyuan_inputs, sample=_X)
+# LTX-Video
+LTXV = Family("LTXVModel", _LTXV_BLOCKS, _TIMESTEP, _ltxv_inputs, sample=_X)
+# Lumina Image 2 and Z-Image
+LUMINA = Family("NextDiT", _LUMINA_BLOCKS, _TIMESTEPS, _lumina_inputs, sample=_X)
+# Qwen-Image and its editing models
+QWEN_IMAGE = Family("QwenImageTransformer2DModel", _QWEN_BLOCKS, _TIMESTEP, _qwen_inputs, sample=_X)
+# SD 3 and SD 3.5
+SD3 = Family("OpenAISignatureMMDITWrapper", _SD3_BLOCKS, _TIMESTEPS, _sd3_inputs, sample=_X)
+# Wan 2.1 and 2.2
+WAN = Family("WanModel", _WAN_BLOCKS, _TIMESTEP, _wan_inputs, sample=_X)

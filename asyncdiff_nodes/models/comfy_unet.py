@@ -1,4 +1,4 @@
-"""ComfyUI's ``UNetModel``: SD 1.5, SD 2.x, SDXL base and refiner, inpaint models, and whatever else the host builds from it."""
+"""ComfyUI's ``UNetModel``: SD 1.5, SD 2.x, SDXL, inpaint models, Stable Video Diffusion, and whatever else is built from it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def block_names(unet: nn.Module) -> list[str]:
 
 
 def example_inputs(unet: nn.Module, size: Any = None, batch: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs of one call: ``x`` [B, C, h, w] in latent pixels (64 x 64 by default), ``timesteps`` [B], ``context`` [B, 77, D]."""
+    """Inputs of one call: ``x`` [B, C, h, w] in latent pixels (64 x 64 by default), ``timesteps`` [B], ``context`` [B, 77, D].
+
+    Of a video model, the batch are the frames of two videos.
+    """
     height, width = (size, size) if isinstance(size, int) else size or (64, 64)
 
     def empty(*shape: int) -> torch.Tensor:
@@ -40,6 +43,8 @@ def example_inputs(unet: nn.Module, size: Any = None, batch: int = 2) -> tuple[t
     weights = dict(unet.named_parameters())
     widths = [weights[name].shape[1] for name in weights if name.endswith("attn2.to_k.weight")]
     kwargs = {"context": empty(batch, 77, widths[0]) if widths else None, "transformer_options": {}}
+    if unet.use_temporal_resblocks:
+        kwargs["num_video_frames"] = batch // 2
     if unet.num_classes == "sequential":
         kwargs["y"] = empty(batch, weights["label_emb.0.0.weight"].shape[1])
     elif unet.num_classes is not None:

@@ -80,6 +80,8 @@ def test_output_layouts_are_those_of_the_real_blocks():
             (meta,) = block.outputs
             assert (meta.shape, meta.dtype) == (tuple(value.shape), value.dtype)
             assert block.output_bytes == value.numel() * 4
+            if block.name != "conv_norm_out":  # group norms answer in another layout on a GPU than on a CPU
+                assert meta.stride == value.stride()
     finally:
         unet.to(memory_format=torch.contiguous_format)
 

@@ -20,8 +20,12 @@ def simulated(model, plan, sampler, size=(16, 16)):
         model.model.diffusion_model, plan, family=family, example_inputs=family.example_inputs(skeleton, size, 2)
     )
 
-    def call(executor, *args, **kwargs):
-        given = inspect.signature(executor.class_obj.forward).bind(*args, **kwargs).arguments
+    network = model.model.diffusion_model
+    forward = inspect.signature(network.forward)
+
+    def call(*args, **kwargs):
+        del network.forward  # which the simulator needs
+        given = forward.bind(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         options, x = given["transformer_options"], given["x"]
         if not simulator._streams:
@@ -34,5 +38,9 @@ def simulated(model, plan, sampler, size=(16, 16)):
         stream = tuple(options["uuids"]), tuple(x.shape)
         return simulator(stream=stream, **given | {"transformer_options": {"sample_sigmas": None}})
 
-    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "simulator", call)
+    def apply(executor, *args, **kwargs):
+        network.forward = call  # not every network calls wrappers of its own
+        return executor(*args, **kwargs)
+
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "simulator", apply)
     return clone, simulator

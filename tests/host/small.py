@@ -1,4 +1,4 @@
-"""Small models of each family that the host builds from its ``UNetModel``, with random weights and the host's own classes."""
+"""Small models of each family that this pack routes, with random weights and the host's own classes."""
 
 from __future__ import annotations
 
@@ -29,6 +29,17 @@ _UNET = {
 _SD2 = {"context_dim": 1024, "use_linear_in_transformer": True}
 _SDXL = {"context_dim": 2048, "use_linear_in_transformer": True, "transformer_depth": [0, 2], "num_classes": "sequential"}
 _SDXL |= {"transformer_depth_output": [0, 0, 2, 3], "transformer_depth_middle": 3}  # 3: placed layer by layer
+_SVD = {
+    "in_channels": 8, "context_dim": 64, "adm_in_channels": 768, "num_classes": "sequential", "use_linear_in_transformer": True,
+    "use_temporal_resblock": True, "use_temporal_attention": True, "extra_ff_mix_layer": True, "num_head_channels": 32,
+    "use_spatial_context": True, "merge_strategy": "learned_with_images", "merge_factor": 0.0, "video_kernel_size": [3, 1, 1],
+    "disable_temporal_crossattention": False, "max_ddpm_temb_period": 10000,
+}  # fmt: skip
+# without attention in the middle, without any middle block, and with a prompt for each layer of its noise
+_VEGA = {**_SDXL, "adm_in_channels": 2816, "transformer_depth_output": [0, 0, 2, 2], "transformer_depth_middle": -1}
+_KOALA = {**_SDXL, "adm_in_channels": 2816, "transformer_depth_middle": -2}
+_X4 = {**_SD2, "in_channels": 7, "num_classes": 1000, "num_res_blocks": [1] * 4, "channel_mult": (1, 1, 2, 2)}
+_X4 |= {"transformer_depth": [0, 1, 1, 1], "transformer_depth_output": [0, 0, 1, 1, 1, 1, 1, 1]}
 _FLUX = {
     "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 32, "context_in_dim": 64, "hidden_size": 64,
     "mlp_ratio": 2.0, "num_heads": 2, "depth": 3, "depth_single_blocks": 4, "axes_dim": [8, 12, 12], "theta": 10000,
@@ -38,6 +49,33 @@ _WAN = {
     "image_model": "wan2.1", "model_type": "t2v", "dim": 96, "ffn_dim": 128, "num_heads": 2, "num_layers": 5, "in_dim": 16,
     "out_dim": 16, "text_dim": 64, "freq_dim": 64, "context_dim": 64,
 }  # fmt: skip
+_HUNYUAN = {
+    "image_model": "hunyuan_video", "in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2], "vec_in_dim": 32,
+    "context_in_dim": 64, "hidden_size": 64, "mlp_ratio": 2.0, "num_heads": 2, "depth": 3, "depth_single_blocks": 4,
+    "axes_dim": [8, 12, 12], "theta": 256, "qkv_bias": True, "guidance_embed": True, "byt5": False, "meanflow": False,
+    "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False, "context_dim": 64,
+}  # fmt: skip
+_LTXV = {
+    "image_model": "ltxv", "in_channels": 16, "cross_attention_dim": 64, "attention_head_dim": 32, "num_attention_heads": 2,
+    "caption_channels": 48, "num_layers": 5, "context_dim": 48,
+}  # fmt: skip
+_LUMINA = {
+    "image_model": "lumina2", "in_channels": 16, "dim": 96, "n_layers": 5, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+    "multiple_of": 32, "ffn_dim_multiplier": 1.0, "qk_norm": True, "cap_feat_dim": 64, "axes_dims": [16, 16, 16],
+    "axes_lens": [300, 512, 512], "context_dim": 64,
+}  # fmt: skip
+_Z_IMAGE = {**_LUMINA, "dim": 256, "n_heads": 4, "n_kv_heads": 4, "axes_dims": [16, 24, 24]}
+_Z_IMAGE |= {"z_image_modulation": True, "pad_tokens_multiple": 32, "time_scale": 1000.0}
+_QWEN = {
+    "image_model": "qwen_image", "in_channels": 64, "num_layers": 5, "attention_head_dim": 32, "num_attention_heads": 2,
+    "joint_attention_dim": 64, "axes_dims_rope": [8, 12, 12], "context_dim": 64,
+}  # fmt: skip
+_SD3 = {
+    "in_channels": 16, "patch_size": 2, "depth": 4, "adm_in_channels": 1280, "num_patches": 1024, "pos_embed_max_size": 32,
+    "pos_embed_scaling_factor": None, "input_size": None, "qk_norm": "rms", "x_block_self_attn_layers": [0],
+    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 256}},
+    "context_dim": 64,
+}  # fmt: skip
 # kind: the host's configuration class, its BaseModel class, model type, and what differs in the network
 KINDS = {
     "sd15": ("SD15", "BaseModel", ModelType.EPS, {"context_dim": 768}),
@@ -46,36 +84,52 @@ KINDS = {
     "sdxl": ("SDXL", "SDXL", ModelType.EPS, {**_SDXL, "adm_in_channels": 2816}),
     "sdxl_refiner": ("SDXLRefiner", "SDXLRefiner", ModelType.EPS, {**_SDXL, "adm_in_channels": 2560, "context_dim": 1280}),
 }
-
+VARIANTS = {
+    "koala": ("KOALA_700M", "SDXL", ModelType.EPS, _KOALA),
+    "sdxl_inpaint": ("SDXL", "SDXL", ModelType.EPS, {**_SDXL, "adm_in_channels": 2816, "in_channels": 9}),
+    "svd": ("SVD_img2vid", "SVD_img2vid", ModelType.V_PREDICTION_EDM, _SVD),
+    "vega": ("Segmind_Vega", "SDXL", ModelType.EPS, _VEGA),
+    "x4_upscaler": ("SD_X4Upscaler", "SD_X4Upscaler", ModelType.V_PREDICTION, _X4),
+}
 TRANSFORMERS = {
     "flux": ("Flux", "Flux", ModelType.FLUX, _FLUX),
+    "hunyuan_video": ("HunyuanVideo", "HunyuanVideo", ModelType.FLOW, _HUNYUAN),
+    "ltxv": ("LTXV", "LTXV", ModelType.FLUX, _LTXV),
+    "lumina2": ("Lumina2", "Lumina2", ModelType.FLOW, _LUMINA),
+    "qwen_image": ("QwenImage", "QwenImage", ModelType.FLUX, _QWEN),
+    "sd3": ("SD3", "SD3", ModelType.FLOW, _SD3),
     "wan": ("WAN21_T2V", "WAN21", ModelType.FLOW, _WAN),
+    "z_image": ("ZImage", "Lumina2", ModelType.FLOW, _Z_IMAGE),
 }
+_LATENTS = {"wan": (16, 3), "hunyuan_video": (16, 3), "ltxv": (16, 3), "qwen_image": (16, 1)}  # channels and frames
+
+
+ALL = KINDS | VARIANTS | TRANSFORMERS
 
 
 def unet_config(kind: str, channels: int = 64) -> dict:
     """Configuration of the network of this kind, ``channels`` wide."""
     if kind in TRANSFORMERS:
         return {name: value for name, value in TRANSFORMERS[kind][3].items() if name != "context_dim"}
-    return {**_UNET, "adm_in_channels": None, **KINDS[kind][3], "model_channels": channels}
+    return {**_UNET, "adm_in_channels": None, **ALL[kind][3], "model_channels": channels}
 
 
 def randomise(module: torch.nn.Module, seed: int) -> None:
     """Random weights, small enough for a network to stay finite and large enough for every one to matter."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * 0.05)
 
 
 def model(
     kind: str = "sd15", seed: int = 0, dtype: torch.dtype = torch.float32, channels: int = 64
 ) -> comfy.model_patcher.ModelPatcher:
     """A MODEL."""
-    config_class, model_class, model_type, _ = (KINDS | TRANSFORMERS)[kind]
+    config_class, model_class, model_type, _ = ALL[kind]
     config = getattr(comfy.supported_models, config_class)(unet_config(kind, channels))
     config.set_inference_dtype(dtype, None if dtype is torch.float32 else torch.float32)
     base = getattr(comfy.model_base, model_class)(config, model_type=model_type)
-    if kind == "sd15_inpaint":
+    if kind.endswith("inpaint"):
         base.set_inpaint()
     randomise(base.diffusion_model, seed)
     device = comfy.model_management.get_torch_device()
@@ -85,14 +139,21 @@ def model(
 def conditioning(kind: str = "sd15", seed: int = 1, tokens: int = 77) -> list:
     """A CONDITIONING."""
     generator = torch.Generator().manual_seed(seed)
-    context = torch.randn(1, tokens, (KINDS | TRANSFORMERS)[kind][3]["context_dim"], generator=generator)
-    return [[context, {"pooled_output": torch.randn(1, 1280, generator=generator)}]]
+    context = torch.randn(1, tokens, ALL[kind][3]["context_dim"], generator=generator)
+    extras = {"pooled_output": torch.randn(1, 1280, generator=generator)}
+    if kind == "ltxv":
+        extras["attention_mask"] = (torch.arange(tokens) < tokens - 3 * seed).long()[None]
+    elif kind == "svd":
+        extras |= {"concat_latent_image": torch.randn(1, 4, 16, 16, generator=generator), "motion_bucket_id": 40 * seed}
+    elif kind == "x4_upscaler":
+        extras |= {"concat_image": torch.randn(1, 3, 16, 16, generator=generator), "noise_augmentation": 0.1 * seed}
+    return [[context, extras]]
 
 
 def latent(batch: int = 1, height: int = 16, width: int = 16, seed: int = 2, kind: str = "sd15") -> dict:
     """A LATENT that is not empty."""
     generator = torch.Generator().manual_seed(seed)
-    shape = {"flux": (16,), "wan": (16, 3)}.get(kind, (4,))
+    shape = _LATENTS.get(kind, (16,) if kind in TRANSFORMERS else (4,))
     return {"samples": torch.randn(batch, *shape, height, width, generator=generator)}
 
 

@@ -1,4 +1,4 @@
-"""Diffusion transformers, as the host builds them: small, with random weights."""
+"""The families that are not in the other tests, as the host builds them: small, with random weights."""
 
 import comfy.sd
 import nodes
@@ -12,37 +12,34 @@ from asyncdiff_nodes.host.report import last_run
 from asyncdiff_nodes.host.route import attach
 
 
+def latent(kind):
+    """Of Stable Video Diffusion, a video's frames are the batch."""
+    return small.latent(3 if kind == "svd" else 1, kind=kind)
+
+
 def sampled(model, kind, steps=6, cfg=1.0):
     positive, negative = small.conditioning(kind, 1), small.conditioning(kind, 2)
-    latent = small.latent(kind=kind)
-    return nodes.KSampler().sample(model, 5, steps, cfg, "euler", "simple", positive, negative, latent)[0]["samples"]
+    return nodes.KSampler().sample(model, 5, steps, cfg, "euler", "simple", positive, negative, latent(kind))[0]["samples"]
 
 
-@pytest.mark.parametrize("devices", ["cpu,cpu", pytest.param("cpu,cpu,cpu", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind, cfg", [("flux", 1.0), ("wan", 5.0)])
-def test_exact_is_the_stock_sampler_bit_by_bit(kind, cfg, devices):
-    model = small.model(kind)
-    stock = sampled(model, kind, cfg=cfg)
-    found = sampled(attach(model, Options("Exact", devices)), kind, cfg=cfg)
-    assert not last_run().notes and len(last_run().stats.ranks) == devices.count("cpu")
-    assert torch.equal(found, stock) and stock.std() > 0
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [*small.VARIANTS, *small.TRANSFORMERS])
+def test_exact_is_the_stock_sampler_and_asynchronous_steps_are_the_simulators(kind, ranks):
+    model, cfg, devices = small.model(kind), 1.0 if kind == "flux" else 5.0, ", ".join(["cpu"] * ranks)
+    stock = sampled(model, kind, 8, cfg)
+    exact = sampled(attach(model, Options("Exact", devices)), kind, 8, cfg)
+    assert not last_run().notes and len(last_run().stats.ranks) == ranks
+    assert torch.equal(exact, stock) and stock.isfinite().all() and stock.std() > 0
 
-
-@pytest.mark.parametrize("devices", ["cpu,cpu", pytest.param("cpu,cpu,cpu", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind, cfg", [("flux", 1.0), ("wan", 5.0)])
-def test_asynchronous_steps_are_those_of_the_simulator(kind, cfg, devices):
-    model = small.model(kind)
-    options = Options("Custom", devices, segments=devices.count("cpu"), warmup=3)
-    stock, found = sampled(model, kind, 8, cfg), sampled(attach(model, options), kind, 8, cfg)
+    found = sampled(attach(model, Options("Custom", devices, segments=ranks, warmup=3)), kind, 8, cfg)
     assert not last_run().notes
-    oracle, simulator = simulated(model, last_run().plan, "euler", small.latent(kind=kind)["samples"].shape[2:])
+    oracle, simulator = simulated(model, last_run().plan, "euler", latent(kind)["samples"].shape[2:])
     with simulator:
         expected = sampled(oracle, kind, 8, cfg)
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert (found - stock).abs().max() > 1e-6
+    assert (found - stock).abs().max() > 0 and (found - expected).abs().max() <= 0.01 * (found - stock).abs().max()
 
 
-@pytest.mark.parametrize("kind", ["flux", "wan"])
+@pytest.mark.parametrize("kind", ["flux", "ltxv", "sd3", "wan"])
 def test_image_to_image_with_a_mask(kind):
     latent = small.latent(kind=kind)
     latent["noise_mask"] = torch.zeros(1, 1, 16, 16)
@@ -57,7 +54,7 @@ def test_image_to_image_with_a_mask(kind):
     assert torch.allclose(stock[..., :6], latent["samples"][..., :6], atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["flux", "wan"])
+@pytest.mark.parametrize("kind", ["flux", "sd3", "wan"])
 def test_lora_and_fewer_bits(kind):
     model = small.model(kind, dtype=torch.bfloat16)
     plain = sampled(model, kind)
@@ -80,7 +77,7 @@ def test_a_variant_with_blocks_of_its_own_is_sampled_as_usual():
     assert "cannot be split: no block list for a " in last_run().notes[0] and "Variant" in last_run().notes[0]
 
 
-@pytest.mark.parametrize("kind", ["flux", "wan"])
+@pytest.mark.parametrize("kind", ["flux", "sd3", "svd", "wan", "z_image"])
 def test_two_devices_halve_the_prompts_of_cfg(kind):
     model = small.model(kind)
     found = sampled(attach(model, Options("Balanced", "cpu,cpu")), kind, cfg=5.0)
