@@ -1,8 +1,11 @@
 """The pipeline adapter, on real diffusers pipelines with small random networks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
@@ -14,6 +17,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    UNetMotionModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
@@ -193,6 +197,34 @@ def test_flow_matching_pipelines(make, dtype):
         assert 0 < error < 0.05 * sequential.abs().mean()
     with accelerate(pipe, Plan(warmup=8), threads_per_rank=1):
         assert torch.equal(draw(), sequential)
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(segments=1, branches=2)], ids=["segments", "branches"])
+def test_animatediff(plan):
+    """The pipeline repeats its prompts for every frame: each branch gets those of its own videos."""
+    torch.manual_seed(2)
+    unet = UNetMotionModel(
+        block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=32, norm_num_groups=8, num_attention_heads=2,
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"), motion_max_seq_length=4, motion_num_attention_heads=2,
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+    ).eval()  # fmt: skip
+    pipe = AnimateDiffPipeline(None, None, None, unet, None, DDIMScheduler(clip_sample=False, steps_offset=1))
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw():
+        generator = torch.Generator().manual_seed(0)
+        return pipe(
+            **embeds(3), num_frames=4, height=64, width=64, num_inference_steps=STEPS, output_type="latent", generator=generator
+        ).frames
+
+    sequential = draw()
+    with accelerate(pipe, replace(plan, warmup=STEPS), threads_per_rank=1) as routed:
+        assert (draw() - sequential).abs().max() <= (0 if plan.branches == 1 else 1e-5 * sequential.abs().max())
+        assert {rank.rank for rank in routed.stats().ranks if rank.records} == {0, 1}
+    if plan.branches == 1:
+        with accelerate(pipe, replace(plan, warmup=2), threads_per_rank=1):
+            error = (draw() - sequential).abs().mean()
+            assert 0 < error < 0.05 * sequential.abs().mean()
 
 
 def test_levels_of_a_flow():

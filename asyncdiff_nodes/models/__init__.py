@@ -2,7 +2,7 @@
 
 from asyncdiff_nodes.engine.family import Family
 
-from . import comfy_transformers, comfy_unet, flux, hunyuan_video, ltx_video, pixart, qwen_image, sd3, svd, unet2d, wan
+from . import comfy_transformers, comfy_unet, flux, hunyuan_video, ltx_video, motion, pixart, qwen_image, sd3, svd, unet2d, wan
 
 FAMILIES: dict[str, Family] = {
     "asyncdiff_nodes.DemoUNet": comfy_unet.FAMILY,
@@ -21,6 +21,7 @@ FAMILIES: dict[str, Family] = {
     "diffusers.QwenImageTransformer2DModel": qwen_image.FAMILY,
     "diffusers.SD3Transformer2DModel": sd3.FAMILY,
     "diffusers.UNet2DConditionModel": unet2d.FAMILY,
+    "diffusers.UNetMotionModel": motion.FAMILY,
     "diffusers.UNetSpatioTemporalConditionModel": svd.FAMILY,
     "diffusers.WanTransformer3DModel": wan.FAMILY,
 }

@@ -9,12 +9,12 @@ from torch import nn
 
 from asyncdiff_nodes.engine.family import Family
 
-_LAYER_LISTS = ("resnets", "attentions", "downsamplers", "upsamplers")
+_LAYER_LISTS = ("resnets", "attentions", "motion_modules", "downsamplers", "upsamplers")
 DEEP = 3  # transformer layers from which a block is too large to be placed as a whole; SDXL's have up to ten
 
 
 def block_names(unet: nn.Module) -> list[str]:
-    """Every resnet, attention, down- and upsampler, ``conv_in`` and the output layer's norm and convolution.
+    """Every resnet, attention, motion module, down- and upsampler, ``conv_in`` and the output layer's norm and convolution.
 
     Deep attentions are listed layer by layer; time and added embeddings are not: they are cheap and computed by every rank.
     """

@@ -1,4 +1,4 @@
-"""Laws 1 and 2 for transformers and video models: diffusers' own classes, small, with random weights."""
+"""Laws 1 and 2 for families beside the UNets of the goldens: diffusers' own classes, small, with random weights."""
 
 from dataclasses import replace
 
@@ -36,6 +36,16 @@ SMALL = {
         "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 10, "num_layers": 2,
         "num_single_layers": 2, "num_refiner_layers": 1, "patch_size": 1, "text_embed_dim": 16, "pooled_projection_dim": 8,
         "rope_axes_dim": (2, 4, 4),
+    },
+    "PixArtTransformer2DModel": {
+        "sample_size": 8, "in_channels": 4, "out_channels": 4, "num_layers": 6, "num_attention_heads": 2,
+        "attention_head_dim": 24, "cross_attention_dim": 48, "caption_channels": 24,
+    },
+    "UNetMotionModel": {
+        "block_out_channels": (16, 32), "layers_per_block": 1, "cross_attention_dim": 32, "norm_num_groups": 8,
+        "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"), "num_attention_heads": 2,
+        "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"), "motion_max_seq_length": 4,
+        "motion_num_attention_heads": 2,
     },
     "UNetSpatioTemporalConditionModel": {
         "block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 32, "num_attention_heads": 2,
