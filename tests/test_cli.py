@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from asyncdiff_nodes.cli import main
+from asyncdiff_nodes.cli import main, plans
 from asyncdiff_nodes.cli.subjects import find_subject
 from asyncdiff_nodes.cli.suite import suite
-from asyncdiff_nodes.cli.zoo import PUBLISHED_SPEEDUPS, find_model
+from asyncdiff_nodes.cli.zoo import DEMOS, PUBLISHED_SPEEDUPS, find_model
 from asyncdiff_nodes.demo import DemoPipeline
 from asyncdiff_nodes.engine.clock import Link
 
@@ -50,6 +50,18 @@ def test_plan_of_sd15_is_balanced_and_cheap(tmp_path, capsys):
     assert result["published"]["max_share"] == pytest.approx(0.560, abs=0.001)
     assert {"command", "commit", "machine"} <= set(result)
     assert "published cuts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names", [("flux",), pytest.param(plans.NAMES, marks=pytest.mark.slow)], ids=["flux", "all"])
+def test_plans_of_every_model(tmp_path, monkeypatch, names):
+    monkeypatch.setattr(plans, "NAMES", names)
+    _, result = run(tmp_path, "plans")
+    assert {(row["model"], row["devices"]) for row in result["rows"]} == {(n, d) for n in {*names} - {*DEMOS} for d in (2, 3, 4)}
+    for row in result["rows"]:
+        assert len(row["shares"]) == row["devices"] and row["balance"] > 0.7
+        # without full-size blocks that are computed twice
+        assert row["balance"] > 0.9 or row["model"] in ("sd15", "sd21", "svd", "animatediff")
+        assert max(row["weights_mib"]) < row["whole_mib"] <= sum(row["weights_mib"]) * 1.0001
 
 
 def test_plan_of_a_transformer(tmp_path):

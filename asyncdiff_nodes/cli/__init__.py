@@ -11,6 +11,7 @@ COMMANDS = {
     "demo": "make pictures with the shipped model, sequentially and with AsyncDiff, side by side",
     "demo-comfy": "run the demo workflow in an installed ComfyUI and keep the picture",
     "plan": "show where a model would be cut, what crosses the cuts and the predicted speed-up",
+    "plans": "show what each of 2, 3 and 4 devices would hold and send of every model, at its true size",
     "bench": "measure plans with real processes against the unrouted model",
     "compare": "measure what asynchrony does to the pictures, beside fewer steps at equal cost",
     "similarity": "show how alike each block's output is from step to step",

@@ -42,6 +42,8 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
     "svd": {"_class_name": "UNetSpatioTemporalConditionModel"},
+    "animatediff": {"_class_name": "UNetMotionModel", "sample_size": 64, "cross_attention_dim": 768},
+    "pixart": {"_class_name": "PixArtTransformer2DModel", "sample_size": 128, "caption_channels": 4096},
     "sd35-large": {
         "_class_name": "SD3Transformer2DModel",
         "num_layers": 38,
@@ -57,8 +59,8 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "ltx-video": {"_class_name": "LTXVideoTransformer3DModel"},
 }
 
-_DEMOS = {"demo": DEMO_WEIGHTS, "demo-transformer": DEMO_WEIGHTS / "transformer"}
-NAMES = (*_CONFIGS, *_DEMOS)
+DEMOS = {"demo": DEMO_WEIGHTS, "demo-transformer": DEMO_WEIGHTS / "transformer"}
+NAMES = (*_CONFIGS, *DEMOS)
 
 # where the published implementation cuts (github.com/czg1225/AsyncDiff), by model and number of segments
 PUBLISHED_CUTS: dict[str, dict[int, tuple[str, ...]]] = {
@@ -151,13 +153,13 @@ def find_model(name: str) -> Model:
     """
     if name in _CONFIGS:
         return Model(name, _CONFIGS[name], pixels_per_latent=8)
-    folder = _DEMOS.get(name, Path(name))
+    folder = DEMOS.get(name, Path(name))
     for path in (folder / "unet" / "config.json", folder / "transformer" / "config.json", folder / "config.json"):
         if path.is_file():
             config = json.loads(path.read_text(encoding="utf-8"))
             if (kind := config.get("_class_name", _UNET)) not in _SUPPORTED:
                 raise ValueError(f"--model {name}: {path} is a {kind}, not one of {', '.join(_SUPPORTED)}")
-            return Model(name, config, pixels_per_latent=2 if name in _DEMOS else _vae_scale(folder))
+            return Model(name, config, pixels_per_latent=2 if name in DEMOS else _vae_scale(folder))
     raise FileNotFoundError(f"--model {name}: neither one of {', '.join(NAMES)} nor a diffusers folder with unet/config.json")
 
 

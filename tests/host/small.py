@@ -171,7 +171,16 @@ def lora(patcher: comfy.model_patcher.ModelPatcher, seed: int = 4) -> dict:
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, weight in patcher.model.diffusion_model.named_parameters():
-        if name.endswith((".to_q.weight", ".to_v.weight", "in_layers.2.weight", "attn.qkv.weight", "self_attn.q.weight")):
+        if name.endswith(
+            (
+                ".to_q.weight",
+                ".to_v.weight",
+                "in_layers.2.weight",
+                "attn.qkv.weight",
+                "attention.qkv.weight",
+                "self_attn.q.weight",
+            )
+        ):
             key = f"diffusion_model.{name.removesuffix('.weight')}"
             down = torch.randn(4, weight[0].numel(), generator=generator) * 0.1
             found[f"{key}.lora_down.weight"] = down.reshape(4, *weight.shape[1:])

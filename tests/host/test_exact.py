@@ -150,6 +150,7 @@ def test_prompt_in_time_ranges(sd15, prompts):
     assert_exact(sd15, lambda m: ksampler(m, small.latent(), early + late, negative, steps=6))
 
 
+@pytest.mark.covers("controlnet", kind="sd15")
 def test_control_net(sd15, prompts):
     hint = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(1))
     plain = ksampler(sd15, small.latent(), *prompts)

@@ -12,6 +12,11 @@ from asyncdiff_nodes.host.report import last_run
 from asyncdiff_nodes.host.route import attach
 
 
+def kinds(*fast):
+    """All; by default only ``fast`` ones, since other tests have the rest."""
+    return [kind if kind in fast else pytest.param(kind, marks=pytest.mark.slow) for kind in small.ALL]
+
+
 def latent(kind):
     """Of Stable Video Diffusion, a video's frames are the batch."""
     return small.latent(3 if kind == "svd" else 1, kind=kind)
@@ -22,13 +27,16 @@ def sampled(model, kind, steps=6, cfg=1.0):
     return nodes.KSampler().sample(model, 5, steps, cfg, "euler", "simple", positive, negative, latent(kind))[0]["samples"]
 
 
+@pytest.mark.covers("exact", "asynchronous", "sharded")
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", [*small.VARIANTS, *small.TRANSFORMERS])
+@pytest.mark.parametrize("kind", kinds(*small.VARIANTS, *small.TRANSFORMERS))
 def test_exact_is_the_stock_sampler_and_asynchronous_steps_are_the_simulators(kind, ranks):
     model, cfg, devices = small.model(kind), 1.0 if kind == "flux" else 5.0, ", ".join(["cpu"] * ranks)
     stock = sampled(model, kind, 8, cfg)
     exact = sampled(attach(model, Options("Exact", devices)), kind, 8, cfg)
-    assert not last_run().notes and len(last_run().stats.ranks) == ranks
+    held = last_run().stats.ranks
+    assert not last_run().notes and len(held) == ranks
+    assert max(sum(rank.weights.values()) for rank in held) < model.model_size()
     assert torch.equal(exact, stock) and stock.isfinite().all() and stock.std() > 0
 
     found = sampled(attach(model, Options("Custom", devices, segments=ranks, warmup=3)), kind, 8, cfg)
@@ -39,22 +47,24 @@ def test_exact_is_the_stock_sampler_and_asynchronous_steps_are_the_simulators(ki
     assert (found - stock).abs().max() > 0 and (found - expected).abs().max() <= 0.01 * (found - stock).abs().max()
 
 
-@pytest.mark.parametrize("kind", ["flux", "ltxv", "sd3", "wan"])
+@pytest.mark.covers("inpaint")
+@pytest.mark.parametrize("kind", kinds("flux", "ltxv", "sd3", "wan"))
 def test_image_to_image_with_a_mask(kind):
-    latent = small.latent(kind=kind)
-    latent["noise_mask"] = torch.zeros(1, 1, 16, 16)
-    latent["noise_mask"][..., 6:] = 1.0
+    given = latent(kind)
+    given["noise_mask"] = torch.zeros(1, 1, 16, 16)
+    given["noise_mask"][..., 6:] = 1.0
     prompts = small.conditioning(kind, 1), small.conditioning(kind, 2)
 
     def sample(model):
-        return nodes.KSampler().sample(model, 5, 6, 1.0, "dpmpp_2m", "sgm_uniform", *prompts, latent, 0.6)[0]["samples"]
+        return nodes.KSampler().sample(model, 5, 6, 1.0, "dpmpp_2m", "sgm_uniform", *prompts, given, 0.6)[0]["samples"]
 
     stock = sample(small.model(kind))
     assert torch.equal(sample(attach(small.model(kind), Options("Exact", "cpu,cpu"))), stock) and not last_run().notes
-    assert torch.allclose(stock[..., :6], latent["samples"][..., :6], atol=1e-4)
+    assert torch.allclose(stock[..., :6], given["samples"][..., :6], atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["flux", "sd3", "wan"])
+@pytest.mark.covers("lora")
+@pytest.mark.parametrize("kind", kinds("flux", "sd3", "wan"))
 def test_lora_and_fewer_bits(kind):
     model = small.model(kind, dtype=torch.bfloat16)
     plain = sampled(model, kind)
