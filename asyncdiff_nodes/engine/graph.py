@@ -150,21 +150,37 @@ class _Provenance(TorchDispatchMode):
         super().__init__()
         self.inside: int | None = None  # index of the running block
         self._sources: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        # of what was written in place, which others see through views; by its storage, kept so that no other takes its address
+        self._written: dict[int, tuple[frozenset[int], Any]] = {}
 
     def sources(self, tree: Any) -> frozenset[int]:
-        found = (self._sources.get(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
-        return frozenset().union(*(s for s in found if s))
+        leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+        own = (self._sources.get(leaf, frozenset()) for leaf in leaves)
+        written = (self._written[key][0] for leaf in leaves if (key := leaf.untyped_storage()._cdata) in self._written)
+        return frozenset().union(*own, *written)
 
     def mark(self, tree: Any, sources: frozenset[int]) -> None:
         for leaf in tree_leaves(tree):
             if isinstance(leaf, torch.Tensor):
                 self._sources[leaf] = sources
 
+    def leave(self, output: Any) -> None:
+        """The running block returns ``output``, whatever was written to its memory before."""
+        self.mark(output, frozenset({self.inside}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor):
+                self._written.pop(leaf.untyped_storage()._cdata, None)
+        self.inside = None
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        # in-place operations return one of their arguments, so its old sources are among the new ones
         if self.inside is None and (sources := self.sources((args, kwargs))):
             self.mark(out, sources)
+            if func._schema.is_mutable:
+                for leaf, argument in zip(args, func._schema.arguments, strict=False):
+                    if argument.alias_info is not None and argument.alias_info.is_write:
+                        storage = leaf.untyped_storage()
+                        self._written[storage._cdata] = sources, storage
         return out
 
 
@@ -223,10 +239,9 @@ def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: di
     def leave(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             macs[name] += flops.get_total_flops()
-            provenance.mark(output, frozenset({provenance.inside}))
             leaves, structure = flatten(output)
             outputs[name] = tuple(TensorMeta.of(leaf) for leaf in leaves), structure
-            provenance.inside = None
+            provenance.leave(output)
 
         return hook
 

@@ -116,6 +116,32 @@ def test_edges_of_random_networks(seed):
     assert toy_graph(net).edges == {(a, b) for a, b in expected if a != b}
 
 
+class Overwriting(toys.ToyBlock):
+    def forward(self, x, emb, context):
+        return x.copy_(super().forward(x, emb, context))
+
+
+class InPlace(toys.ToyNet):
+    """Adds its context to a part of what block 1 returns, and writes some of that to its own input."""
+
+    def forward(self, sample, timestep, context, doubled=False):
+        emb, x = self.embed(sample, timestep), sample
+        for index, block in enumerate(self.blocks):
+            x = block(x, emb, torch.zeros(1, device=x.device))
+            if index == 1:
+                x[:, 1:] += context.mean()
+                sample.view(-1)[:4].copy_(x.flatten()[:4])
+        return x + sample
+
+
+def test_what_is_written_through_a_view_is_read_by_what_comes_after():
+    net = InPlace([toys.ToyBlock(4, 3), toys.ToyBlock(4, 3), Overwriting(4, 3), toys.ToyBlock(4, 3)])
+    args = torch.zeros(2, 4, 8, 8), 1, torch.ones(2, 3)
+    graph = trace(meta_copy(net), toys.TOY, args, {})
+    assert graph.edges == {(0, 1), (1, 2), (2, 3), (1, 3)}
+    assert [2 in block.reads for block in graph.blocks] == [False, False, True, True]
+
+
 def test_macs_and_bytes_of_a_toy_are_the_ones_counted_by_hand():
     net = ToyNet([ToyBlock(4, 3), ToyBlock(4, 1, pair=True)])
     graph = toy_graph(net, batch=3)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import comfy.cldm.cldm
+import comfy.cldm.mmdit
 import comfy.controlnet
+import comfy.ldm.flux.controlnet
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.samplers
 import comfy.supported_models
 import torch
@@ -157,13 +160,26 @@ def latent(batch: int = 1, height: int = 16, width: int = 16, seed: int = 2, kin
     return {"samples": torch.randn(batch, *shape, height, width, generator=generator)}
 
 
-def control_net(seed: int = 3) -> comfy.controlnet.ControlNet:
-    """A CONTROL_NET for ``sd15``."""
-    config = {key: value for key, value in unet_config("sd15").items() if key not in ("out_channels", "transformer_depth_output")}
-    network = comfy.cldm.cldm.ControlNet(**config, hint_channels=3, num_heads=8, dtype=torch.float32)
+def control_net(kind: str = "sd15", seed: int = 3) -> comfy.controlnet.ControlNet:
+    """A CONTROL_NET for models of this kind; see :func:`hint`."""
+    config, device = unet_config(kind), comfy.model_management.get_torch_device()
+    made = {"dtype": torch.float32, "operations": comfy.ops.disable_weight_init}
+    if kind == "flux":
+        network, options = comfy.ldm.flux.controlnet.ControlNetFlux(**config, **made), {"extra_conds": ["y", "guidance"]}
+    elif kind == "sd3":
+        network, options = comfy.cldm.mmdit.ControlNet(num_blocks=2, **config, **made), {"compression_ratio": 1}
+    else:
+        config = {key: value for key, value in config.items() if key not in ("out_channels", "transformer_depth_output")}
+        heads = {} if "num_head_channels" in config else {"num_heads": 8}
+        network, options = comfy.cldm.cldm.ControlNet(**config, **heads, hint_channels=3, dtype=torch.float32), {}
     randomise(network, seed)
-    device = comfy.model_management.get_torch_device()
-    return comfy.controlnet.ControlNet(network.eval(), load_device=device, compression_ratio=8)
+    return comfy.controlnet.ControlNet(network.eval(), load_device=device, **options)
+
+
+def hint(kind: str = "sd15", seed: int = 1) -> torch.Tensor:
+    """An IMAGE to control by; for SD 3 a latent, as its VAE would make of one."""
+    channels, side = (16, 16) if kind == "sd3" else (3, 128)
+    return torch.rand(1, side, side, channels, generator=torch.Generator().manual_seed(seed))
 
 
 def lora(patcher: comfy.model_patcher.ModelPatcher, seed: int = 4) -> dict:

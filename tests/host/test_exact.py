@@ -152,11 +152,10 @@ def test_prompt_in_time_ranges(sd15, prompts):
 
 @pytest.mark.covers("controlnet", kind="sd15")
 def test_control_net(sd15, prompts):
-    hint = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(1))
     plain = ksampler(sd15, small.latent(), *prompts)
     for start, end in ((0.0, 1.0), (0.2, 0.7)):
         positive, negative = nodes.ControlNetApplyAdvanced().apply_controlnet(
-            *prompts, small.control_net(), hint, 0.9, start, end, None
+            *prompts, small.control_net(), small.hint(), 0.9, start, end, None
         )
         found = assert_exact(sd15, lambda m, p=positive, n=negative: ksampler(m, small.latent(), p, n, steps=6))
         assert not torch.equal(found, plain)

@@ -75,6 +75,23 @@ def test_lora_and_fewer_bits(kind):
         assert not torch.equal(stock, plain)
 
 
+@pytest.mark.covers("controlnet")
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
+def test_control_net(kind):
+    """Its residuals are added to what the blocks return, in place."""
+    model, prompts = small.model(kind), (small.conditioning(kind, 1), small.conditioning(kind, 2))
+    controlled = nodes.ControlNetApplyAdvanced().apply_controlnet(
+        *prompts, small.control_net(kind), small.hint(kind), 0.9, 0.0, 1.0, None
+    )
+
+    def sample(model, prompts):
+        return nodes.KSampler().sample(model, 5, 4, 3.0, "euler", "simple", *prompts, latent(kind))[0]["samples"]
+
+    stock = sample(model, controlled)
+    assert torch.equal(sample(attach(model, Options("Exact", "cpu,cpu")), controlled), stock) and not last_run().notes
+    assert not torch.equal(stock, sample(model, prompts))
+
+
 def test_a_variant_with_blocks_of_its_own_is_sampled_as_usual():
     model = small.model("wan")
 
