@@ -246,6 +246,8 @@ class Sampling:
             self.group.begin(plan=self._plan, on_record=self._on_record)
             self._progress.sampling(self.group, self._plan)
             return self.group(stream=stream, **given)
+        except UnsupportedModelError as error:
+            return by_host(f"this call cannot be split: {error}")
         except GroupClosedError:
             return by_host("ComfyUI took the ranks' memory back in mid-run; going on without them")
 

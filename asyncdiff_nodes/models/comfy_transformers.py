@@ -43,7 +43,7 @@ def _hunyuan_blocks(net: nn.Module) -> list[str]:
         raise UnsupportedModelError(
             "its HunyuanVideo is distilled by mean flow: every call reads the sampler's schedule, which a rank does not have"
         )
-    return _FLUX_BLOCKS(net)
+    return _HUNYUAN_BLOCKS(net)
 
 
 def _hunyuan_inputs(net: nn.Module, size: Any = None, batch: int = 1) -> Inputs:
@@ -83,7 +83,9 @@ def _wan_inputs(wan: nn.Module, size: Any = None, batch: int = 2) -> Inputs:
 _X, _TIMESTEP, _TIMESTEPS = (0, "x"), (1, "timestep"), (1, "timesteps")
 _FLUX_BLOCKS = stacked(("img_in", "txt_in"), ("double_blocks", "single_blocks"), ("final_layer",))
 _LTXV_BLOCKS = stacked(("patchify_proj",), ("transformer_blocks",), ("proj_out",))
-_LUMINA_BLOCKS = stacked(("x_embedder", "cap_embedder"), ("context_refiner", "noise_refiner", "layers"), ("final_layer",))
+# pictures to refer to pass the embedders, too, which a block could do only once: they are left to every rank
+_HUNYUAN_BLOCKS = stacked(("txt_in",), ("double_blocks", "single_blocks"), ("final_layer",))
+_LUMINA_BLOCKS = stacked((), ("context_refiner", "noise_refiner", "layers"), ("final_layer",))
 _QWEN_BLOCKS = stacked(("img_in", "txt_norm", "txt_in"), ("transformer_blocks",), ("norm_out", "proj_out"))
 _SD3_BLOCKS = stacked(("x_embedder", "context_embedder"), ("joint_blocks",), ("final_layer",))
 _WAN_BLOCKS = stacked(("patch_embedding",), ("blocks",), ("head",))

@@ -7,6 +7,7 @@ import small
 import torch
 from simulated import simulated
 
+from asyncdiff_nodes.engine import UnsupportedModelError, WorkerGroup
 from asyncdiff_nodes.host.options import Options
 from asyncdiff_nodes.host.report import last_run
 from asyncdiff_nodes.host.route import attach
@@ -90,6 +91,33 @@ def test_control_net(kind):
     stock = sample(model, controlled)
     assert torch.equal(sample(attach(model, Options("Exact", "cpu,cpu")), controlled), stock) and not last_run().notes
     assert not torch.equal(stock, sample(model, prompts))
+
+
+@pytest.mark.parametrize("kind", ["flux", "qwen_image", pytest.param("z_image", marks=pytest.mark.slow)])
+def test_reference_latents(kind):
+    """Pictures to edit, as further tokens."""
+    model, prompts = small.model(kind), [small.conditioning(kind, seed) for seed in (1, 2)]
+    for seed, prompt in enumerate(prompts):
+        prompt[0][1]["reference_latents"] = [small.latent(kind=kind, seed=seed)["samples"], small.latent(kind=kind)["samples"]]
+
+    def sample(model):
+        return nodes.KSampler().sample(model, 5, 4, 3.0, "euler", "simple", *prompts, latent(kind))[0]["samples"]
+
+    stock = sample(model)
+    assert torch.equal(sample(attach(model, Options("Exact", "cpu,cpu"))), stock) and not last_run().notes
+    assert not torch.equal(stock, sampled(model, kind, 4, 3.0))
+
+
+def test_a_call_that_takes_another_path_is_sampled_as_usual(monkeypatch):
+    model = small.model("sd3")
+    stock = sampled(model, "sd3", 4, 3.0)
+
+    def refuse(*_):
+        raise UnsupportedModelError("these inputs take another path")
+
+    monkeypatch.setattr(WorkerGroup, "_graph_for", refuse)
+    assert torch.equal(sampled(attach(model, Options("Exact", "cpu,cpu")), "sd3", 4, 3.0), stock)
+    assert last_run().notes == ("this call cannot be split: these inputs take another path",)
 
 
 def test_a_variant_with_blocks_of_its_own_is_sampled_as_usual():
