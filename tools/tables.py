@@ -1,4 +1,4 @@
-"""Write the tables of docs/quality.md and README.md from docs/data, between the marks that name them.
+"""Write the tables of the pages from docs/data, between the marks that name them.
 
 python tools/tables.py
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/quality.md")
+PAGES = ("README.md", "docs/quality.md", "docs/models.md")
 SAMPLERS = {
     "ddim": "DDIM",
     "euler": "Euler",
@@ -23,6 +23,7 @@ SAMPLERS = {
     "heun": "Heun",
 }
 NAMES = {"sd15": "SD 1.5", "sd21": "SD 2.1", "sdxl": "SDXL"}
+BACKENDS = {"comfyui": "ComfyUI", "diffusers": "diffusers"}
 ENOUGH = 64  # pairs, for the README
 Row = dict[str, Any]
 
@@ -108,7 +109,36 @@ def speed(name: str) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"short": short, "full": full, "sets": sets, "speed": speed}
+def coverage(name: str) -> str:
+    """What tests show of each family."""
+    lines = [
+        "| family | in | exact | asynchronous | sharded | LoRA | ControlNet | inpaint |",
+        "|---|---|:---:|:---:|:---:|:---:|:---:|:---:|",
+    ]
+    rows = rows_of(name)
+    order = list(dict.fromkeys(row["family"] for row in rows))
+    for row in sorted(rows, key=lambda row: order.index(row["family"])):
+        what = ("exact", "asynchronous", "sharded", "lora", "controlnet", "inpaint")
+        ticks = ("✓" if row[it] else "" for it in what)
+        lines.append(f"| {row['family']} | {BACKENDS[row['backend']]} | {' | '.join(ticks)} |")
+    return "\n".join(lines)
+
+
+def plans(name: str) -> str:
+    """Of each model at its true size."""
+    lines = [
+        "| model | input | weights, GiB | N | balance | MiB per step | weights per device, GiB |",
+        "|---|---|---:|---:|---:|---:|---|",
+    ]
+    for row in rows_of(name):
+        first = row["devices"] == 2
+        model = (row["model"], " x ".join(map(str, row["input"])), f"{row['whole_mib'] / 1024:.1f}") if first else ("",) * 3
+        weights = ", ".join(f"{mib / 1024:.1f}" for mib in row["weights_mib"])
+        lines.append(f"| {' | '.join(model)} | {row['devices']} | {row['balance']:.0%} | {row['mib_per_call']:.1f} | {weights} |")
+    return "\n".join(lines)
+
+
+TABLES = {"short": short, "full": full, "sets": sets, "speed": speed, "coverage": coverage, "plans": plans}
 MARKED = re.compile(r"(<!-- table (\w+) of ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

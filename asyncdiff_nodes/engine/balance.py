@@ -138,15 +138,21 @@ def slowest(placement: Placement, costs: Sequence[float], speeds: Sequence[float
     return max(times)
 
 
-def better(placement: Placement, costs: Sequence[float], speeds: Sequence[float], pause: float = 0.0) -> Placement | None:
+def better(
+    placement: Placement,
+    costs: Sequence[float],
+    speeds: Sequence[float],
+    pause: float = 0.0,
+    room: Sequence[float] | None = None,
+) -> Placement | None:
     """The placement to move to; None where that does not pay (:data:`WORTH`), or where the user chose the cuts.
 
     Args:
-        costs, speeds, pause: as for :func:`~.plan.place`; see :class:`BlockTimes`.
+        costs, speeds, pause, room: as for :func:`~.plan.place`; see :class:`BlockTimes`.
     """
     if placement.plan.cuts is not None:
         return None
-    found = place(placement.graph, placement.plan, speeds, costs, pause)
+    found = place(placement.graph, placement.plan, speeds, costs, pause, room)
     before, after = (slowest(each, costs, speeds, pause) for each in (placement, found))
     return found if after * (1 + WORTH) < before else None
 

@@ -45,6 +45,7 @@ class WorkerGroup:
         speeds: relative speed of each device, for automatic cuts.
         costs: cost of each block, for automatic cuts; see :func:`~.plan.place`.
         estimate: called with the block graph; returns ``costs``, ``speeds`` and ``pause`` for :func:`~.plan.place`, or None.
+        room: bytes of weights that each device can hold; see :func:`~.plan.place`.
         family: how to split this kind of model; found by its class if ``None``.
         example_inputs: ``(args, kwargs)`` of a typical call, for automatic cuts; the family's own if ``None``.
         weights: name and value of every parameter and buffer, in place of the module's own; each is read once, when it is sent.
@@ -68,6 +69,7 @@ class WorkerGroup:
         speeds: Sequence[float] | None = None,
         costs: Sequence[float] | None = None,
         estimate: Callable[[BlockGraph], tuple[Sequence[float], Sequence[float], float] | None] | None = None,
+        room: Sequence[float] | None = None,
         family: Family | None = None,
         example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
         weights: Iterable[tuple[str, torch.Tensor]] | None = None,
@@ -113,7 +115,7 @@ class WorkerGroup:
             args, kwargs = example_inputs or self.family.example_inputs(self._skeleton, None, 2)
             graph = trace(self._skeleton, self.family, *self.family.parts(args, kwargs, plan.branches)[0])
             costs, speeds, pause = (estimate and estimate(graph)) or (costs, speeds, 0.0)
-            self.placement: Placement = place(graph, plan, speeds, costs, pause)
+            self.placement: Placement = place(graph, plan, speeds, costs, pause, room)
             if on_placed is not None:
                 on_placed(self.placement)
             threads = threads_per_rank or max(1, torch.get_num_threads() // plan.world_size)

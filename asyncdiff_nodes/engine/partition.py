@@ -7,7 +7,7 @@ Time comes first: the slowest segment is within :data:`TIME_TOLERANCE` of the be
 the fewest bytes wins, then the one whose result depends on the current input (wrapped), then the fastest. All three are sums or
 maxima over segments, so dynamic programming over the circle finds the exact optimum. With fresh skips, as many of the largest
 skip values as :data:`FRESH_SLACK` allows come before the first cut, where whoever reads them computes them itself; that is
-decided first.
+decided first. No segment has more weights than its device has room for, where any cuts allow that.
 """
 
 from __future__ import annotations
@@ -26,12 +26,16 @@ class Arcs:
 
     Args:
         ahead: whether segments work ahead.
+        room: bytes of weights that each segment's device can hold; any number if None.
     """
 
-    def __init__(self, graph: BlockGraph, costs: Sequence[float], ahead: bool) -> None:
+    def __init__(self, graph: BlockGraph, costs: Sequence[float], ahead: bool, room: Sequence[float] | None = None) -> None:
         self.count = len(graph.blocks)
         self.ahead = ahead
         self._sums = [0, *accumulate([*costs, *costs])]
+        weights = [block.weight_bytes for block in graph.blocks]
+        self._weights = [0, *accumulate([*weights, *weights])]
+        self._room = room and [each - graph.glue_bytes for each in room]
         self._edges = graph.edges
         consumers: dict[int, set[int]] = {}
         for producer, consumer in graph.edges:
@@ -58,6 +62,11 @@ class Arcs:
         """Cost of blocks ``start`` up to ``end``, which may run past the last one, round the circle, and of ``again`` blocks."""
         return self._sums[end] - self._sums[start] + self._sums[again]
 
+    def fits(self, segment: int, start: int, end: int, again: int) -> bool:
+        """Whether the device of ``segment`` has room for the weights of these blocks, named as for :meth:`cost`."""
+        held = self._weights[end] - self._weights[start] + self._weights[again]
+        return self._room is None or held <= self._room[segment]
+
     def received(self, blocks: Iterable[int], first: int) -> Iterator[int]:
         """Bytes that a segment must receive: each outside producer's output once, if anything inside reads it.
 
@@ -79,13 +88,18 @@ class Arcs:
             yield total
 
 
-def best_starts(arcs: Arcs, speeds: Sequence[float], copies_of_last: int, fresh: bool) -> tuple[int, ...]:
+def best_starts(arcs: Arcs, speeds: Sequence[float], copies_of_last: int, fresh: bool) -> tuple[int, ...] | None:
     """The cuts for segments of relative speed ``speeds``, the last one on ``copies_of_last`` devices.
 
     Args:
         fresh: whether to make skips fresh.
+
+    Returns:
+        None where no cuts leave every device room for its weights.
     """
     times = _fastest(arcs, speeds, FRESH_SLACK if fresh else TIME_TOLERANCE)
+    if not times:
+        return None
     if fresh:
         most = max(map(arcs.fresh, times))
         times = {first: time for first, time in times.items() if arcs.fresh(first) == most}
@@ -116,10 +130,9 @@ def _fastest(arcs: Arcs, speeds: Sequence[float], slack: float) -> dict[int, flo
 
 def _slowest(arcs: Arcs, speeds: Sequence[float], first: int, bound: float) -> float:
     """The same with the first cut at block ``first``; infinite where it is not below ``bound``."""
-    *others, last = speeds
     again = arcs.again(first)
     times = {first: 0.0}  # next cut -> time of the slowest segment before it
-    for segment, speed in enumerate(others, 1):
+    for segment, speed in enumerate(speeds[:-1], 1):
         reached: dict[int, float] = {}
         for here, slowest in times.items():
             begin, most = (0 if arcs.ahead and segment == 1 else here), 0
@@ -127,17 +140,18 @@ def _slowest(arcs: Arcs, speeds: Sequence[float], first: int, bound: float) -> f
             for cut in range(here + 1, arcs.count - len(speeds) + segment + 1):
                 most = max(most, again[cut - 1]) if begin else 0
                 time = arcs.cost(begin, cut, most) / speed
-                if time >= bound:
+                if time >= bound or not arcs.fits(segment - 1, begin, cut, most):
                     break
                 reached[cut] = min(reached.get(cut, bound), max(slowest, time))
         times = reached
-    ends = [max(slowest, _cost_of_last(arcs, first, here, again) / last) for here, slowest in times.items()]
+    ends = [max(slowest, _time_of_last(arcs, speeds, first, here, again)) for here, slowest in times.items()]
     return min((time for time in ends if time < bound), default=float("inf"))
 
 
-def _cost_of_last(arcs: Arcs, first: int, here: int, again: Sequence[int]) -> float:
-    end = arcs.count if arcs.ahead else first + arcs.count
-    return arcs.cost(here, end, max(again[here:], default=0))
+def _time_of_last(arcs: Arcs, speeds: Sequence[float], first: int, here: int, again: Sequence[int]) -> float:
+    """Of the last segment if it begins at block ``here``; infinite where its device has no room for it."""
+    end, most, last = arcs.count if arcs.ahead else first + arcs.count, max(again[here:], default=0), len(speeds) - 1
+    return arcs.cost(here, end, most) / speeds[last] if arcs.fits(last, here, end, most) else float("inf")
 
 
 def _fewest_bytes(
@@ -156,7 +170,7 @@ def _fewest_bytes(
             for cut in range(here + 1, arcs.count):
                 most = max(most, again[cut - 1]) if begin else 0
                 time = arcs.cost(begin, cut, most) / speed
-                if time > limit:
+                if time > limit or not arcs.fits(segment, begin, cut, most):
                     break
                 state = (sent + next(received), max(slowest, time), (*starts, cut))
                 if cut not in reached or state < reached[cut]:
@@ -165,7 +179,7 @@ def _fewest_bytes(
     final = []
     backwards = range((arcs.count if arcs.ahead else first + arcs.count) - 1, first, -1)
     for here, received in zip(backwards, arcs.received(backwards, first), strict=True):
-        time = _cost_of_last(arcs, first, here, again) / speeds[last]
+        time = _time_of_last(arcs, speeds, first, here, again)
         if time > limit:
             break
         if here in states:

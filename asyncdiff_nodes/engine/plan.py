@@ -259,6 +259,7 @@ def place(
     speeds: Sequence[float] | None = None,
     costs: Sequence[float] | None = None,
     pause: float = 0.0,
+    room: Sequence[float] | None = None,
 ) -> Placement:
     """Turn ``plan`` into a placement of the blocks of ``graph``.
 
@@ -267,6 +268,7 @@ def place(
         costs: cost of each block, such as seconds from :func:`~.profile.block_seconds`; MACs if ``None``.
         pause: for how long, in the unit of ``costs``, the last segment is idle between two calls, while the caller works: it is
             given so much less to do than the others, which are not waited for.
+        room: bytes of weights that each device can hold, which shares are then made to fit, if that is possible at all.
 
     Raises:
         PlanError: unknown cut, cuts out of order, more segments than blocks, or wrong speeds or costs.
@@ -287,14 +289,18 @@ def place(
         speeds = [1.0] * plan.world_size
     if len(speeds) != plan.world_size or not all(0 < s < float("inf") for s in speeds):
         raise PlanError(f"speeds={list(speeds)}: give {plan.world_size} positive numbers, one per device")
-    # replicas of the last segment, and branches, work side by side: the slowest counts
-    per_segment = [
-        min(speed for rank, speed in enumerate(speeds) if plan.segment_of_rank(rank) == segment)
-        for segment in range(plan.segments)
-    ]
+    # replicas of the last segment, and branches, work side by side: the slowest, or smallest, counts
+    per_segment, rooms = (
+        [
+            min(value for rank, value in enumerate(each) if plan.segment_of_rank(rank) == segment)
+            for segment in range(plan.segments)
+        ]
+        for each in (speeds, room or [float("inf")] * plan.world_size)
+    )
     if plan.segments == 1:
         return Placement(graph, plan, (0,), costs)
     ahead = bool(plan.forecast)
     busy = [*costs[:-1], costs[-1] + pause * per_segment[-1]]  # the last block is the last segment's, whatever the cuts
-    starts = best_starts(Arcs(graph, busy, ahead), per_segment, plan.stride, ahead and plan.fresh_skips)
-    return Placement(graph, plan, starts, costs)
+    fresh = ahead and plan.fresh_skips
+    starts = best_starts(Arcs(graph, busy, ahead, rooms), per_segment, plan.stride, fresh)
+    return Placement(graph, plan, starts or best_starts(Arcs(graph, busy, ahead), per_segment, plan.stride, fresh), costs)

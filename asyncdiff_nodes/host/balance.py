@@ -38,9 +38,13 @@ class Balance:
     Args:
         shape: [B, C, h, w] of the latent.
         devices: one per rank of ``plan``.
+        room: bytes of weights that each of them can hold.
     """
 
-    def __init__(self, patcher: ModelPatcher, plan: Plan, shape: Sequence[int], devices: Sequence[str]) -> None:
+    def __init__(
+        self, patcher: ModelPatcher, plan: Plan, shape: Sequence[int], devices: Sequence[str], room: Sequence[float]
+    ) -> None:
+        self.room = room
         architecture = hashlib.sha256(fingerprint_of(patcher).encode()).hexdigest()[:16]
         part = f" in {plan.branches} parts" if plan.branches > 1 else ""
         self._key = f"{architecture} {'x'.join(map(str, shape))}{part} {patcher.model_dtype()}"
@@ -86,7 +90,7 @@ class Balance:
             running: the run has begun, so that one more call of each stream is synchronous.
         """
         old, plan = group.placement, group.plan
-        if (found := self.estimate(old.graph)) is None or (new := better(old, *found)) is None:
+        if (found := self.estimate(old.graph)) is None or (new := better(old, *found, self.room)) is None:
             return None
         costs, speeds, _ = found
         streams = max(1, len(self._streams))

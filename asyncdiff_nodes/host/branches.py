@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import comfy.model_management
-import torch
 from comfy.model_patcher import ModelPatcher
 
 from asyncdiff_nodes.engine import Plan
 
 from .live import title
+from .memory import room_for_weights
 from .parts import across_items
 
 # With these the host may evaluate a prompt in calls of its own, or not in all steps.
@@ -46,7 +44,4 @@ def affordable(patcher: ModelPatcher, plan: Plan, devices: Sequence[str], memory
     """
     if len(set(map(title, devices))) > 1:
         return False
-    rank = patcher.model_size() / plan.segments + memory / plan.branches
-    return all(
-        count * rank < comfy.model_management.get_total_memory(torch.device(device)) for device, count in Counter(devices).items()
-    )
+    return patcher.model_size() / plan.segments < min(room_for_weights(devices, memory / plan.branches))

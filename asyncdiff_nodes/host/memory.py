@@ -1,12 +1,24 @@
-"""The ranks' memory in the host's own bookkeeping, so that *Unload models*, memory pressure and a model switch free it."""
+"""Memory for the ranks: how much there is, and the ranks in the host's own bookkeeping.
+
+So that *Unload models*, memory pressure and a model switch free them.
+"""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import comfy.model_management
 import torch
+
+
+def room_for_weights(devices: Sequence[str], call: float) -> list[float]:
+    """Bytes of weights that each of these ranks can hold beside a call, which needs ``call`` bytes on each."""
+    ranks, reserved = Counter(devices), comfy.model_management.extra_reserved_memory()
+    total = comfy.model_management.get_total_memory
+    return [(total(torch.device(device)) - reserved) / ranks[device] - call for device in devices]
 
 
 class AsyncDiffRank:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from asyncdiff_nodes.engine import BlockGraph, Placement, Plan, WorkerGroup
+from asyncdiff_nodes.engine import Placement, Plan, WorkerGroup
 from asyncdiff_nodes.engine.plan import PER_RUN
 
+from .balance import Balance
 from .memory import RankMemory
 from .settings import setting
 from .skeleton import family_of, fingerprint_of, skeleton_of
@@ -89,14 +90,15 @@ class Pool:
         shape: Sequence[int],
         load: Callable[[list[Any]], None],
         poll: Callable[[], None],
-        estimate: Callable[[BlockGraph], Any],
+        balance: Balance,
     ) -> WorkerGroup:
         """A group that computes ``patcher``'s diffusion model as ``plan`` says.
 
         Args:
             shape: [B, C, h, w] of the latent, or [B, C, F, h, w].
             load: has the host load models (here: the ranks) and make room for them.
-            poll, estimate: see :class:`~asyncdiff_nodes.engine.WorkerGroup`.
+            poll: see :class:`~asyncdiff_nodes.engine.WorkerGroup`.
+            balance: where the blocks should be.
 
         Raises:
             UnsupportedModelError: the model cannot be split.
@@ -108,7 +110,7 @@ class Pool:
         if held := self._find(patcher, plan, devices):
             load(held.memory)
         if held is None or held.group.closed:  # closed: the host needed its memory for what it loaded
-            return self._start(patcher, plan, devices, shape, skeleton, load, poll, estimate).group
+            return self._start(patcher, plan, devices, shape, skeleton, load, poll, balance).group
         self._held.remove(held)
         self._held.append(held)
         self._update(held, patcher, skeleton)
@@ -161,7 +163,7 @@ class Pool:
         skeleton: torch.nn.Module,
         load: Callable[[list[Any]], None],
         poll: Callable[[], None],
-        estimate: Callable[[BlockGraph], Any],
+        balance: Balance,
     ) -> Held:
         for held in [held for held in self._held if held.model() is patcher.model]:
             self._end(held)  # the same weights under another plan
@@ -186,7 +188,8 @@ class Pool:
             skeleton,
             plan,
             devices,
-            estimate=estimate,
+            estimate=balance.estimate,
+            room=balance.room,
             family=family,
             example_inputs=family.example_inputs(skeleton, tuple(shape[2:]), 2 * shape[0]),
             weights=weights_of(patcher, skeleton),

@@ -35,6 +35,7 @@ from asyncdiff_nodes.engine import (
 from .balance import Balance
 from .branches import affordable, items_per_call
 from .live import Progress
+from .memory import room_for_weights
 from .options import ALWAYS, OneDeviceError, Options
 from .patches import call_obstacle, obstacle, shippable
 from .pool import POOL
@@ -179,9 +180,9 @@ class Sampling:
             def load(ranks: list[Any]) -> None:
                 comfy.model_management.load_models_gpu([*others, *ranks], memory_required=need, minimum_memory_required=least)
 
-            balance = Balance(patcher, plan, noise_shape, devices)
+            balance = Balance(patcher, plan, noise_shape, devices, room_for_weights(devices, least / plan.branches))
             poll = comfy.model_management.throw_exception_if_processing_interrupted
-            group = POOL.acquire(patcher, plan, devices, noise_shape, load, poll, balance.estimate)
+            group = POOL.acquire(patcher, plan, devices, noise_shape, load, poll, balance)
         except OneDeviceError as error:
             return self._note(str(error))
         except UnsupportedModelError as error:

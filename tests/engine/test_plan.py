@@ -1,6 +1,7 @@
 """A plan refuses what cannot be carried out, and the planner finds the best placement."""
 
 import itertools
+import operator
 import time
 
 import pytest
@@ -218,22 +219,23 @@ def test_stride_does_not_change_the_balance(true_graph):
 
 @st.composite
 def problems(draw):
-    """A random graph, plan and speeds."""
+    """A random graph, plan, and speeds and room of its devices."""
     count = draw(st.integers(2, 9))
     meta = [TensorMeta((draw(st.integers(1, 50)),), (1,), torch.float16) for _ in range(count)]
     macs = [draw(st.integers(1, 100)) * draw(st.sampled_from([1, 1, 1, 30])) for _ in range(count)]
     pairs = list(itertools.combinations(range(count), 2))
     skips = draw(st.sets(st.sampled_from(pairs), max_size=8))
     edges = frozenset(skips | {(i, i + 1) for i in range(count - 1)})
-    blocks = tuple(Block(f"b{i}", (meta[i],), 0, macs[i], 0) for i in range(count))
+    blocks = tuple(Block(f"b{i}", (meta[i],), 0, macs[i], draw(st.integers(0, 20))) for i in range(count))
     ways = [{"forecast": 0}, {"fresh_skips": False}, {"fresh_skips": True}]
     plan = Plan(segments=draw(st.integers(2, min(4, count))), stride=draw(st.integers(1, 3)), **draw(st.sampled_from(ways)))
     speeds = draw(st.lists(st.sampled_from([0.25, 0.5, 1.0, 1.0, 1.5]), min_size=plan.world_size, max_size=plan.world_size))
-    return BlockGraph(blocks, edges, 0, 0), plan, speeds
+    rooms = st.lists(st.integers(10, 120), min_size=plan.world_size, max_size=plan.world_size)
+    return BlockGraph(blocks, edges, 0, 5), plan, speeds, draw(st.none() | rooms)
 
 
-def brute_force(graph, plan, speeds):
-    """(cuts, slowest time, bytes sent) of every placement there is, from the definitions alone."""
+def brute_force(graph, plan, speeds, room):
+    """(cuts, slowest time, bytes sent, whether weights fit) of every placement there is, from the definitions alone."""
     count = len(graph.blocks)
     for starts in itertools.combinations(range(count), plan.segments):
         owned = [set(range(a, b)) for a, b in itertools.pairwise((*starts, count))]
@@ -251,7 +253,8 @@ def brute_force(graph, plan, speeds):
             for segment in on_rank
             for p in {p for p, c in graph.edges if c in owned[segment] and p not in owned[segment]}
         )
-        yield starts, slowest, sent
+        weights = [graph.glue_bytes + sum(graph.blocks[i].weight_bytes for i in owned[segment]) for segment in on_rank]
+        yield starts, slowest, sent, room is None or all(map(operator.le, weights, room))
 
 
 def full_skips_before(graph, first):
@@ -262,9 +265,11 @@ def full_skips_before(graph, first):
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(problems())
 def test_planner_finds_what_trying_everything_finds(problem):
-    graph, plan, speeds = problem
-    found = place(graph, plan, speeds)
-    every = {starts: (slowest, sent) for starts, slowest, sent in brute_force(graph, plan, speeds)}
+    graph, plan, speeds, room = problem
+    found = place(graph, plan, speeds, room=room)
+    every = {starts: (slowest, sent, fits) for starts, slowest, sent, fits in brute_force(graph, plan, speeds, room)}
+    possible = any(fits for _, _, fits in every.values())
+    every = {starts: (slowest, sent) for starts, (slowest, sent, fits) in every.items() if fits or not possible}
     slowest, sent = every[found.starts]
     assert sent == found.bytes_per_call
     if plan.forecast and plan.fresh_skips:

@@ -8,7 +8,9 @@ import torch
 from simulated import simulated
 
 from asyncdiff_nodes.engine import UnsupportedModelError, WorkerGroup
+from asyncdiff_nodes.host import route
 from asyncdiff_nodes.host.options import Options
+from asyncdiff_nodes.host.pool import POOL
 from asyncdiff_nodes.host.report import last_run
 from asyncdiff_nodes.host.route import attach
 
@@ -106,6 +108,19 @@ def test_reference_latents(kind):
     stock = sample(model)
     assert torch.equal(sample(attach(model, Options("Exact", "cpu,cpu"))), stock) and not last_run().notes
     assert not torch.equal(stock, sampled(model, kind, 4, 3.0))
+
+
+def test_devices_get_no_more_weights_than_they_have_room_for(monkeypatch):
+    """FLUX.1's double blocks have more weights for their work than its single ones."""
+    model, placed = small.model("flux"), []
+    whole = model.model_size()
+    for limit in (whole, 0.6 * whole):
+        monkeypatch.setattr(route, "room_for_weights", lambda devices, call, limit=limit: [limit] * len(devices))
+        found = sampled(attach(model, Options("Exact", "cpu,cpu")), "flux")
+        placed.append([sum(rank.weights.values()) for rank in last_run().stats.ranks])
+        POOL.release()
+    assert max(placed[0]) > 0.6 * whole >= max(placed[1]), placed
+    assert torch.equal(found, sampled(model, "flux"))
 
 
 def test_a_call_that_takes_another_path_is_sampled_as_usual(monkeypatch):
