@@ -26,7 +26,7 @@ FAMILIES = {
     "sdxl": "SDXL",
     "sdxl_inpaint": "SDXL inpaint",
     "sdxl_refiner": "SDXL refiner",
-    "vega": "SSD-1B, Segmind Vega",
+    "vega": "Segmind Vega",
     "koala": "KOALA",
     "x4_upscaler": "SD x4 upscaler",
     "svd": "Stable Video Diffusion",
@@ -37,7 +37,7 @@ FAMILIES = {
     "lumina2": "Lumina 2",
     "z_image": "Z-Image",
     "qwen_image": "Qwen-Image",
-    "wan": "Wan 2.1, 2.2",
+    "wan": "Wan 2.1, 2.2 14B",
     "hunyuan_video": "HunyuanVideo",
     "ltxv": "LTX-Video",
 }
