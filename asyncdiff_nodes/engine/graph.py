@@ -207,7 +207,7 @@ def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: di
         args, kwargs: inputs of one call; tensors on any device, only their shapes and dtypes are used.
 
     Raises:
-        UnsupportedModelError: a block is nested in another, or ran more than once.
+        UnsupportedModelError: a block is nested in another, or ran more than once; the forward needs values.
         Exception: whatever the model's forward raises for these inputs.
     """
     listed = family.block_names(skeleton)
@@ -257,6 +257,10 @@ def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: di
             args, kwargs = family.trace_inputs(args, kwargs)
         with torch.no_grad(), _ConvolutionLayouts(), flops, provenance:
             result = skeleton(*args, **kwargs)
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error).lower():
+            raise
+        raise UnsupportedModelError(f"with these inputs its forward depends on values, not shapes alone ({error})") from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -271,7 +271,7 @@ def place(
         room: bytes of weights that each device can hold, which shares are then made to fit, if that is possible at all.
 
     Raises:
-        PlanError: unknown cut, cuts out of order, more segments than blocks, or wrong speeds or costs.
+        PlanError: unknown cut, cuts out of order, more segments than blocks, or wrong speeds, costs or room.
     """
     if plan.segments > len(graph.blocks):
         raise PlanError(f"segments={plan.segments}, but this model has only {len(graph.blocks)} blocks: choose fewer segments")
@@ -289,6 +289,8 @@ def place(
         speeds = [1.0] * plan.world_size
     if len(speeds) != plan.world_size or not all(0 < s < float("inf") for s in speeds):
         raise PlanError(f"speeds={list(speeds)}: give {plan.world_size} positive numbers, one per device")
+    if room is not None and len(room) != plan.world_size:
+        raise PlanError(f"room={list(room)}: give {plan.world_size} numbers of bytes, one per device")
     # replicas of the last segment, and branches, work side by side: the slowest, or smallest, counts
     per_segment, rooms = (
         [

@@ -142,6 +142,16 @@ def test_what_is_written_through_a_view_is_read_by_what_comes_after():
     assert [2 in block.reads for block in graph.blocks] == [False, False, True, True]
 
 
+def test_a_forward_that_looks_at_values_is_refused():
+    class Choosy(toys.ToyNet):
+        def forward(self, sample, timestep, context, doubled=False):
+            return super().forward(sample[sample[:, 0, 0, 0] > 0], timestep, context)
+
+    args = torch.zeros(2, 4, 8, 8), 1, torch.ones(2, 3)
+    with pytest.raises(UnsupportedModelError, match="depends on values, not shapes alone"):
+        trace(meta_copy(Choosy([toys.ToyBlock(4, 3)])), toys.TOY, args, {})
+
+
 def test_macs_and_bytes_of_a_toy_are_the_ones_counted_by_hand():
     net = ToyNet([ToyBlock(4, 3), ToyBlock(4, 1, pair=True)])
     graph = toy_graph(net, batch=3)

@@ -7,7 +7,6 @@ import small
 import torch
 from simulated import simulated
 
-from asyncdiff_nodes.engine import UnsupportedModelError, WorkerGroup
 from asyncdiff_nodes.host import route
 from asyncdiff_nodes.host.options import Options
 from asyncdiff_nodes.host.pool import POOL
@@ -123,16 +122,20 @@ def test_devices_get_no_more_weights_than_they_have_room_for(monkeypatch):
     assert torch.equal(found, sampled(model, "flux"))
 
 
-def test_a_call_that_takes_another_path_is_sampled_as_usual(monkeypatch):
-    model = small.model("sd3")
-    stock = sampled(model, "sd3", 4, 3.0)
+@pytest.mark.parametrize("guided", [0, 1], ids=["the prompt", "the negative prompt"])
+def test_calls_that_depend_on_values_are_sampled_as_usual(guided):
+    """LTX-Video leaves out the tokens of a key frame that a mask says."""
+    model, prompts = small.model("ltxv"), [small.conditioning("ltxv", seed) for seed in (1, 2)]
+    prompts[guided][0][1]["keyframe_idxs"] = torch.rand(1, 3, 256, 2, generator=torch.Generator().manual_seed(1))
+    given = {**latent("ltxv"), "noise_mask": torch.ones(1, 1, 3, 16, 16)}
 
-    def refuse(*_):
-        raise UnsupportedModelError("these inputs take another path")
+    def sample(model):
+        return nodes.KSampler().sample(model, 5, 4, 3.0, "euler", "simple", *prompts, given)[0]["samples"]
 
-    monkeypatch.setattr(WorkerGroup, "_graph_for", refuse)
-    assert torch.equal(sampled(attach(model, Options("Exact", "cpu,cpu")), "sd3", 4, 3.0), stock)
-    assert last_run().notes == ("this call cannot be split: these inputs take another path",)
+    stock = sample(model)
+    assert torch.equal(sample(attach(model, Options("Exact", "cpu,cpu"))), stock)
+    assert len(last_run().notes) == 1 and "this call cannot be split: with these inputs its forward" in last_run().notes[0]
+    assert last_run().stats.records, "the other prompt's calls are routed"
 
 
 def test_a_variant_with_blocks_of_its_own_is_sampled_as_usual():
