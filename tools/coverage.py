@@ -17,7 +17,7 @@ from typing import Any
 from asyncdiff_nodes.cli.report import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-WHAT = ("exact", "asynchronous", "lora", "controlnet", "inpaint", "sharded")
+WHAT = ("exact", "async", "lora", "controlnet", "inpaint", "sharded")
 # the tests' names of families, in the order of the page
 FAMILIES = {
     "sd15": "SD 1.5",

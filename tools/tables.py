@@ -118,7 +118,7 @@ def coverage(name: str) -> str:
     rows = rows_of(name)
     order = list(dict.fromkeys(row["family"] for row in rows))
     for row in sorted(rows, key=lambda row: order.index(row["family"])):
-        what = ("exact", "asynchronous", "sharded", "lora", "controlnet", "inpaint")
+        what = ("exact", "async", "sharded", "lora", "controlnet", "inpaint")
         ticks = ("✓" if row[it] else "" for it in what)
         lines.append(f"| {row['family']} | {BACKENDS[row['backend']]} | {' | '.join(ticks)} |")
     return "\n".join(lines)

@@ -93,7 +93,7 @@ def denoise(call, model, batch=2):
     return found
 
 
-@pytest.mark.covers("exact", "asynchronous", "sharded")
+@pytest.mark.covers("exact", "async", "sharded")
 @pytest.mark.parametrize("segments", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", SMALL)
 def test_exact_when_synchronous_and_as_simulated_when_not(kind, segments):

@@ -29,7 +29,7 @@ def sampled(model, kind, steps=6, cfg=1.0):
     return nodes.KSampler().sample(model, 5, steps, cfg, "euler", "simple", positive, negative, latent(kind))[0]["samples"]
 
 
-@pytest.mark.covers("exact", "asynchronous", "sharded")
+@pytest.mark.covers("exact", "async", "sharded")
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", kinds(*small.VARIANTS, *small.TRANSFORMERS))
 def test_exact_is_the_stock_sampler_and_asynchronous_steps_are_the_simulators(kind, ranks):
