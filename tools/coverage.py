@@ -38,6 +38,7 @@ FAMILIES = {
     "z_image": "Z-Image",
     "qwen_image": "Qwen-Image",
     "wan": "Wan 2.1, 2.2 14B",
+    "wan_i2v": "Wan 2.1 image to video",
     "hunyuan_video": "HunyuanVideo",
     "ltxv": "LTX-Video",
 }

@@ -72,14 +72,16 @@ class Inputs:
         return next((leaf.device for leaf in self.leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
 
     def timestep_number(self) -> float:
-        """The timestep as a number, the first one if there is one per batch item."""
-        return float(self.timestep.flatten()[0]) if isinstance(self.timestep, torch.Tensor) else float(self.timestep)
+        """The timestep as a number; the largest of several: of batch items, or of tokens, some of which may be at rest."""
+        return float(self.timestep.max()) if isinstance(self.timestep, torch.Tensor) else float(self.timestep)
 
     def timestep_like(self, value: float) -> Any:
-        """``value`` in the form of this call's timestep."""
-        if isinstance(self.timestep, torch.Tensor):
+        """``value`` in the form of this call's timestep; where that has several, all in the same proportion."""
+        if not isinstance(self.timestep, torch.Tensor):
+            return type(self.timestep)(value)
+        if bool((self.timestep == self.timestep.max()).all()):
             return torch.full_like(self.timestep, value)
-        return type(self.timestep)(value)
+        return (self.timestep * (value / self.timestep_number())).to(self.timestep.dtype)
 
     def pack(self, sent: list[Any] | None, always: int) -> tuple[list[Packed], list[torch.Tensor], list[Any]]:
         """What to send, given the leaves that the ranks have (``None``: nothing yet); the one at ``always`` in any case.

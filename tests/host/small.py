@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import comfy.cldm.cldm
 import comfy.cldm.mmdit
 import comfy.controlnet
@@ -102,9 +104,16 @@ TRANSFORMERS = {
     "qwen_image": ("QwenImage", "QwenImage", ModelType.FLUX, _QWEN),
     "sd3": ("SD3", "SD3", ModelType.FLOW, _SD3),
     "wan": ("WAN21_T2V", "WAN21", ModelType.FLOW, _WAN),
+    "wan_i2v": ("WAN21_I2V", "WAN21", ModelType.FLOW, {**_WAN, "model_type": "i2v", "in_dim": 36}),
     "z_image": ("ZImage", "Lumina2", ModelType.FLOW, _Z_IMAGE),
 }
-_LATENTS = {"wan": (16, 3), "hunyuan_video": (16, 3), "ltxv": (16, 3), "qwen_image": (16, 1)}  # channels and frames
+_LATENTS = {
+    "wan": (16, 3),
+    "wan_i2v": (16, 3),
+    "hunyuan_video": (16, 3),
+    "ltxv": (16, 3),
+    "qwen_image": (16, 1),
+}  # channels and frames
 
 
 ALL = KINDS | VARIANTS | TRANSFORMERS
@@ -131,7 +140,8 @@ def model(
     config_class, model_class, model_type, _ = ALL[kind]
     config = getattr(comfy.supported_models, config_class)(unet_config(kind, channels))
     config.set_inference_dtype(dtype, None if dtype is torch.float32 else torch.float32)
-    base = getattr(comfy.model_base, model_class)(config, model_type=model_type)
+    video = {"image_to_video": True} if kind == "wan_i2v" else {}
+    base = getattr(comfy.model_base, model_class)(config, model_type=model_type, **video)
     if kind.endswith("inpaint"):
         base.set_inpaint()
     randomise(base.diffusion_model, seed)
@@ -148,6 +158,10 @@ def conditioning(kind: str = "sd15", seed: int = 1, tokens: int = 77) -> list:
         extras["attention_mask"] = (torch.arange(tokens) < tokens - 3 * seed).long()[None]
     elif kind == "svd":
         extras |= {"concat_latent_image": torch.randn(1, 4, 16, 16, generator=generator), "motion_bucket_id": 40 * seed}
+    elif kind == "wan_i2v":
+        seen = torch.randn(1, 5, 1280, generator=generator)
+        extras |= {"concat_latent_image": torch.randn(1, 16, 3, 16, 16, generator=generator)}
+        extras |= {"clip_vision_output": SimpleNamespace(penultimate_hidden_states=seen)}
     elif kind == "x4_upscaler":
         extras |= {"concat_image": torch.randn(1, 3, 16, 16, generator=generator), "noise_augmentation": 0.1 * seed}
     return [[context, extras]]

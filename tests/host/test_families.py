@@ -15,7 +15,7 @@ from asyncdiff_nodes.host.route import attach
 
 
 def kinds(*fast):
-    """All; by default only ``fast`` ones, since other tests have the rest."""
+    """All; by default only ``fast`` ones, since other tests, or kinds that are much alike, have the rest."""
     return [kind if kind in fast else pytest.param(kind, marks=pytest.mark.slow) for kind in small.ALL]
 
 
@@ -31,7 +31,7 @@ def sampled(model, kind, steps=6, cfg=1.0):
 
 @pytest.mark.covers("exact", "async", "sharded")
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", kinds(*small.VARIANTS, *small.TRANSFORMERS))
+@pytest.mark.parametrize("kind", kinds("svd", "x4_upscaler", *(small.TRANSFORMERS.keys() - {"lumina2", "wan_i2v"})))
 def test_exact_is_the_stock_sampler_and_asynchronous_steps_are_the_simulators(kind, ranks):
     model, cfg, devices = small.model(kind), 1.0 if kind == "flux" else 5.0, ", ".join(["cpu"] * ranks)
     stock = sampled(model, kind, 8, cfg)
@@ -107,6 +107,23 @@ def test_reference_latents(kind):
     stock = sample(model)
     assert torch.equal(sample(attach(model, Options("Exact", "cpu,cpu"))), stock) and not last_run().notes
     assert not torch.equal(stock, sampled(model, kind, 4, 3.0))
+
+
+def test_video_from_its_first_frame():
+    """LTX-Video has a timestep for each token then: those of the frame that is given are at rest."""
+    model, prompts = small.model("ltxv"), [small.conditioning("ltxv", seed) for seed in (1, 2)]
+    given = {**latent("ltxv"), "noise_mask": torch.ones(1, 1, 3, 16, 16)}
+    given["noise_mask"][:, :, 0] = 0.0
+
+    def sample(model):
+        return nodes.KSampler().sample(model, 5, 8, 3.0, "euler", "simple", *prompts, given)[0]["samples"]
+
+    stock = sample(model)
+    assert torch.equal(sample(attach(model, Options("Exact", "cpu,cpu"))), stock) and not last_run().notes
+    found = sample(attach(model, Options("Custom", "cpu,cpu", segments=2)))
+    assert not last_run().notes and last_run().plan.forecast == 1
+    assert 0 < (found - stock).abs().max() < 0.01 * stock.abs().max()
+    assert torch.allclose(found[:, :, 0], given["samples"][:, :, 0], atol=1e-4)
 
 
 def test_devices_get_no_more_weights_than_they_have_room_for(monkeypatch):
