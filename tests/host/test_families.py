@@ -155,6 +155,15 @@ def test_calls_that_depend_on_values_are_sampled_as_usual(guided):
     assert last_run().stats.records, "the other prompt's calls are routed"
 
 
+def test_a_network_that_reads_the_schedule_is_sampled_as_usual(monkeypatch):
+    """HunyuanVideo, where it was distilled by mean flow."""
+    monkeypatch.setitem(small.ALL["hunyuan_video"][3], "meanflow", True)
+    model = small.model("hunyuan_video")
+    stock = sampled(model, "hunyuan_video", 4)
+    assert torch.equal(sampled(attach(model, Options("Exact", "cpu,cpu")), "hunyuan_video", 4), stock)
+    assert "cannot be split: its HunyuanVideo is distilled by mean flow" in last_run().notes[0]
+
+
 def test_a_variant_with_blocks_of_its_own_is_sampled_as_usual():
     model = small.model("wan")
 
