@@ -199,7 +199,11 @@ def test_flow_matching_pipelines(make, dtype):
         assert torch.equal(draw(), sequential)
 
 
-@pytest.mark.parametrize("plan", [Plan(), Plan(segments=1, branches=2)], ids=["segments", "branches"])
+@pytest.mark.parametrize(
+    "plan",
+    [pytest.param(Plan(), marks=pytest.mark.slow), Plan(segments=1, branches=2)],
+    ids=["segments", "branches"],
+)
 def test_animatediff(plan):
     """The pipeline repeats its prompts for every frame: each branch gets those of its own videos."""
     torch.manual_seed(2)

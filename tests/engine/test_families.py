@@ -66,6 +66,7 @@ SMALL = {
         "projection_class_embeddings_input_dim": 96, "addition_time_embed_dim": 32,
     }),
 }  # fmt: skip
+FAST = ("sdxl", "flux", "hunyuan_video", "animatediff", "svd")
 TIMESTEPS = [900, 700, 500, 300, 100]
 
 
@@ -95,7 +96,7 @@ def denoise(call, model, batch=2):
 
 @pytest.mark.covers("exact", "async", "sharded")
 @pytest.mark.parametrize("segments", [2, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize("kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in SMALL])
 def test_exact_when_synchronous_and_as_simulated_when_not(kind, segments):
     model, plan = small(kind), Plan(segments)
     with WorkerGroup(model, plan, ["cpu"] * segments, threads_per_rank=1) as group:

@@ -15,7 +15,7 @@ from asyncdiff_nodes.host.route import attach
 
 
 def kinds(*fast):
-    """All; by default only ``fast`` ones, since other tests, or kinds that are much alike, have the rest."""
+    """All; by default only ``fast`` ones, for time: the rest is with ``slow``, and in ``tools/coverage.py``."""
     return [kind if kind in fast else pytest.param(kind, marks=pytest.mark.slow) for kind in small.ALL]
 
 
@@ -31,7 +31,7 @@ def sampled(model, kind, steps=6, cfg=1.0):
 
 @pytest.mark.covers("exact", "async", "sharded")
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", kinds("svd", "x4_upscaler", *(small.TRANSFORMERS.keys() - {"lumina2", "wan_i2v"})))
+@pytest.mark.parametrize("kind", kinds("svd", "flux", "ltxv", "sd3", "wan"))
 def test_exact_is_the_stock_sampler_and_asynchronous_steps_are_the_simulators(kind, ranks):
     model, cfg, devices = small.model(kind), 1.0 if kind == "flux" else 5.0, ", ".join(["cpu"] * ranks)
     stock = sampled(model, kind, 8, cfg)
@@ -50,7 +50,7 @@ def test_exact_is_the_stock_sampler_and_asynchronous_steps_are_the_simulators(ki
 
 
 @pytest.mark.covers("inpaint")
-@pytest.mark.parametrize("kind", kinds("flux", "ltxv", "sd3", "wan"))
+@pytest.mark.parametrize("kind", kinds("ltxv", "sd3"))
 def test_image_to_image_with_a_mask(kind):
     given = latent(kind)
     given["noise_mask"] = torch.zeros(1, 1, 16, 16)
@@ -66,7 +66,7 @@ def test_image_to_image_with_a_mask(kind):
 
 
 @pytest.mark.covers("lora")
-@pytest.mark.parametrize("kind", kinds("flux", "sd3", "wan"))
+@pytest.mark.parametrize("kind", kinds("flux"))
 def test_lora_and_fewer_bits(kind):
     model = small.model(kind, dtype=torch.bfloat16)
     plain = sampled(model, kind)
@@ -78,7 +78,7 @@ def test_lora_and_fewer_bits(kind):
 
 
 @pytest.mark.covers("controlnet")
-@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("kind", ["flux", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd3", "sdxl"))])
 def test_control_net(kind):
     """Its residuals are added to what the blocks return, in place."""
     model, prompts = small.model(kind), (small.conditioning(kind, 1), small.conditioning(kind, 2))
@@ -94,7 +94,7 @@ def test_control_net(kind):
     assert not torch.equal(stock, sample(model, prompts))
 
 
-@pytest.mark.parametrize("kind", ["flux", "qwen_image", pytest.param("z_image", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["flux", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen_image", "z_image"))])
 def test_reference_latents(kind):
     """Pictures to edit, as further tokens."""
     model, prompts = small.model(kind), [small.conditioning(kind, seed) for seed in (1, 2)]
@@ -176,7 +176,7 @@ def test_a_variant_with_blocks_of_its_own_is_sampled_as_usual():
     assert "cannot be split: no block list for a " in last_run().notes[0] and "Variant" in last_run().notes[0]
 
 
-@pytest.mark.parametrize("kind", ["flux", "sd3", "svd", "wan", "z_image"])
+@pytest.mark.parametrize("kind", ["sd3", "svd", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("wan", "z_image"))])
 def test_two_devices_halve_the_prompts_of_cfg(kind):
     model = small.model(kind)
     found = sampled(attach(model, Options("Balanced", "cpu,cpu")), kind, cfg=5.0)
