@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from asyncdiff_nodes.engine import Placement, Plan, WorkerGroup
+from asyncdiff_nodes.engine import Placement, Plan, UnsupportedModelError, WorkerGroup
 from asyncdiff_nodes.engine.plan import PER_RUN
 
 from .balance import Balance
@@ -184,6 +184,10 @@ class Pool:
             load(memory)
             log.info("AsyncDiff: starting %d ranks on %s", plan.world_size, ", ".join(devices))
 
+        try:
+            inputs = family.example_inputs(skeleton, tuple(shape[2:]), 2 * shape[0])
+        except (AttributeError, KeyError) as error:
+            raise UnsupportedModelError(f"this ComfyUI builds its {family.name} in a way that is not known ({error})") from error
         group = WorkerGroup(
             skeleton,
             plan,
@@ -191,7 +195,7 @@ class Pool:
             estimate=balance.estimate,
             room=balance.room,
             family=family,
-            example_inputs=family.example_inputs(skeleton, tuple(shape[2:]), 2 * shape[0]),
+            example_inputs=inputs,
             weights=weights_of(patcher, skeleton),
             prepare=HostSettings.current(),
             on_placed=make_room,

@@ -39,7 +39,7 @@ def _flux_inputs(flux: nn.Module, size: Any = None, batch: int = 1) -> Inputs:
 
 
 def _hunyuan_blocks(net: nn.Module) -> list[str]:
-    if net.time_r_in is not None:
+    if getattr(net, "time_r_in", None) is not None:
         raise UnsupportedModelError(
             "its HunyuanVideo is distilled by mean flow: every call reads the sampler's schedule, which a rank does not have"
         )
@@ -55,8 +55,11 @@ def _hunyuan_inputs(net: nn.Module, size: Any = None, batch: int = 1) -> Inputs:
 
 
 def _ltxv_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Inputs:
-    sides = _frames(size, (13, 16, 24))
-    return _inputs(net, net.in_channels, sides, batch, net.caption_channels, 128, attention_mask=None)
+    channels, sides = _width(net, "patchify_proj.weight"), _frames(size, (13, 16, 24))
+    # where nothing projects the prompt, the blocks take it as it is
+    projected = isinstance(net.caption_projection, nn.Module)
+    text = _width(net, "caption_projection.linear_1.weight" if projected else "transformer_blocks.0.attn2.to_k.weight")
+    return _inputs(net, channels, sides, batch, text, 128, attention_mask=None)
 
 
 def _lumina_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import comfy.cldm.cldm
@@ -15,6 +16,8 @@ import comfy.ops
 import comfy.samplers
 import comfy.supported_models
 import torch
+from comfy.ldm.flux.model import FluxParams
+from comfy.ldm.hunyuan_video.model import HunyuanVideoParams
 from comfy.model_base import ModelType
 
 _UNET = {
@@ -122,7 +125,10 @@ ALL = KINDS | VARIANTS | TRANSFORMERS
 def unet_config(kind: str, channels: int = 64) -> dict:
     """Configuration of the network of this kind, ``channels`` wide."""
     if kind in TRANSFORMERS:
-        return {name: value for name, value in TRANSFORMERS[kind][3].items() if name != "context_dim"}
+        known = {"flux": FluxParams, "hunyuan_video": HunyuanVideoParams}.get(kind)  # older hosts know less
+        names = known and {"image_model", *(field.name for field in dataclasses.fields(known))}
+        config = TRANSFORMERS[kind][3].items()
+        return {name: value for name, value in config if name != "context_dim" and (names is None or name in names)}
     return {**_UNET, "adm_in_channels": None, **ALL[kind][3], "model_channels": channels}
 
 

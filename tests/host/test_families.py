@@ -143,7 +143,9 @@ def test_devices_get_no_more_weights_than_they_have_room_for(monkeypatch):
 def test_calls_that_depend_on_values_are_sampled_as_usual(guided):
     """LTX-Video leaves out the tokens of a key frame that a mask says."""
     model, prompts = small.model("ltxv"), [small.conditioning("ltxv", seed) for seed in (1, 2)]
-    prompts[guided][0][1]["keyframe_idxs"] = torch.rand(1, 3, 256, 2, generator=torch.Generator().manual_seed(1))
+    places = torch.rand(1, 3, 256, 2, generator=torch.Generator().manual_seed(1))
+    older = not hasattr(model.model.diffusion_model, "caption_channels")  # a place instead of a span for each token
+    prompts[guided][0][1]["keyframe_idxs"] = places[..., 0] if older else places
     given = {**latent("ltxv"), "noise_mask": torch.ones(1, 1, 3, 16, 16)}
 
     def sample(model):
@@ -151,6 +153,9 @@ def test_calls_that_depend_on_values_are_sampled_as_usual(guided):
 
     stock = sample(model)
     assert torch.equal(sample(attach(model, Options("Exact", "cpu,cpu"))), stock)
+    if older:  # does not leave out any
+        assert not last_run().notes
+        return
     assert len(last_run().notes) == 1 and "this call cannot be split: with these inputs its forward" in last_run().notes[0]
     assert last_run().stats.records, "the other prompt's calls are routed"
 
