@@ -79,9 +79,10 @@ class Inputs:
         """``value`` in the form of this call's timestep; where that has several, all in the same proportion."""
         if not isinstance(self.timestep, torch.Tensor):
             return type(self.timestep)(value)
-        if bool((self.timestep == self.timestep.max()).all()):
+        largest = self.timestep.max()
+        if bool((self.timestep == largest).all()):
             return torch.full_like(self.timestep, value)
-        return (self.timestep * (value / self.timestep_number())).to(self.timestep.dtype)
+        return (self.timestep * (value / largest)).to(self.timestep.dtype)
 
     def pack(self, sent: list[Any] | None, always: int) -> tuple[list[Packed], list[torch.Tensor], list[Any]]:
         """What to send, given the leaves that the ranks have (``None``: nothing yet); the one at ``always`` in any case.

@@ -6,6 +6,7 @@ The host's own sampler loop runs as always; see docs/architecture.md for what ea
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import math
@@ -109,7 +110,7 @@ class Route:
         inner = executor.wrappers[executor.idx + 1 :]
 
         def routed(*args: Any, **kwargs: Any) -> Any:
-            given = _by_name(executor.class_obj.forward, args, kwargs)
+            given = _by_name(executor.class_obj, args, kwargs)
             return self._sampling.call(given, lambda: executor.original(*args, **kwargs))
 
         return WrapperExecutor.new_class_executor(routed, executor.class_obj, inner).execute(*args, **kwargs)
@@ -122,7 +123,7 @@ class Route:
         forward = network.forward
 
         def routed(*args: Any, **kwargs: Any) -> Any:
-            return self._sampling.call(_by_name(forward, args, kwargs), lambda: forward(*args, **kwargs))
+            return self._sampling.call(_by_name(network, args, kwargs), lambda: forward(*args, **kwargs))
 
         with _attribute(network, "forward", routed):
             return executor(*args, **kwargs)
@@ -337,10 +338,14 @@ def _attribute(module: Any, name: str, value: Any) -> Iterator[None]:
         delattr(module, name) if before is None else setattr(module, name, before)
 
 
-def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by the names that ``forward`` has for them, in their order."""
-    signature = inspect.signature(forward)
-    given = signature.bind(*args, **kwargs).arguments
+_signature = functools.cache(inspect.signature)  # of the few classes of networks: it takes longer than the call's other overhead
+
+
+def _by_name(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names that the ``forward`` of ``network``'s class has for them, in their order."""
+    signature = _signature(type(network).forward)
+    given = signature.bind(network, *args, **kwargs).arguments
+    del given[next(iter(signature.parameters))]  # self
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             given |= given.pop(name, {})

@@ -6,15 +6,14 @@ from typing import Any
 
 from torch import nn
 
+from asyncdiff_nodes.engine.batch import Arguments
 from asyncdiff_nodes.engine.errors import UnsupportedModelError
 from asyncdiff_nodes.engine.family import Family
 
 from .stack import meta, stacked
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
-
-def _inputs(net: nn.Module, channels: int, size: Any, batch: int, text: int, tokens: int, **others: Any) -> Inputs:
+def _inputs(net: nn.Module, channels: int, size: Any, batch: int, text: int, tokens: int, **others: Any) -> Arguments:
     """Inputs of one call: ``x`` [B, C, (F,) h, w] for a ``size`` of one side or of all, and ``tokens`` of ``text`` channels."""
     sides = (size, size) if isinstance(size, int) else size
     kwargs = {"context": meta(batch, tokens, text, dtype=net.dtype), "transformer_options": {}}
@@ -31,11 +30,11 @@ def _width(net: nn.Module, weight: str) -> int:
     return net.get_parameter(weight).shape[1]
 
 
-def _flux_inputs(flux: nn.Module, size: Any = None, batch: int = 1) -> Inputs:
-    params = flux.params
-    pooled = None if params.vec_in_dim is None else meta(batch, params.vec_in_dim, dtype=flux.dtype)
+def _flux_inputs(net: nn.Module, size: Any = None, batch: int = 1) -> Arguments:
+    params = net.params
+    pooled = None if params.vec_in_dim is None else meta(batch, params.vec_in_dim, dtype=net.dtype)
     guidance = meta(batch) if params.guidance_embed else None
-    return _inputs(flux, params.in_channels, size or 128, batch, params.context_in_dim, 256, y=pooled, guidance=guidance)
+    return _inputs(net, params.in_channels, size or 128, batch, params.context_in_dim, 256, y=pooled, guidance=guidance)
 
 
 def _hunyuan_blocks(net: nn.Module) -> list[str]:
@@ -46,15 +45,11 @@ def _hunyuan_blocks(net: nn.Module) -> list[str]:
     return _HUNYUAN_BLOCKS(net)
 
 
-def _hunyuan_inputs(net: nn.Module, size: Any = None, batch: int = 1) -> Inputs:
-    params = net.params
-    sides = _frames(size, (33, 90, 160))[-len(net.patch_size) :]
-    pooled = None if params.vec_in_dim is None else meta(batch, params.vec_in_dim, dtype=net.dtype)
-    guidance = meta(batch) if params.guidance_embed else None
-    return _inputs(net, params.in_channels, sides, batch, params.context_in_dim, 256, y=pooled, guidance=guidance)
+def _hunyuan_inputs(net: nn.Module, size: Any = None, batch: int = 1) -> Arguments:
+    return _flux_inputs(net, _frames(size, (33, 90, 160))[-len(net.patch_size) :], batch)  # made with the same parameters
 
 
-def _ltxv_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Inputs:
+def _ltxv_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Arguments:
     channels, sides = _width(net, "patchify_proj.weight"), _frames(size, (13, 16, 24))
     # where nothing projects the prompt, the blocks take it as it is
     projected = isinstance(net.caption_projection, nn.Module)
@@ -62,23 +57,23 @@ def _ltxv_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Inputs:
     return _inputs(net, channels, sides, batch, text, 128, attention_mask=None)
 
 
-def _lumina_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Inputs:
+def _lumina_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Arguments:
     return _inputs(net, net.in_channels, size or 128, batch, _width(net, "cap_embedder.1.weight"), 128, num_tokens=128)
 
 
-def _qwen_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Inputs:
+def _qwen_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Arguments:
     sides = _frames(size, (1, 128, 128))
     return _inputs(net, net.in_channels // net.patch_size**2, sides, batch, _width(net, "txt_in.weight"), 128)
 
 
-def _sd3_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Inputs:
+def _sd3_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Arguments:
     linear = isinstance(net.context_embedder, nn.Linear)
     text = net.context_embedder.in_features if linear else net.hidden_size
     pooled = None if net.y_embedder is None else meta(batch, _width(net, "y_embedder.mlp.0.weight"), dtype=net.dtype)
     return _inputs(net, net.in_channels, size or 128, batch, text, 154, y=pooled)
 
 
-def _wan_inputs(wan: nn.Module, size: Any = None, batch: int = 2) -> Inputs:
+def _wan_inputs(wan: nn.Module, size: Any = None, batch: int = 2) -> Arguments:
     channels, text = _width(wan, "patch_embedding.weight"), _width(wan, "text_embedding.0.weight")
     return _inputs(wan, channels, _frames(size, (21, 60, 104)), batch, text, 512)
 
@@ -95,7 +90,7 @@ _WAN_BLOCKS = stacked(("patch_embedding",), ("blocks",), ("head",))
 
 # FLUX.1, and what is built like it
 FLUX = Family("Flux", _FLUX_BLOCKS, _TIMESTEP, _flux_inputs, sample=_X)
-# HunyuanVideo and HunyuanVideo 1.5
+# HunyuanVideo
 HUNYUAN_VIDEO = Family("HunyuanVideo", _hunyuan_blocks, _TIMESTEP, _hunyuan_inputs, sample=_X)
 # LTX-Video
 LTXV = Family("LTXVModel", _LTXV_BLOCKS, _TIMESTEP, _ltxv_inputs, sample=_X)

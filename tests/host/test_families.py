@@ -1,5 +1,7 @@
 """The families that are not in the other tests, as the host builds them: small, with random weights."""
 
+from dataclasses import replace
+
 import comfy.sd
 import nodes
 import pytest
@@ -12,6 +14,7 @@ from asyncdiff_nodes.host.options import Options
 from asyncdiff_nodes.host.pool import POOL
 from asyncdiff_nodes.host.report import last_run
 from asyncdiff_nodes.host.route import attach
+from asyncdiff_nodes.models import FAMILIES
 
 
 def kinds(*fast):
@@ -158,6 +161,21 @@ def test_calls_that_depend_on_values_are_sampled_as_usual(guided):
         return
     assert len(last_run().notes) == 1 and "this call cannot be split: with these inputs its forward" in last_run().notes[0]
     assert last_run().stats.records, "the other prompt's calls are routed"
+
+
+def test_a_network_that_is_built_in_an_unknown_way_is_sampled_as_usual():
+    model = small.model("flux")
+    stock = sampled(model, "flux", 4)
+    routed = attach(model, Options("Exact", "cpu,cpu"))
+
+    def without(net, *_):
+        return net.parameters_of_another_version
+
+    changed = replace(FAMILIES["comfy.Flux"], example_inputs=without)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "comfy.Flux", changed)
+        assert torch.equal(sampled(routed, "flux", 4), stock)
+    assert "this ComfyUI builds its Flux in a way that is not known" in last_run().notes[0]
 
 
 def test_a_network_that_reads_the_schedule_is_sampled_as_usual(monkeypatch):

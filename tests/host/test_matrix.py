@@ -9,6 +9,7 @@ from pathlib import Path
 
 import comfy.hooks
 import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.samplers
 import nodes
 import pytest
@@ -44,6 +45,13 @@ def compiled(model):
 def replaced_module(model):
     clone = model.clone()
     clone.add_object_patch("diffusion_model.out", model.model.diffusion_model.out)
+    return clone
+
+
+def injected(model):
+    clone = model.clone()
+    nothing = comfy.patcher_extension.PatcherInjection(inject=lambda _: None, eject=lambda _: None)
+    clone.set_injections("motion", [nothing])
     return clone
 
 
@@ -95,6 +103,7 @@ ROWS = {
     ),
     "TorchCompileModel": (compiled, "torch.compile"),
     "replaced network modules": (replaced_module, "another node replaced diffusion_model.out"),
+    "injected modules": (injected, "another node injects modules into the model: motion"),
     "attention overrides": (attention_override, "optimized_attention_override"),
     "other patches inside the network": (gligen_like, "test_matrix.gligen_like"),
 }
