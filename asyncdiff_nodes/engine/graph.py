@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -109,6 +109,20 @@ class BlockGraph:
     def macs(self) -> int:
         """Multiply-accumulates of one call of the whole model."""
         return self.glue_macs + sum(block.macs for block in self.blocks)
+
+    def within(self, whole: BlockGraph) -> BlockGraph:
+        """The graph of a call that leaves some blocks of ``whole`` out: with these, as blocks that return nothing.
+
+        Raises:
+            UnsupportedModelError: the call takes another path through the model than ``whole``.
+        """
+        own, index = {block.name: block for block in self.blocks}, {name: i for i, name in enumerate(whole.names)}
+        known = [name for name in whole.names if name in own] == list(self.names) and self.names[-1] == whole.names[-1]
+        if not known or any((index[self.names[p]], index[self.names[c]]) not in whole.edges for p, c in self.edges):
+            raise UnsupportedModelError("these inputs take another path through the model than it was split for")
+        nothing = {"outputs": (), "structure": (), "macs": 0, "reads": frozenset()}
+        blocks = tuple(own.get(block.name) or replace(block, **nothing) for block in whole.blocks)
+        return BlockGraph(blocks, whole.edges, self.glue_macs, self.glue_bytes)
 
     def find(self, prefix: str) -> int:
         """Index of the first block that is ``prefix`` or lies under it.

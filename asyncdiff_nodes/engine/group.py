@@ -392,9 +392,7 @@ class WorkerGroup:
         signature = inputs.signature
         if signature not in self._graphs:
             graph = trace(self._skeleton, self.family, *inputs.arguments())
-            if (graph.names, graph.edges) != (self.placement.graph.names, self.placement.graph.edges):
-                raise UnsupportedModelError("these inputs take another path through the model than it was split for")
-            self._graphs[signature] = graph
+            self._graphs[signature] = graph.within(self.placement.graph)
         return self._graphs[signature]
 
     def _send_all(self, header: Any, deadline: float) -> None:

@@ -63,8 +63,8 @@ class Inbox:
         return tuple(value_for(call, dict(zip(calls, column, strict=True))) for column in columns)
 
     def drift(self) -> torch.Tensor | None:
-        """Relative L2 change between the last two values that arrived; None before the second."""
-        if len(self._history) < 2:
+        """Relative L2 change between the last two values that arrived; None before the second, or of a block left out."""
+        if len(self._history) < 2 or not self._history[-1][1]:
             return None
         (_, old), (_, new) = list(self._history)[-2:]
         change = sum((b.float() - a.float()).square().sum() for a, b in zip(old, new, strict=True))
