@@ -37,11 +37,12 @@ def items_per_call(guider: Any, conds: dict[str, Any], model_options: dict[str, 
     return len(prompts) * batch
 
 
-def affordable(patcher: ModelPatcher, plan: Plan, devices: Sequence[str], memory: float) -> bool:
-    """Whether each branch has equal devices, and these room for their part of the network and of ``memory``, that of a call.
+def affordable(patchers: Sequence[ModelPatcher], plan: Plan, devices: Sequence[str], memory: float) -> bool:
+    """Whether each branch has equal devices, and these room for their part of these networks and of ``memory``, that of a call.
 
     A branch on a slower device would hold up the others: segments can be cut to measure.
     """
     if len(set(map(title, devices))) > 1:
         return False
-    return patcher.model_size() / plan.segments < min(room_for_weights(devices, memory / plan.branches))
+    size = sum(patcher.model_size() for patcher in patchers)
+    return size / plan.segments < min(room_for_weights(devices, memory / plan.branches))

@@ -15,6 +15,7 @@ from asyncdiff_nodes.engine.devices import parse_devices
 from .settings import setting
 
 PRESETS = ("Exact", "Balanced", "Fast", "Turbo", "Custom")
+CONTROL_NETS = ("shared", "fresh")
 ALWAYS = 1_000_000  # a warm-up longer than any run: every step is synchronous
 
 
@@ -27,14 +28,16 @@ class Options:
     """The widgets of the *AsyncDiff Options* node.
 
     Attributes:
-        preset: ``Exact`` (every step synchronous), ``Balanced``, ``Fast``, ``Turbo``, or ``Custom``, which uses the fields after
-            ``cuts``.
+        preset: ``Exact`` (every step synchronous), ``Balanced``, ``Fast``, ``Turbo``, or ``Custom``, which uses the fields from
+            ``segments`` to ``branches``.
         devices: ``auto`` for those of the settings (by default every CUDA device), or a list such as ``cuda:0, cuda:2``.
         cuts: block names where the segments begin, separated by commas; empty for automatic ones.
         segments: number of segments, 0 for as many as the devices allow.
         stride, warmup, time_shift, forecast, cooldown: see :class:`~asyncdiff_nodes.engine.Plan`.
         speedup: of the whole run; the warm-up is then as long as that allows, whatever ``warmup`` says. 0 for none in particular.
         branches: see :class:`~asyncdiff_nodes.engine.Plan`; 0 for as many as are of use.
+        control_nets: ``shared``: the ranks compute ControlNets with the network, and as stale; ``fresh``: the host does, before
+            each call.
     """
 
     preset: str = "Balanced"
@@ -48,6 +51,7 @@ class Options:
     cooldown: int = 1
     speedup: float = 0.0
     branches: int = 0
+    control_nets: str = "shared"
 
     def resolve(self, items: int = 1, branching: bool = True) -> tuple[Plan, tuple[str, ...]]:
         """The plan, and one device per rank.
@@ -62,6 +66,8 @@ class Options:
         """
         if self.preset not in PRESETS:
             raise PlanError(f"preset={self.preset!r}: choose one of {', '.join(PRESETS)}")
+        if self.control_nets not in CONTROL_NETS:
+            raise PlanError(f"control_nets={self.control_nets!r}: choose one of {', '.join(CONTROL_NETS)}")
         devices = self._devices()
         count = len(devices)
         knobs: dict[str, Any] = {"cuts": tuple(_words(self.cuts)) or None}

@@ -6,21 +6,23 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
+from torch import nn
 
 from asyncdiff_nodes.engine import Placement, Plan, UnsupportedModelError, WorkerGroup
+from asyncdiff_nodes.engine.graph import tensors_of
 from asyncdiff_nodes.engine.plan import PER_RUN
 
 from .balance import Balance
 from .memory import RankMemory
 from .settings import setting
-from .skeleton import family_of, fingerprint_of, skeleton_of
-from .weights import patched_names, weights_of
+from .skeleton import family_of, fingerprint_of, outline_of, skeleton_of
+from .weights import net_prefix, patched_names, weights_of
 from .worker import HostSettings
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,8 @@ class Held:
         version: the host's id of the patches in these weights.
         patched: names of the patched weights.
         fingerprint: of the network without its weights.
+        skeleton: what the ranks have, on the meta device.
+        nets: the networks of the ControlNets whose weights they have.
     """
 
     group: WorkerGroup
@@ -45,16 +49,41 @@ class Held:
     version: Any
     patched: frozenset[str]
     fingerprint: str
+    skeleton: nn.Module
+    nets: list[weakref.ref[nn.Module]]
     memory: list[RankMemory]
 
-    def fits(self, plan: Plan, devices: Sequence[str], fingerprint: str) -> bool:
-        """Whether ``plan`` can run in this group once it has the right weights."""
+    def fits(self, plan: Plan, devices: Sequence[str], fingerprint: str, nets: Sequence[nn.Module]) -> bool:
+        """Whether ``plan`` can run in this group once it has the right weights. It may have more ControlNets than are needed."""
         own = self.group.plan
         return (
             replace(own, **{name: getattr(plan, name) for name in PER_RUN}) == plan
             and self.group.devices == tuple(devices)
             and self.fingerprint == fingerprint
+            and self.slots(nets) is not None
         )
+
+    def slots(self, nets: Sequence[nn.Module]) -> list[int] | None:
+        """For each of ``nets`` its place, or one that can be its own; None where there are too few."""
+        free = list(range(len(self.nets)))
+        found: dict[int, int] = {}  # index -> slot
+        for suits in (self._has, self._could_have):
+            for index, net in enumerate(nets):
+                if index not in found and (slot := next((slot for slot in free if suits(slot, net)), None)) is not None:
+                    found[index] = slot
+                    free.remove(slot)
+        return [found[index] for index in range(len(nets))] if len(found) == len(nets) else None
+
+    def _has(self, slot: int, net: nn.Module) -> bool:
+        return self.nets[slot]() is net
+
+    def _could_have(self, slot: int, net: nn.Module) -> bool:
+        """Whether ``net`` differs from the ControlNet in this slot in its weights only."""
+        return outline_of(self.skeleton.control_nets[slot]) == outline_of(net)
+
+    def weights(self, patcher: ModelPatcher, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and values of those in ``names``, as ``patcher`` and the ControlNets have them."""
+        return weights_of(patcher, self.skeleton, names, [ref() for ref in self.nets])
 
 
 class Pool:
@@ -85,6 +114,7 @@ class Pool:
     def acquire(
         self,
         patcher: ModelPatcher,
+        nets: Sequence[nn.Module],
         plan: Plan,
         devices: Sequence[str],
         shape: Sequence[int],
@@ -95,6 +125,7 @@ class Pool:
         """A group that computes ``patcher``'s diffusion model as ``plan`` says.
 
         Args:
+            nets: networks of the ControlNets that it computes as well.
             shape: [B, C, h, w] of the latent, or [B, C, F, h, w].
             load: has the host load models (here: the ranks) and make room for them.
             poll: see :class:`~asyncdiff_nodes.engine.WorkerGroup`.
@@ -106,21 +137,24 @@ class Pool:
         """
         self._retired.clear()
         self._held = [held for held in self._held if not held.group.closed]
-        skeleton = skeleton_of(patcher)
-        if held := self._find(patcher, plan, devices):
+        skeleton = skeleton_of(patcher, nets)
+        if held := self._find(patcher, nets, plan, devices):
             load(held.memory)
         if held is None or held.group.closed:  # closed: the host needed its memory for what it loaded
-            return self._start(patcher, plan, devices, shape, skeleton, load, poll, balance).group
+            return self._start(patcher, nets, plan, devices, shape, skeleton, load, poll, balance).group
         self._held.remove(held)
         self._held.append(held)
-        self._update(held, patcher, skeleton)
+        self._update(held, patcher, nets)
         return held.group
+
+    def slots(self, group: WorkerGroup, nets: Sequence[nn.Module]) -> list[int]:
+        """Where ``group``, which was acquired for them, has these ControlNets."""
+        return self._holder(group).slots(nets)
 
     def move(self, group: WorkerGroup, placement: Placement, patcher: ModelPatcher) -> None:
         """Place the blocks of ``group``, which computes ``patcher``'s diffusion model, anew. Raises as ``WorkerGroup.move``."""
-        held = next(held for held in self._held if held.group is group)
-        skeleton = skeleton_of(patcher)
-        group.move(placement, lambda names: weights_of(patcher, skeleton, names))
+        held = self._holder(group)
+        group.move(placement, lambda names: held.weights(patcher, names))
         for rank, memory in enumerate(held.memory):
             memory.resize(placement.weight_bytes(placement.plan.segment_of_rank(rank)))
 
@@ -145,10 +179,13 @@ class Pool:
         alive = [held for held in self._held if not held.group.closed]
         return [{"devices": held.group.devices, "weights": sum(rank.model_size() for rank in held.memory)} for held in alive]
 
-    def _find(self, patcher: ModelPatcher, plan: Plan, devices: Sequence[str]) -> Held | None:
+    def _holder(self, group: WorkerGroup) -> Held:
+        return next(held for held in self._held if held.group is group)
+
+    def _find(self, patcher: ModelPatcher, nets: Sequence[nn.Module], plan: Plan, devices: Sequence[str]) -> Held | None:
         """The group that needs least work: same model, then one whose model is gone, then the oldest if there is no room."""
         fingerprint = fingerprint_of(patcher)
-        fitting = [held for held in self._held if held.fits(plan, devices, fingerprint)]
+        fitting = [held for held in self._held if held.fits(plan, devices, fingerprint, nets)]
         same = [held for held in fitting if held.model() is patcher.model]
         gone = [held for held in fitting if held.model() is None]
         oldest = fitting if len(self._held) >= MAX_GROUPS else []
@@ -157,10 +194,11 @@ class Pool:
     def _start(
         self,
         patcher: ModelPatcher,
+        nets: Sequence[nn.Module],
         plan: Plan,
         devices: Sequence[str],
         shape: Sequence[int],
-        skeleton: torch.nn.Module,
+        skeleton: nn.Module,
         load: Callable[[list[Any]], None],
         poll: Callable[[], None],
         balance: Balance,
@@ -196,29 +234,34 @@ class Pool:
             room=balance.room,
             family=family,
             example_inputs=inputs,
-            weights=weights_of(patcher, skeleton),
+            weights=weights_of(patcher, skeleton, nets=nets),
             prepare=HostSettings.current(),
             on_placed=make_room,
             start_timeout=_START_TIMEOUT,
             poll=poll,
         )
         model, patched = weakref.ref(patcher.model), patched_names(patcher)
-        held = Held(group, model, patcher.patches_uuid, patched, fingerprint_of(patcher), memory)
+        refs = list(map(weakref.ref, nets))
+        held = Held(group, model, patcher.patches_uuid, patched, fingerprint_of(patcher), skeleton, refs, memory)
         started.append(weakref.ref(held))
         self._held.append(held)
         return held
 
-    def _update(self, held: Held, patcher: ModelPatcher, skeleton: torch.nn.Module) -> None:
-        """Send the weights in which the model differs from what the ranks have."""
-        patched = patched_names(patcher)
+    def _update(self, held: Held, patcher: ModelPatcher, nets: Sequence[nn.Module]) -> None:
+        """Send the weights in which model and ControlNets differ from what the ranks have."""
+        patched, names = patched_names(patcher), frozenset()
         if held.model() is not patcher.model:
-            names = None
+            names = frozenset(name for name, _ in tensors_of(patcher.model.diffusion_model))
         elif held.version != patcher.patches_uuid:
             names = held.patched | patched
-        else:
+        for slot, net in zip(held.slots(nets), nets, strict=True):
+            if held.nets[slot]() is not net:
+                held.nets[slot] = weakref.ref(net)
+                names |= {net_prefix(slot) + name for name, _ in tensors_of(net)}
+        if not names:
             return
-        log.info("AsyncDiff: sending %s weights to the running ranks", "all" if names is None else f"{len(names)} changed")
-        held.group.load_weights(weights_of(patcher, skeleton, names))
+        log.info("AsyncDiff: sending %d weights to the running ranks", len(names))
+        held.group.load_weights(held.weights(patcher, names))
         held.model, held.version, held.patched = weakref.ref(patcher.model), patcher.patches_uuid, patched
 
     def _end(self, held: Held) -> None:

@@ -10,7 +10,7 @@ import functools
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,8 +33,10 @@ from asyncdiff_nodes.engine import (
     WorkerGroup,
 )
 
+from .attributes import replaced
 from .balance import Balance
 from .branches import affordable, items_per_call
+from .control import ControlNets, complete, take
 from .live import Progress
 from .memory import room_for_weights
 from .options import ALWAYS, OneDeviceError, Options
@@ -94,6 +96,7 @@ class Route:
                 self._sampling.fail(error)
                 raise
             finally:
+                self._sampling.close()
                 self._sampling = outer
 
     def prepare_sampling(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
@@ -125,7 +128,7 @@ class Route:
         def routed(*args: Any, **kwargs: Any) -> Any:
             return self._sampling.call(_by_name(network, args, kwargs), lambda: forward(*args, **kwargs))
 
-        with _attribute(network, "forward", routed):
+        with replaced(network, "forward", routed):
             return executor(*args, **kwargs)
 
 
@@ -149,7 +152,10 @@ class Sampling:
         self._plan: Plan | None = None
         self._balance: Balance | None = None
         self._calls = 0  # of each stream, as far as is known
+        self._nets: ControlNets | None = None  # that the ranks compute
+        self._slots: list[int] = []  # where they have them
         self._loaded_here = False
+        self._changes = contextlib.ExitStack()  # of the host's objects, for this sampling
         self._progress = Progress(steps=len(sigmas) - 1)
         self._notes = self._progress.notes
 
@@ -174,8 +180,11 @@ class Sampling:
             others, extra = helpers.get_additional_models(conds, patcher.model_dtype())
             others += helpers.get_additional_models_from_model_options(model_options)
             others += patcher.get_nested_additional_models()
+            nets = ControlNets(conds if self._options.control_nets == "shared" else {}, patcher, model_options or {})
+            others = [other for other in others if not any(other is net for net in nets.patchers)]
             need, least = (size + extra for size in helpers.estimate_memory(patcher, noise_shape, conds))
-            if plan.branches > 1 and not self._options.branches and not affordable(patcher, plan, devices, least):
+            networks = [patcher, *nets.patchers]
+            if plan.branches > 1 and not self._options.branches and not affordable(networks, plan, devices, least):
                 plan, devices = self._options.resolve(items, branching=False)
 
             def load(ranks: list[Any]) -> None:
@@ -183,7 +192,7 @@ class Sampling:
 
             balance = Balance(patcher, plan, noise_shape, devices, room_for_weights(devices, least / plan.branches))
             poll = comfy.model_management.throw_exception_if_processing_interrupted
-            group = POOL.acquire(patcher, plan, devices, noise_shape, load, poll, balance)
+            group = POOL.acquire(patcher, nets.networks, plan, devices, noise_shape, load, poll, balance)
         except OneDeviceError as error:
             return self._note(str(error))
         except UnsupportedModelError as error:
@@ -210,27 +219,38 @@ class Sampling:
         if placement := balance.better(group, self._calls - here.warmup, running=False):
             POOL.move(group, placement, patcher)
         group.begin(sampling.timestep(calls), plan, self._on_record, levels)
-        self.group = group
+        self.group, self._nets, self._slots = group, nets, POOL.slots(group, nets.networks)
+        for note in nets.notes:
+            self._note(note)
+        self._changes.enter_context(nets.recorded())
         self._progress.sampling(group, plan, len(calls))
         return patcher.model, conds, others
 
     def call(self, given: dict[str, Any], network: Callable[[], torch.Tensor]) -> torch.Tensor:
         """One call of the network with these arguments, the latent first; by the group if that can be."""
         x, options = next(iter(given.values())), given.get("transformer_options") or {}
+        control = given.get("control")
+        nets = take(control)
 
         def by_host(reason: str) -> torch.Tensor:
             self._note(reason)
             self._load_here(x)
+            complete(control, nets)  # in the dictionary that the network is called with
             return network()
 
         if reason := call_obstacle(options):
             return by_host(reason)
+        if not all(net.fits(x, given["timesteps"]) for net in nets):
+            return by_host("a ControlNet is given another latent than the model")
+        if nets:
+            given["nets"] = {self._slots[net.net]: net.to_send(self._plan.microbatches > 1) for net in nets}
         shipped = shippable(options)
         given["transformer_options"] = shipped
         window = getattr(options.get("context_window"), "index_list", None)
         # the same prompt under a guidance patch, a control net that starts in mid-run, a window of frames: streams of their own
         patches = [shipped.get(kind) for kind in ("patches", "patches_replace")]
-        stream = (tuple(options.get("uuids", ())), tuple(x.shape), _outline(given.get("control")), repr((patches, window)))
+        outline = _outline(control), tuple(net.net for net in nets)
+        stream = (tuple(options.get("uuids", ())), tuple(x.shape), outline, repr((patches, window)))
         self._rebalance()
         self._progress.call(stream)
         if self._plan.branches > len(x):
@@ -252,6 +272,10 @@ class Sampling:
             return by_host(f"this call cannot be split: {error}")
         except GroupClosedError:
             return by_host("ComfyUI took the ranks' memory back in mid-run; going on without them")
+
+    def close(self) -> None:
+        """However it ended: leave the host's objects as they were."""
+        self._changes.close()
 
     def finish(self) -> None:
         """The sampling went well: publish what is known about it."""
@@ -308,7 +332,8 @@ class Sampling:
     def _load_here(self, x: torch.Tensor) -> None:
         """Have the host load the network after all."""
         if not self._loaded_here:
-            comfy.model_management.load_models_gpu([self._patcher], memory_required=self._patcher.memory_required(list(x.shape)))
+            need = self._patcher.memory_required(list(x.shape))
+            comfy.model_management.load_models_gpu([self._patcher, *self._nets.patchers], memory_required=need)
             self._loaded_here = True
 
     def _note(self, text: str) -> None:
@@ -325,17 +350,6 @@ def _levels(sampling: Any, sigmas: torch.Tensor, rest: float) -> NoiseLevels | N
         return NoiseLevels(tuple(sigmas.tolist()), tuple(scales.tolist()), rest)
     except ValueError:
         return None
-
-
-@contextlib.contextmanager
-def _attribute(module: Any, name: str, value: Any) -> Iterator[None]:
-    """``module`` with ``value`` in place of what its class, or somebody else, has under ``name``."""
-    before = vars(module).get(name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        delattr(module, name) if before is None else setattr(module, name, before)
 
 
 _signature = functools.cache(inspect.signature)  # of the few classes of networks: it takes longer than the call's other overhead

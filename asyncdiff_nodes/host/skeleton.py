@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import comfy.ldm.modules.attention
+import comfy.model_detection
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from asyncdiff_nodes.engine import Family, UnsupportedModelError, find_family
 from asyncdiff_nodes.engine.graph import tensors_of
 
+from .controlled import ControlledUNet
 from .parts import divide
 
 
-def skeleton_of(patcher: ModelPatcher) -> nn.Module:
-    """The diffusion model of ``patcher`` on the meta device.
+def skeleton_of(patcher: ModelPatcher, nets: Sequence[nn.Module] = ()) -> nn.Module:
+    """The diffusion model of ``patcher`` on the meta device, and with it the networks of ControlNets, if there are ``nets``.
 
     It is built anew from the host's own configuration, because the live one carries what the host's loader hangs on it
     (casting functions, streams, pinned memory), and compared with the live one, because other nodes may have rebuilt that.
@@ -27,6 +30,41 @@ def skeleton_of(patcher: ModelPatcher) -> nn.Module:
     """
     live = patcher.model.diffusion_model
     find_family(live)
+    rebuilt = _rebuilt(live, patcher.model.model_config.unet_config)
+    if patcher.force_cast_weights:  # another node chose the precision of the computation
+        for module in rebuilt.modules():
+            if hasattr(module, "comfy_cast_weights"):
+                module.comfy_cast_weights = True
+    return ControlledUNet.of(rebuilt, [net_skeleton(net, patcher) for net in nets]) if nets else rebuilt
+
+
+def net_skeleton(net: nn.Module, patcher: ModelPatcher) -> nn.Module:
+    """The network of a ControlNet for the model of ``patcher`` on the meta device.
+
+    The host keeps no configuration of it: that of the model serves, which it is a copy of, or what its weights' names tell.
+
+    Raises:
+        UnsupportedModelError: as :func:`skeleton_of`.
+    """
+    weights = dict(net.named_parameters())
+    read = {name: weights[f"{name}.0.weight"].shape[1] for name in ("input_blocks.0", "input_hint_block")}
+
+    def rebuilt(config: dict[str, Any]) -> nn.Module:
+        own = {key: value for key, value in config.items() if key != "out_channels"}
+        own |= {"in_channels": read["input_blocks.0"], "hint_channels": read["input_hint_block"], "dtype": net.dtype}
+        return _rebuilt(net, own)
+
+    try:
+        return rebuilt(patcher.model.model_config.unet_config)
+    except UnsupportedModelError:
+        told = comfy.model_detection.model_config_from_unet(weights, "", True)
+        if told is None:
+            raise
+        return rebuilt(told.unet_config)
+
+
+def _rebuilt(live: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """``live`` on the meta device, built from ``config``. Raises as :func:`skeleton_of`."""
     name = type(live).__name__
     for module in live.modules():
         cls = type(module)
@@ -35,22 +73,17 @@ def skeleton_of(patcher: ModelPatcher) -> nn.Module:
                 f"its {name} has layers of the class {cls.__qualname__} from {cls.__module__}, as quantised models do; "
                 "a worker process cannot rebuild these"
             )
-    config = patcher.model.model_config.unet_config
     try:
         rebuilt = type(live)(**config, device="meta", operations=_operations(live)).requires_grad_(False).eval()
     except Exception as error:
         raise UnsupportedModelError(f"its {name} could not be rebuilt from the host's configuration ({error})") from error
-    for what, describe in (("layers", _classes), ("weights", _shapes)):
+    for what, describe in (("layers", _classes), ("weights", _shapes), ("attention heads", _heads)):
         ours, theirs = describe(rebuilt), describe(live)
         if ours != theirs:
             changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
             raise UnsupportedModelError(
                 f"its {name} has other {what} than the host's configuration says: {', '.join(changed[:3])}"
             )
-    if patcher.force_cast_weights:  # another node chose the precision of the computation
-        for module in rebuilt.modules():
-            if hasattr(module, "comfy_cast_weights"):
-                module.comfy_cast_weights = True
     return rebuilt
 
 
@@ -59,6 +92,11 @@ def fingerprint_of(patcher: ModelPatcher) -> str:
     live = patcher.model.diffusion_model
     config = sorted(patcher.model.model_config.unet_config.items(), key=str)
     return repr((type(live), _operations(live), patcher.force_cast_weights, config))
+
+
+def outline_of(net: nn.Module) -> Any:
+    """Equal for ControlNets whose networks differ in their weights only, whether these are on the meta device or not."""
+    return _operations(net), net.dtype, _classes(net), _shapes(net), _heads(net)
 
 
 def family_of(skeleton: nn.Module) -> Family:
@@ -91,3 +129,8 @@ def _classes(module: nn.Module) -> dict[str, type]:
 
 def _shapes(module: nn.Module) -> dict[str, Any]:
     return {name: tuple(tensor.shape) for name, tensor in tensors_of(module)}
+
+
+def _heads(module: nn.Module) -> dict[str, Any]:
+    """Which no weight tells."""
+    return {name: child.heads for name, child in module.named_modules() if isinstance(getattr(child, "heads", None), int)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import comfy.float
 import comfy.lora
@@ -20,18 +20,29 @@ PREFIX = "diffusion_model."
 _string_to_seed = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed  # moved after 0.3
 
 
+def net_prefix(slot: int) -> str:
+    """Of the names of the weights of a ControlNet; see :class:`~.controlled.ControlledUNet`."""
+    return f"control_nets.{slot}."
+
+
 def patched_names(patcher: ModelPatcher) -> frozenset[str]:
     """Names, without prefix, of the diffusion model's weights that carry a patch."""
     return frozenset(key.removeprefix(PREFIX) for key in patcher.patches if key.startswith(PREFIX))
 
 
 def weights_of(
-    patcher: ModelPatcher, skeleton: nn.Module, names: Collection[str] | None = None
+    patcher: ModelPatcher,
+    skeleton: nn.Module,
+    names: Collection[str] | None = None,
+    nets: Sequence[nn.Module | None] = (),
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value of every parameter and buffer of the diffusion model, or of those in ``names``.
 
     The values are what the host would have loaded: patches are applied on its device and in its precision, then rounded to the
     weight's dtype. Nothing of the model is changed, whether it is loaded or not.
+
+    Args:
+        nets: networks of the ControlNets in ``skeleton``; None for one that is gone, so that no call can ask for it.
 
     Raises:
         UnsupportedModelError: a weight that is not a plain tensor (quantised), or that a patch would reshape.
@@ -40,6 +51,8 @@ def weights_of(
     compute_dtype = getattr(comfy.model_management, "lora_compute_dtype", lambda _: torch.float32)(device)
     patches = patcher.get_key_patches(PREFIX)
     live = dict(tensors_of(patcher.model.diffusion_model))
+    for slot, net in enumerate(nets):
+        live |= {net_prefix(slot) + name: tensor for name, tensor in tensors_of(net or skeleton.control_nets[slot])}
     for name, meta in tensors_of(skeleton):
         if names is not None and name not in names:
             continue

@@ -5,6 +5,7 @@ from asyncdiff_nodes.engine.family import Family
 from . import comfy_transformers, comfy_unet, flux, hunyuan_video, ltx_video, motion, pixart, qwen_image, sd3, svd, unet2d, wan
 
 FAMILIES: dict[str, Family] = {
+    "asyncdiff_nodes.ControlledUNet": comfy_unet.CONTROLLED,
     "asyncdiff_nodes.DemoUNet": comfy_unet.FAMILY,
     "comfy.Flux": comfy_transformers.FLUX,
     "comfy.HunyuanVideo": comfy_transformers.HUNYUAN_VIDEO,

@@ -173,6 +173,13 @@ class AsyncDiffOptions(ReadsSettings):
                     "1: all devices work on the whole batch. 0: 2 where that is of use and segments is 0, as with the other "
                     "presets.",
                 ),
+                io.Combo.Input(
+                    "control_nets",
+                    options=["shared", "fresh"],
+                    default="shared",
+                    tooltip="shared: the devices compute ControlNets together with the network, so that these are faster, too. "
+                    "fresh: ComfyUI computes them before each step, on one device, for guidance that is never worked ahead.",
+                ),
             ],
             outputs=[OptionsType.Output(display_name="options")],
         )

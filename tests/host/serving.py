@@ -133,6 +133,7 @@ def options(preset: str = "Exact", devices: str = "cpu,cpu", **changes: Any) -> 
         "cooldown": 1,
         "speedup": 0.0,
         "branches": 0,
+        "control_nets": "shared",
     }
     return node("AsyncDiffOptions", preset=preset, devices=devices, **rest | changes)
 

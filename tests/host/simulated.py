@@ -7,24 +7,36 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from asyncdiff_nodes.engine import NoiseLevels, Simulator
+from asyncdiff_nodes.host.control import ControlNets, take
 from asyncdiff_nodes.host.rehearsal import rehearse
 from asyncdiff_nodes.host.skeleton import family_of, skeleton_of
+from asyncdiff_nodes.host.weights import weights_of
 
 
-def simulated(model, plan, sampler, size=(16, 16)):
-    """``model`` with its network replaced by the simulator, once per sampling."""
+def simulated(model, plan, sampler, size=(16, 16), control=None):
+    """``model`` with its network replaced by the simulator, once per sampling.
+
+    Args:
+        control: the outermost ControlNet of the prompts, which the simulator is then to compute, too; it is changed for good.
+    """
     clone = model.clone()
-    skeleton = skeleton_of(model)
+    network = whole = model.model.diffusion_model
+    nets = ControlNets({"positive": [{"control": control}]}, model, {}) if control else None
+    skeleton = skeleton_of(model, nets.networks if nets else ())
     family = family_of(skeleton)
-    simulator = Simulator(
-        model.model.diffusion_model, plan, family=family, example_inputs=family.example_inputs(skeleton, size, 2)
-    )
+    inputs = family.example_inputs(skeleton, size, 2)
+    if nets:
+        whole = skeleton.to_empty(device="cpu")
+        for name, value in weights_of(model, skeleton, nets=nets.networks):
+            whole.get_parameter(name).data.copy_(value)
+        clone.recording = nets.recorded()  # for as long as there is this model
+        clone.recording.__enter__()
+    simulator = Simulator(whole, plan, family=family, example_inputs=inputs)
 
-    network = model.model.diffusion_model
     forward = inspect.signature(network.forward)
 
     def call(*args, **kwargs):
-        del network.forward  # which the simulator needs
+        del network.forward  # which the simulator may need
         given = forward.bind(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         options, x = given["transformer_options"], given["x"]
@@ -35,7 +47,9 @@ def simulated(model, plan, sampler, size=(16, 16)):
                 tuple(sigmas.tolist()), tuple(sampling.calculate_input(sigmas, torch.ones(len(sigmas))).tolist())
             )
             simulator.begin(sampling.timestep(sigmas), levels)
-        stream = tuple(options["uuids"]), tuple(x.shape)
+        if calls := take(given.get("control")):
+            given["nets"] = {call.net: call.to_send(plan.microbatches > 1) for call in calls}
+        stream = tuple(options["uuids"]), tuple(x.shape), len(calls)
         return simulator(stream=stream, **given | {"transformer_options": {"sample_sigmas": None}})
 
     def apply(executor, *args, **kwargs):

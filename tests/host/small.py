@@ -190,8 +190,8 @@ def control_net(kind: str = "sd15", seed: int = 3) -> comfy.controlnet.ControlNe
         network, options = comfy.cldm.mmdit.ControlNet(num_blocks=2, **config, **made), {"compression_ratio": 1}
     else:
         config = {key: value for key, value in config.items() if key not in ("out_channels", "transformer_depth_output")}
-        heads = {} if "num_head_channels" in config else {"num_heads": 8}
-        network, options = comfy.cldm.cldm.ControlNet(**config, **heads, hint_channels=3, dtype=torch.float32), {}
+        config |= getattr(comfy.supported_models, ALL[kind][0]).unet_extra_config  # its attention heads
+        network, options = comfy.cldm.cldm.ControlNet(**config, hint_channels=3, dtype=torch.float32), {}
     randomise(network, seed)
     return comfy.controlnet.ControlNet(network.eval(), load_device=device, **options)
 

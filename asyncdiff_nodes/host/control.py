@@ -1,0 +1,190 @@
+"""ControlNets that the ranks compute as a part of the network, where the host would compute them whole before each call of it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.cldm.cldm
+import torch
+from comfy.controlnet import ControlBase, ControlNet
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import nn
+
+from asyncdiff_nodes.engine import UnsupportedModelError
+
+from .attributes import replaced
+from .controlled import MERGE, Residuals
+from .skeleton import net_skeleton
+
+KEY = "asyncdiff"  # among a call's residuals: the calls of ControlNets that the ranks are to make
+
+
+@dataclass(frozen=True)
+class NetCall:
+    """A call of a ControlNet that was not made yet.
+
+    Attributes:
+        net: index of its network in :attr:`ControlNets.networks`.
+        arguments: of its network.
+    """
+
+    control: ControlNet
+    net: int
+    arguments: dict[str, Any]
+
+    def fits(self, x: torch.Tensor, timesteps: torch.Tensor) -> bool:
+        """Whether its sample and timesteps follow from those of the UNet's call."""
+        sample, times = self.arguments["x"], self.arguments["timesteps"]
+        return (
+            len(x) == len(sample)
+            and torch.equal(x[:, : sample.shape[1]].to(sample.dtype), sample)
+            and torch.equal(timesteps.to(times.dtype), times)
+        )
+
+    def to_send(self, per_item: bool) -> dict[str, Any]:
+        """As :class:`~.controlled.ControlledUNet` wants it.
+
+        Args:
+            per_item: whether batch items are to have a hint each, so that micro-batches have; one serves them all otherwise.
+        """
+        merge = {name: getattr(self.control, name) for name in MERGE}
+        merge["strength_type"] = merge["strength_type"].value  # plain data
+        rest = {name: value for name, value in self.arguments.items() if name not in ("x", "timesteps")}
+        if per_item:
+            rest["hint"] = rest["hint"].expand(len(self.arguments["x"]), *rest["hint"].shape[1:])
+        return {"dtype": self.arguments["x"].dtype, "merge": merge, **rest}
+
+
+class ControlNets:
+    """Those of one sampling's prompts that the ranks can compute: of each chain of them the outermost.
+
+    What comes before one that they cannot is the host's, as residuals are added up in this order.
+
+    Args:
+        conds: the sampling's prompts by name.
+
+    Attributes:
+        networks: what they are made of; twice where a chain has one twice.
+        patchers: the host's, of the same networks.
+        notes: why others are the host's, where one would expect them here.
+    """
+
+    def __init__(self, conds: dict[str, Any], patcher: ModelPatcher, model_options: dict[str, Any]) -> None:
+        self.networks: list[nn.Module] = []
+        self.patchers: list[ModelPatcher] = []
+        self.notes: list[str] = []
+        self._chains: dict[ControlBase, dict[ControlNet, int]] = {}  # the outermost one -> those of its chain, and their networks
+        hosts = set()
+        outermost = dict.fromkeys(entry["control"] for entries in conds.values() for entry in entries if "control" in entry)
+        for control in outermost:
+            chain = list(_chain(control))
+            mine = list(itertools.takewhile(functools.partial(self._takes, patcher, model_options), chain))
+            hosts |= {id(getattr(each, "control_model", None)) for each in chain[len(mine) :]}
+            self._chains[control] = {}
+            for each in reversed(mine):
+                self._chains[control][each] = self._index(each, self._chains[control].values())
+        # what the host computes as well, it must load
+        self.patchers = [each for each in self.patchers if id(each.model) not in hosts]
+
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[None]:
+        """While these ControlNets are not computed when the host asks for their residuals, but noted for :func:`take`."""
+        with contextlib.ExitStack() as stack:
+            for control, nets in self._chains.items():
+                if nets:
+                    stack.enter_context(replaced(control, "get_control", _recording(control, nets)))
+            yield
+
+    def _takes(self, patcher: ModelPatcher, model_options: dict[str, Any], control: ControlBase) -> bool:
+        if type(control) is not ControlNet or type(control.control_model) is not comfy.cldm.cldm.ControlNet:
+            return False
+        if (reason := _obstacle(control, patcher, model_options)) is None:
+            return True
+        if (note := f"ComfyUI computes a ControlNet before each step: {reason}") not in self.notes:
+            self.notes.append(note)
+        return False
+
+    def _index(self, control: ControlNet, taken: Any) -> int:
+        """Of its network among :attr:`networks`, without those that are ``taken``."""
+        for index, network in enumerate(self.networks):
+            if network is control.control_model and index not in taken:
+                return index
+        self.networks.append(control.control_model)
+        self.patchers.append(control.control_model_wrapped)
+        return len(self.networks) - 1
+
+
+def take(control: dict[str, Any] | None) -> list[NetCall]:
+    """The calls of ControlNets that a call's residuals lack, which are no longer noted there."""
+    return control.pop(KEY, []) if control else []
+
+
+def complete(control: Residuals, calls: Sequence[NetCall]) -> None:
+    """Make ``calls`` here, on the host's own networks, and add their residuals to ``control``."""
+    for call in calls:
+        found = call.control.control_model(**call.arguments)
+        control.update(call.control.control_merge(found, dict(control), None))
+
+
+def _chain(control: ControlBase | None) -> Iterator[ControlBase]:
+    while control is not None:
+        yield control
+        control = control.previous_controlnet
+
+
+def _obstacle(control: ControlNet, patcher: ModelPatcher, model_options: dict[str, Any]) -> str | None:
+    """Why the ranks cannot compute ``control``, in words; None if they can."""
+    network, wrapped = control.control_model, control.control_model_wrapped
+    if type(patcher.model.diffusion_model) is not UNetModel:
+        return f"it is for another network than this {type(patcher.model.diffusion_model).__name__}"
+    if "model_function_wrapper" in model_options:
+        return "another node wraps the model's function"
+    wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
+    for kind in (WrappersMP.DIFFUSION_MODEL, WrappersMP.APPLY_MODEL):
+        for others in (wrappers.get(kind, {}), patcher.wrappers.get(kind, {})):
+            if names := [str(name) for name in others if name != KEY]:
+                return f"another node ({', '.join(names)}) may change what the network is given"
+    if control.extra_hooks is not None or wrapped.patches or wrapped.object_patches:
+        return "another node changes its weights"
+    dtype = control.manual_cast_dtype or network.dtype
+    if dtype != patcher.model.get_dtype_inference():
+        return f"it computes in {dtype}, the model in {patcher.model.get_dtype_inference()}"
+    try:
+        net_skeleton(network, patcher)
+    except UnsupportedModelError as error:
+        return str(error)
+    return None
+
+
+def _recording(control: ControlBase, nets: dict[ControlNet, int]) -> Any:
+    """``control.get_control`` with the calls of the networks of ``nets`` noted among the residuals instead of made."""
+    original = control.get_control
+
+    def get_control(*args: Any, **kwargs: Any) -> dict[str, Any] | None:
+        calls: list[NetCall] = []
+        with contextlib.ExitStack() as stack:
+            for net, index in nets.items():
+                stack.enter_context(replaced(net, "control_model", _Recorder(net, index, calls)))
+            residuals = original(*args, **kwargs)
+        return {**residuals, KEY: calls} if calls else residuals
+
+    return get_control
+
+
+class _Recorder:
+    """In place of a ControlNet's network: notes its calls, and returns no residuals."""
+
+    def __init__(self, control: ControlNet, net: int, calls: list[NetCall]) -> None:
+        self.dtype = control.control_model.dtype
+        self._control, self._net, self._calls = control, net, calls
+
+    def __call__(self, **arguments: Any) -> Residuals:
+        self._calls.append(NetCall(self._control, self._net, arguments))
+        return {}
