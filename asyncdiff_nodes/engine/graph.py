@@ -6,7 +6,7 @@ Everything is traced on the meta device: no weight is read, moved or allocated.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -109,6 +109,14 @@ class BlockGraph:
     def macs(self) -> int:
         """Multiply-accumulates of one call of the whole model."""
         return self.glue_macs + sum(block.macs for block in self.blocks)
+
+    def made_of(self, blocks: Iterable[int]) -> set[int]:
+        """``blocks``, and those whose outputs they are made of, by index."""
+        found = set(blocks)
+        for producer, consumer in sorted(self.edges, reverse=True, key=lambda edge: edge[1]):
+            if consumer in found:
+                found.add(producer)
+        return found
 
     def within(self, whole: BlockGraph) -> BlockGraph:
         """The graph of a call that leaves some blocks of ``whole`` out: with these, as blocks that return nothing.

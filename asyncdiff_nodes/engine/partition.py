@@ -1,7 +1,7 @@
 """The partitioner: where to cut the circle of blocks.
 
 A segment is an arc of the circle. Where segments work ahead, the circle is open: the first segment begins with the first block,
-wherever the first cut, and another segment that reads blocks before that cut computes them again, up to the last of these.
+wherever the first cut, and another segment that reads blocks before that cut computes them, and what they are made of, again.
 
 Time comes first: the slowest segment is within :data:`TIME_TOLERANCE` of the best possible. Among these cuts the one that sends
 the fewest bytes wins, then the one whose result depends on the current input (wrapped), then the fastest. All three are sums or
@@ -12,7 +12,9 @@ decided first. No segment has more weights than its device has room for, where a
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from itertools import accumulate
 
 from .graph import BlockGraph
@@ -37,12 +39,16 @@ class Arcs:
         self._weights = [0, *accumulate([*weights, *weights])]
         self._room = room and [each - graph.glue_bytes for each in room]
         self._edges = graph.edges
+        # of each block the bits of all that it is made of, its own among them
+        self._made_of = [sum(1 << i for i in graph.made_of([block])) for block in range(self.count)]
+        self._known: dict[int, tuple[float, int]] = {}
         consumers: dict[int, set[int]] = {}
         for producer, consumer in graph.edges:
             consumers.setdefault(producer, set()).add(consumer)
         self._sizes = [block.output_bytes for block in graph.blocks]
         self._producers = [[p for p, c in graph.edges if c == block] for block in range(self.count)]
-        skips = [p for p, readers in consumers.items() if max(readers) > p + 1]
+        # of the path that begins with the first block: not of a ControlNet's, which would have to be computed again as well
+        skips = [p for p, readers in consumers.items() if max(readers) > p + 1 and self._made_of[p] & 1]
         self._largest = [p for p in skips if self._sizes[p] == max(self._sizes[q] for q in skips)]
 
     def fresh(self, first: int) -> int:
@@ -50,22 +56,31 @@ class Arcs:
         return sum(producer < first for producer in self._largest)
 
     def again(self, first: int) -> list[int]:
-        """For each block, how many of the first blocks its segment must compute again if the first cut is at ``first``."""
+        """For each block, those before the first cut at ``first`` that its segment must compute again: a bit for each."""
         found = [0] * self.count
         if self.ahead:
             for producer, consumer in self._edges:
                 if producer < first <= consumer:
-                    found[consumer] = max(found[consumer], producer + 1)
+                    found[consumer] |= self._made_of[producer]
         return found
 
     def cost(self, start: int, end: int, again: int) -> float:
-        """Cost of blocks ``start`` up to ``end``, which may run past the last one, round the circle, and of ``again`` blocks."""
-        return self._sums[end] - self._sums[start] + self._sums[again]
+        """Cost of blocks ``start`` up to ``end``, which may run past the last one, round the circle, and of those ``again``."""
+        return self._sums[end] - self._sums[start] + self._of(again)[0]
 
     def fits(self, segment: int, start: int, end: int, again: int) -> bool:
         """Whether the device of ``segment`` has room for the weights of these blocks, named as for :meth:`cost`."""
-        held = self._weights[end] - self._weights[start] + self._weights[again]
+        held = self._weights[end] - self._weights[start] + self._of(again)[1]
         return self._room is None or held <= self._room[segment]
+
+    def _of(self, bits: int) -> tuple[float, int]:
+        """Cost and bytes of the weights of these blocks."""
+        if bits not in self._known:
+            blocks = [block for block in range(self.count) if bits >> block & 1]
+            self._known[bits] = tuple(
+                sum(sums[block + 1] - sums[block] for block in blocks) for sums in (self._sums, self._weights)
+            )
+        return self._known[bits]
 
     def received(self, blocks: Iterable[int], first: int) -> Iterator[int]:
         """Bytes that a segment must receive: each outside producer's output once, if anything inside reads it.
@@ -135,12 +150,12 @@ def _slowest(arcs: Arcs, speeds: Sequence[float], first: int, bound: float) -> f
     for segment, speed in enumerate(speeds[:-1], 1):
         reached: dict[int, float] = {}
         for here, slowest in times.items():
-            begin, most = (0 if arcs.ahead and segment == 1 else here), 0
+            begin, more = (0 if arcs.ahead and segment == 1 else here), 0
             # only the last segment may wrap: each of those after this one begins at a block of its own
             for cut in range(here + 1, arcs.count - len(speeds) + segment + 1):
-                most = max(most, again[cut - 1]) if begin else 0
-                time = arcs.cost(begin, cut, most) / speed
-                if time >= bound or not arcs.fits(segment - 1, begin, cut, most):
+                more |= again[cut - 1] if begin else 0
+                time = arcs.cost(begin, cut, more) / speed
+                if time >= bound or not arcs.fits(segment - 1, begin, cut, more):
                     break
                 reached[cut] = min(reached.get(cut, bound), max(slowest, time))
         times = reached
@@ -150,8 +165,8 @@ def _slowest(arcs: Arcs, speeds: Sequence[float], first: int, bound: float) -> f
 
 def _time_of_last(arcs: Arcs, speeds: Sequence[float], first: int, here: int, again: Sequence[int]) -> float:
     """Of the last segment if it begins at block ``here``; infinite where its device has no room for it."""
-    end, most, last = arcs.count if arcs.ahead else first + arcs.count, max(again[here:], default=0), len(speeds) - 1
-    return arcs.cost(here, end, most) / speeds[last] if arcs.fits(last, here, end, most) else float("inf")
+    end, more, last = arcs.count if arcs.ahead else first + arcs.count, reduce(operator.or_, again[here:], 0), len(speeds) - 1
+    return arcs.cost(here, end, more) / speeds[last] if arcs.fits(last, here, end, more) else float("inf")
 
 
 def _fewest_bytes(
@@ -163,14 +178,14 @@ def _fewest_bytes(
     for segment, speed in enumerate(speeds[:last]):
         reached: dict[int, tuple[int, float, tuple[int, ...]]] = {}
         for here, (sent, slowest, starts) in states.items():
-            begin, most = (0 if arcs.ahead and segment == 0 else here), 0
+            begin, more = (0 if arcs.ahead and segment == 0 else here), 0
             received = arcs.received(range(begin, arcs.count), first)
             for _ in range(begin, here):
                 next(received)
             for cut in range(here + 1, arcs.count):
-                most = max(most, again[cut - 1]) if begin else 0
-                time = arcs.cost(begin, cut, most) / speed
-                if time > limit or not arcs.fits(segment, begin, cut, most):
+                more |= again[cut - 1] if begin else 0
+                time = arcs.cost(begin, cut, more) / speed
+                if time > limit or not arcs.fits(segment, begin, cut, more):
                     break
                 state = (sent + next(received), max(slowest, time), (*starts, cut))
                 if cut not in reached or state < reached[cut]:

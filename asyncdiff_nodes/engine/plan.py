@@ -158,10 +158,9 @@ class Placement(Mapping[str, int]):
 
     def _blocks_of(self, segment: int) -> tuple[int, ...]:
         own = {i for i, owner in enumerate(self.segments) if owner == segment}
-        again = 0
         if self.plan.forecast and segment > 0:
-            again = max((p + 1 for p, c in self.graph.edges if p < self.starts[0] and c in own), default=0)
-        return (*range(again), *sorted(own))
+            own |= self.graph.made_of(p for p, c in self.graph.edges if p < self.starts[0] and c in own)
+        return tuple(sorted(own))
 
     def span(self, segment: int) -> tuple[str, str]:
         """First and last block of ``segment`` in the order of the circle, without what it computes again."""

@@ -225,7 +225,8 @@ def problems(draw):
     macs = [draw(st.integers(1, 100)) * draw(st.sampled_from([1, 1, 1, 30])) for _ in range(count)]
     pairs = list(itertools.combinations(range(count), 2))
     skips = draw(st.sets(st.sampled_from(pairs), max_size=8))
-    edges = frozenset(skips | {(i, i + 1) for i in range(count - 1)})
+    sides = draw(st.sets(st.integers(1, count - 1), max_size=2))  # blocks that begin a path of their own, as a ControlNet's
+    edges = frozenset(skips | {(i, i + 1) for i in range(count - 1) if i + 1 not in sides})
     blocks = tuple(Block(f"b{i}", (meta[i],), 0, macs[i], draw(st.integers(0, 20))) for i in range(count))
     ways = [{"forecast": 0}, {"fresh_skips": False}, {"fresh_skips": True}]
     plan = Plan(segments=draw(st.integers(2, min(4, count))), stride=draw(st.integers(1, 3)), **draw(st.sampled_from(ways)))
@@ -242,8 +243,8 @@ def brute_force(graph, plan, speeds, room):
         if plan.forecast:
             owned[0] |= set(range(starts[0]))
             for mine in owned[1:]:
-                read = [p for p, c in graph.edges if c in mine and p < starts[0]]
-                mine |= set(range(max(read) + 1)) if read else set()
+                while read := {p for p, c in graph.edges if c in mine and p < starts[0]} - mine:
+                    mine |= read
         else:
             owned[-1] |= set(range(starts[0]))
         on_rank = [min(rank, plan.segments - 1) for rank in range(plan.world_size)]
@@ -258,7 +259,7 @@ def brute_force(graph, plan, speeds, room):
 
 
 def full_skips_before(graph, first):
-    skips = {p: graph.blocks[p].output_bytes for p, c in graph.edges if c > p + 1}
+    skips = {p: graph.blocks[p].output_bytes for p, c in graph.edges if c > p + 1 and 0 in graph.made_of([p])}
     return sum(p < first for p, size in skips.items() if size == max(skips.values()))
 
 

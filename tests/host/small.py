@@ -180,9 +180,9 @@ def latent(batch: int = 1, height: int = 16, width: int = 16, seed: int = 2, kin
     return {"samples": torch.randn(batch, *shape, height, width, generator=generator)}
 
 
-def control_net(kind: str = "sd15", seed: int = 3) -> comfy.controlnet.ControlNet:
+def control_net(kind: str = "sd15", seed: int = 3, channels: int = 64) -> comfy.controlnet.ControlNet:
     """A CONTROL_NET for models of this kind; see :func:`hint`."""
-    config, device = unet_config(kind), comfy.model_management.get_torch_device()
+    config, device = unet_config(kind, channels), comfy.model_management.get_torch_device()
     made = {"dtype": torch.float32, "operations": comfy.ops.disable_weight_init}
     if kind == "flux":
         network, options = comfy.ldm.flux.controlnet.ControlNetFlux(**config, **made), {"extra_conds": ["y", "guidance"]}

@@ -39,4 +39,17 @@ def test_chinese(chinese):
     content = open_help(chinese, "AsyncDiffOptions")
     assert content.get_by_role("heading", name="AsyncDiff 选项").is_visible()
     labels = chinese.page.evaluate("() => window.app.graph.nodes[0].widgets.map(widget => widget.label)")
-    assert labels == ["预设", "设备", "分段数", "步幅", "预热", "时间偏移", "预测", "切分点", "收尾", "加速目标", "分支数", "ControlNet"]
+    assert labels == [
+        "预设",
+        "设备",
+        "分段数",
+        "步幅",
+        "预热",
+        "时间偏移",
+        "预测",
+        "切分点",
+        "收尾",
+        "加速目标",
+        "分支数",
+        "ControlNet",
+    ]

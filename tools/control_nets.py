@@ -1,0 +1,107 @@
+"""Measure what it gains that the ranks compute ControlNets, too, and write docs/data/control_nets.json.
+
+python tools/control_nets.py [FILE]
+
+An SD 1.5 of true size and a ControlNet for it (random weights: it is about time), 256 px, CFG, inside an installed ComfyUI, on
+the CPU with one thread for each device. Then python tools/tables.py for the page that shows it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 12
+COUNTED = 5  # of them, the last: by then blocks are where what was measured says
+ROUNDS = 2
+SD15 = {
+    "model_channels": 320,
+    "num_res_blocks": [2] * 4,
+    "channel_mult": (1, 2, 4, 4),
+    "transformer_depth": [1] * 6 + [0] * 2,
+    "transformer_depth_output": [1] * 9 + [0] * 3,
+    "context_dim": 768,
+}
+PLANS = {"segments": {"segments": 2, "warmup": 2, "cooldown": 0}, "branches": {"branches": 2}}
+
+
+def main() -> None:
+    """Have the host's Python measure."""
+    sys.path.insert(0, str(ROOT))
+    from asyncdiff_nodes.cli.comfyui import find_comfyui, find_python
+    from asyncdiff_nodes.cli.report import write_json
+
+    file = sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "docs" / "data" / "control_nets.json")
+    comfyui = find_comfyui()
+    python = find_python(comfyui) if comfyui else None
+    if python is None:
+        sys.exit("no ComfyUI was found: set COMFYUI_PATH, and COMFYUI_PYTHON to the Python that runs it")
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "rows.json"
+        places = os.pathsep.join(map(str, (comfyui, ROOT, ROOT / "tests" / "host")))
+        environment = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
+        subprocess.run([python, __file__, "--inside", str(found)], env=environment, cwd=ROOT, check=True)
+        write_json(file, {"rows": json.loads(found.read_text(encoding="utf-8"))}, "python tools/control_nets.py")
+    print(f"written: {file}")
+
+
+def inside(file: str) -> None:
+    """Within the host: seconds per step, unrouted and under each plan, with the ControlNet here or there, in turns."""
+    import comfy.options  # noqa: F401  (before the flags)
+    from comfy.cli_args import args
+
+    args.cpu = True
+    import folder_paths
+    import nodes
+    import small
+    import torch
+
+    from asyncdiff_nodes.host.options import Options
+    from asyncdiff_nodes.host.pool import POOL
+    from asyncdiff_nodes.host.route import attach
+
+    torch.set_num_threads(1)
+    folder_paths.user_directory = str(Path(file).parent)  # nothing that was measured is kept
+    small.ALL["sd15"][3].update(SD15)
+    model, prompts = small.model("sd15", channels=SD15["model_channels"]), [small.conditioning("sd15", seed) for seed in (1, 2)]
+    hint = small.hint().repeat(1, 2, 2, 1)
+    net = small.control_net("sd15", channels=SD15["model_channels"])
+    controlled = nodes.ControlNetApplyAdvanced().apply_controlnet(*prompts, net, hint, 0.9, 0.0, 1.0, None)
+
+    def seconds(model: Any, prompts: Any) -> float:
+        """Median of the last steps."""
+        ends = []
+        sampler = nodes.comfy.samplers.KSampler(model, STEPS, "cpu", "euler", "normal", model_options=model.model_options)
+        latent = torch.zeros(1, 4, 32, 32)
+        noise = nodes.comfy.sample.prepare_noise(latent, 5)
+        sampler.sample(noise, *prompts, cfg=7.0, latent_image=latent, callback=lambda *_: ends.append(time.perf_counter()))
+        return statistics.median(b - a for a, b in itertools.pairwise(ends[-COUNTED - 1 :]))
+
+    taken: dict[tuple[str, str], list[float]] = {}
+    with torch.inference_mode():
+        for _ in range(ROUNDS):
+            taken.setdefault(("one device", "none"), []).append(seconds(model, prompts))
+            taken.setdefault(("one device", "fresh"), []).append(seconds(model, controlled))
+            for (plan, knobs), where in itertools.product(PLANS.items(), ("fresh", "shared")):
+                routed = attach(model, Options("Custom", "cpu,cpu", control_nets=where, **knobs))
+                taken.setdefault((plan, where), []).append(seconds(routed, controlled))
+                POOL.release()
+    one = statistics.median(taken["one device", "fresh"])
+    rows = []
+    for (plan, where), times in taken.items():
+        each = statistics.median(times)
+        rows.append({"plan": plan, "control_nets": where, "seconds_per_step": each, "speedup": one / each, "rounds": times})
+    Path(file).write_text(json.dumps(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    inside(sys.argv[2]) if sys.argv[1:2] == ["--inside"] else main()
