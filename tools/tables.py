@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/quality.md", "docs/models.md")
+PAGES = ("README.md", "docs/quality.md", "docs/models.md", "docs/comfyui.md")
 SAMPLERS = {
     "ddim": "DDIM",
     "euler": "Euler",
@@ -138,7 +138,25 @@ def plans(name: str) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"short": short, "full": full, "sets": sets, "speed": speed, "coverage": coverage, "plans": plans}
+def control_nets(name: str) -> str:
+    """Seconds per step with a ControlNet, computed here or there."""
+    plans = {"one device": "KSampler, one device", "segments": "2 segments", "branches": "2 branches"}
+    lines = ["| plan | ControlNet | seconds per step | speed-up |", "|---|---|---:|---:|"]
+    for row in rows_of(name):
+        where = "by ComfyUI" if (row["plan"], row["control_nets"]) == ("one device", "fresh") else row["control_nets"]
+        lines.append(f"| {plans[row['plan']]} | {where} | {row['seconds_per_step']:.2f} | {row['speedup']:.2f}x |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "short": short,
+    "full": full,
+    "sets": sets,
+    "speed": speed,
+    "coverage": coverage,
+    "plans": plans,
+    "control_nets": control_nets,
+}
 MARKED = re.compile(r"(<!-- table (\w+) of ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -80,6 +80,7 @@ class ControlNets:
         self.networks: list[nn.Module] = []
         self.patchers: list[ModelPatcher] = []
         self.notes: list[str] = []
+        self._within = False  # a chain is being asked
         self._chains: dict[ControlBase, dict[ControlNet, int]] = {}  # the outermost one -> those of its chain, and their networks
         hosts = set()
         outermost = dict.fromkeys(entry["control"] for entries in conds.values() for entry in entries if "control" in entry)
@@ -99,8 +100,25 @@ class ControlNets:
         with contextlib.ExitStack() as stack:
             for control, nets in self._chains.items():
                 if nets:
-                    stack.enter_context(replaced(control, "get_control", _recording(control, nets)))
+                    stack.enter_context(replaced(control, "get_control", self._recording(control, nets)))
             yield
+
+    def _recording(self, control: ControlBase, nets: dict[ControlNet, int]) -> Any:
+        """``control.get_control`` with the calls of the networks of ``nets`` noted among the residuals instead of made."""
+        original = control.get_control
+
+        def get_control(*args: Any, **kwargs: Any) -> dict[str, Any] | None:
+            if self._within:  # it is asked as a part of another chain, which notes its call
+                return original(*args, **kwargs)
+            calls: list[NetCall] = []
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(replaced(self, "_within", True))
+                for net, index in nets.items():
+                    stack.enter_context(replaced(net, "control_model", _Recorder(net, index, calls)))
+                residuals = original(*args, **kwargs)
+            return {**residuals, KEY: calls} if calls else residuals
+
+        return get_control
 
     def _takes(self, patcher: ModelPatcher, model_options: dict[str, Any], control: ControlBase) -> bool:
         if type(control) is not ControlNet or type(control.control_model) is not comfy.cldm.cldm.ControlNet:
@@ -161,21 +179,6 @@ def _obstacle(control: ControlNet, patcher: ModelPatcher, model_options: dict[st
     except UnsupportedModelError as error:
         return str(error)
     return None
-
-
-def _recording(control: ControlBase, nets: dict[ControlNet, int]) -> Any:
-    """``control.get_control`` with the calls of the networks of ``nets`` noted among the residuals instead of made."""
-    original = control.get_control
-
-    def get_control(*args: Any, **kwargs: Any) -> dict[str, Any] | None:
-        calls: list[NetCall] = []
-        with contextlib.ExitStack() as stack:
-            for net, index in nets.items():
-                stack.enter_context(replaced(net, "control_model", _Recorder(net, index, calls)))
-            residuals = original(*args, **kwargs)
-        return {**residuals, KEY: calls} if calls else residuals
-
-    return get_control
 
 
 class _Recorder:

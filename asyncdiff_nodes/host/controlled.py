@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from comfy.cldm import cldm
+from comfy.cldm.cldm import ControlNet
 from comfy.controlnet import ControlBase, StrengthType
 from comfy.ldm.modules import attention
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -16,6 +18,22 @@ from .attributes import replaced
 
 MERGE = ("strength", "strength_type", "global_average_pooling")  # what the host's merge of residuals reads
 Residuals = dict[str, list[torch.Tensor | None]]
+
+
+class ControlNetOnMeta(ControlNet):
+    """The network of a ControlNet on the meta device. It pickles as what it is built of: union ones have a class of their own.
+
+    Args:
+        config: of the host's class.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(**config, device="meta")
+        self._config = config
+        self.requires_grad_(False).eval()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ControlNetOnMeta, (self._config,)
 
 
 class ControlledUNet(UNetModel):
@@ -69,8 +87,12 @@ class ControlledUNet(UNetModel):
 def _traceable_attention() -> Iterator[None]:
     """An attention that runs on the meta device; ControlNets are given no options that could ask for it."""
     with contextlib.ExitStack() as stack:
-        for name in ("optimized_attention", "optimized_attention_masked"):
-            stack.enter_context(replaced(attention, name, attention.attention_pytorch))
+        for module, name in (
+            (attention, "optimized_attention"),
+            (attention, "optimized_attention_masked"),
+            (cldm, "optimized_attention"),
+        ):
+            stack.enter_context(replaced(module, name, attention.attention_pytorch))
         yield
 
 

@@ -333,7 +333,8 @@ class Sampling:
         """Have the host load the network after all."""
         if not self._loaded_here:
             need = self._patcher.memory_required(list(x.shape))
-            comfy.model_management.load_models_gpu([self._patcher, *self._nets.patchers], memory_required=need)
+            patchers = list(dict.fromkeys([self._patcher, *self._nets.patchers]))
+            comfy.model_management.load_models_gpu(patchers, memory_required=need)
             self._loaded_here = True
 
     def _note(self, text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 from asyncdiff_nodes.engine import Family, UnsupportedModelError, find_family
 from asyncdiff_nodes.engine.graph import tensors_of
 
-from .controlled import ControlledUNet
+from .controlled import ControlledUNet, ControlNetOnMeta
 from .parts import divide
 
 
@@ -30,7 +30,17 @@ def skeleton_of(patcher: ModelPatcher, nets: Sequence[nn.Module] = ()) -> nn.Mod
     """
     live = patcher.model.diffusion_model
     find_family(live)
-    rebuilt = _rebuilt(live, patcher.model.model_config.unet_config)
+    for cls in map(type, live.modules()):
+        if "<locals>" in cls.__qualname__ or not all(part.isidentifier() for part in cls.__module__.split(".")):
+            raise UnsupportedModelError(
+                f"its {type(live).__name__} has layers of the class {cls.__qualname__} from {cls.__module__}, "
+                "as quantised models do; a worker process cannot rebuild these"
+            )
+
+    def build(operations: type) -> nn.Module:
+        return type(live)(**patcher.model.model_config.unet_config, device="meta", operations=operations)
+
+    rebuilt = _rebuilt(live, build).requires_grad_(False).eval()
     if patcher.force_cast_weights:  # another node chose the precision of the computation
         for module in rebuilt.modules():
             if hasattr(module, "comfy_cast_weights"):
@@ -52,7 +62,9 @@ def net_skeleton(net: nn.Module, patcher: ModelPatcher) -> nn.Module:
     def rebuilt(config: dict[str, Any]) -> nn.Module:
         own = {key: value for key, value in config.items() if key != "out_channels"}
         own |= {"in_channels": read["input_blocks.0"], "hint_channels": read["input_hint_block"], "dtype": net.dtype}
-        return _rebuilt(net, own)
+        if net.control_add_embedding is not None:
+            own["union_controlnet_num_control_type"] = net.num_control_type
+        return _rebuilt(net, lambda operations: ControlNetOnMeta({**own, "operations": operations}))
 
     try:
         return rebuilt(patcher.model.model_config.unet_config)
@@ -63,18 +75,11 @@ def net_skeleton(net: nn.Module, patcher: ModelPatcher) -> nn.Module:
         return rebuilt(told.unet_config)
 
 
-def _rebuilt(live: nn.Module, config: dict[str, Any]) -> nn.Module:
-    """``live`` on the meta device, built from ``config``. Raises as :func:`skeleton_of`."""
+def _rebuilt(live: nn.Module, build: Callable[[type], nn.Module]) -> nn.Module:
+    """What ``build`` makes with the layer classes of ``live``, if that is the same network. Raises as :func:`skeleton_of`."""
     name = type(live).__name__
-    for module in live.modules():
-        cls = type(module)
-        if "<locals>" in cls.__qualname__ or not all(part.isidentifier() for part in cls.__module__.split(".")):
-            raise UnsupportedModelError(
-                f"its {name} has layers of the class {cls.__qualname__} from {cls.__module__}, as quantised models do; "
-                "a worker process cannot rebuild these"
-            )
     try:
-        rebuilt = type(live)(**config, device="meta", operations=_operations(live)).requires_grad_(False).eval()
+        rebuilt = build(_operations(live))
     except Exception as error:
         raise UnsupportedModelError(f"its {name} could not be rebuilt from the host's configuration ({error})") from error
     for what, describe in (("layers", _classes), ("weights", _shapes), ("attention heads", _heads)):
@@ -123,8 +128,9 @@ def _operations(live: nn.Module) -> type:
     raise UnsupportedModelError(f"its {type(live).__name__} has no linear layer of the host's own classes")
 
 
-def _classes(module: nn.Module) -> dict[str, type]:
-    return {name: type(child) for name, child in module.named_modules()}
+def _classes(module: nn.Module) -> dict[str, tuple[str, str]]:
+    """By name, since a class within a function is another one each time."""
+    return {name: (type(child).__module__, type(child).__qualname__) for name, child in module.named_modules() if name}
 
 
 def _shapes(module: nn.Module) -> dict[str, Any]:

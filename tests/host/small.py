@@ -180,8 +180,8 @@ def latent(batch: int = 1, height: int = 16, width: int = 16, seed: int = 2, kin
     return {"samples": torch.randn(batch, *shape, height, width, generator=generator)}
 
 
-def control_net(kind: str = "sd15", seed: int = 3, channels: int = 64) -> comfy.controlnet.ControlNet:
-    """A CONTROL_NET for models of this kind; see :func:`hint`."""
+def control_net(kind: str = "sd15", seed: int = 3, channels: int = 64, union: int | None = None) -> comfy.controlnet.ControlNet:
+    """A CONTROL_NET for models of this kind, or a ``union`` of so many types of control; see :func:`hint`."""
     config, device = unet_config(kind, channels), comfy.model_management.get_torch_device()
     made = {"dtype": torch.float32, "operations": comfy.ops.disable_weight_init}
     if kind == "flux":
@@ -191,7 +191,8 @@ def control_net(kind: str = "sd15", seed: int = 3, channels: int = 64) -> comfy.
     else:
         config = {key: value for key, value in config.items() if key not in ("out_channels", "transformer_depth_output")}
         config |= getattr(comfy.supported_models, ALL[kind][0]).unet_extra_config  # its attention heads
-        network, options = comfy.cldm.cldm.ControlNet(**config, hint_channels=3, dtype=torch.float32), {}
+        config |= {"hint_channels": 3, "union_controlnet_num_control_type": union, "dtype": torch.float32}
+        network, options = comfy.cldm.cldm.ControlNet(**config, operations=comfy.ops.disable_weight_init), {}
     randomise(network, seed)
     return comfy.controlnet.ControlNet(network.eval(), load_device=device, **options)
 

@@ -55,6 +55,7 @@ def assert_exact(model, prompts, nets, **kwargs):
     return found
 
 
+@pytest.mark.covers("controlnet")
 @pytest.mark.parametrize("kind", ["sd15", *(pytest.param(k, marks=pytest.mark.slow) for k in ("sdxl", "sd2_v", "vega"))])
 def test_synchronous_calls_are_the_hosts_bit_by_bit(kind):
     model, prompts = small.model(kind), [small.conditioning(kind, seed) for seed in (1, 2)]
@@ -122,6 +123,10 @@ def test_several_nets_in_a_chain(sd15, prompts):
     assert pids() == ranks
     assert not torch.equal(found, assert_exact(sd15, controlled(prompts, nets[0], nets[0]), 2))
     assert_exact(sd15, controlled(prompts, *nets), 3)
+    # both for the prompt, the first of them for the negative one, too, which is then the same object
+    positive, negative = controlled(prompts, nets[0])
+    more = nodes.ControlNetApply().apply_controlnet(positive, nets[1], small.hint(seed=5), 0.7)[0]
+    assert_exact(sd15, [more, negative], 3)
     # one of them for the prompt, another for the negative one
     assert_exact(sd15, [controlled(prompts, nets[0])[0], controlled(prompts, nets[1])[1]], 3)
 
@@ -149,6 +154,20 @@ def test_what_the_host_computes_itself_comes_first(deep, prompts):
     assert_exact(deep, controlled(prompts, net, features), 0)  # sums of floats depend on their order
 
 
+@pytest.mark.slow
+def test_a_union_of_several_types():
+    """Which type it is to be is told it with each call; its layers are as wide as SDXL's."""
+    model, prompts = small.model("sdxl", channels=320), [small.conditioning("sdxl", seed) for seed in (1, 2)]
+    net = small.control_net("sdxl", channels=320, union=6)
+    found = []
+    for types in ([], [1], [4]):
+        chosen = net.copy()
+        chosen.set_extra_arg("control_type", types)
+        found.append(assert_exact(model, controlled(prompts, chosen), 1, steps=2))
+    assert not torch.equal(found[1], found[2])
+
+
+@pytest.mark.covers("controlnet", kind="sd15_inpaint")
 def test_an_inpainting_model_has_more_channels_than_its_nets():
     model, prompts = small.model("sd15_inpaint"), [small.conditioning("sd15", seed) for seed in (1, 2)]
     assert_exact(model, controlled(prompts, small.control_net()), 1)
@@ -248,3 +267,12 @@ def test_weights_of_a_net_that_is_gone_can_move(sd15, prompts):
     assert_exact(sd15, prompts, 1)
     assert_exact(sd15, controlled(prompts, small.control_net(seed=7)), 1)
     assert POOL._held[-1].group is group
+
+
+def test_one_that_stops_in_mid_run(sd15, prompts):
+    """The calls without it are streams of their own, which begin there."""
+    given = controlled(prompts, small.control_net(), end=0.5)
+    stock, found = sample(sd15, given, steps=10), sample(attach(sd15, AHEAD[0]), given, steps=10)
+    assert shared() == 1 and not last_run().notes
+    assert len({record.stream for record in last_run().stats.records}) == 2
+    assert 0 < (found - stock).abs().max() < 1e-3 * stock.abs().max()

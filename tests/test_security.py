@@ -1,0 +1,97 @@
+"""What docs/security.md promises of the code itself: what it never does, wherever it is."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = [ROOT / "__init__.py", *sorted((ROOT / "asyncdiff_nodes").rglob("*.py"))]
+# where bytes may become objects: from pipes that our own processes inherited, in both directions
+UNPICKLES = {"engine/wire.py", "engine/worker.py"}
+# the command line starts ComfyUI, asks its Python for its version, and asks git for the commit
+STARTS = {"cli/comfyui.py", "cli/report.py"}
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix().removeprefix("asyncdiff_nodes/")
+
+
+def dotted(node):
+    """``a.b.c`` of an expression that is such a name, else an empty string."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}" if dotted(node.value) else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def calls(path):
+    return [dotted(node.func) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+
+
+def imports(path):
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=name_of)
+def test_nothing_is_executed_downloaded_or_unpickled(path):
+    """Neither text nor bytes from anywhere become code; the registry forbids eval, exec and pip besides."""
+    found, modules = set(calls(path)), imports(path)
+    assert not found & {"eval", "exec", "compile", "__import__", "os.system", "os.popen"}
+    assert not {call for call in found if re.search(r"(^|\.)(torch\.load|pickle\.Unpickler|marshal\.loads?)$", call)}
+    assert not modules & {"marshal", "shelve", "dill", "cloudpickle", "joblib", "requests", "httpx", "huggingface_hub", "pip"}
+    if name_of(path) not in UNPICKLES:
+        assert "pickle" not in modules or (name_of(path) == "engine/group.py" and "pickle.loads" not in found)
+    if name_of(path) not in STARTS:
+        assert "subprocess" not in modules
+    if name_of(path) != "cli/comfyui.py":  # which asks the ComfyUI that it has started itself, on loopback
+        assert not modules & {"urllib.request", "http.client", "ftplib", "socketserver", "http.server"}
+
+
+def test_the_two_places_that_unpickle_read_their_own_pipes():
+    """A skeleton is part of the first message of such a pipe."""
+    found = {name_of(path): calls(path).count("pickle.loads") for path in SHIPPED if "pickle.loads" in calls(path)}
+    assert found == {"engine/wire.py": 1, "engine/worker.py": 2}
+    wire, worker = ((ROOT / "asyncdiff_nodes" / name).read_text(encoding="utf-8") for name in sorted(UNPICKLES))
+    assert "pickle.loads(conn.recv_bytes())" in wire
+    assert set(re.findall(r"pickle\.loads\((.*?)\)", worker)) == {"boot.skeleton", "self._boot.skeleton"}
+
+
+def test_routes_open_no_file():
+    """What a request says is never a path."""
+    path = ROOT / "asyncdiff_nodes" / "routes.py"
+    text = path.read_text(encoding="utf-8")
+    assert not [
+        call for call in calls(path) if call.rpartition(".")[2] in ("open", "Path", "read_text", "read_bytes", "FileResponse")
+    ]
+    assert re.findall(r"routes\.(\w+)\(\"([^\"]*)\"", text) == [("get", "/asyncdiff/state"), ("post", "/asyncdiff/stop")]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "js").glob("*.js")), ids=lambda path: path.name)
+def test_the_page_makes_no_markup_and_no_code_of_text(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.findall(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|https?://(?!www\.w3\.org)", text
+    )
+
+
+def test_every_dependency_has_a_floor():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    required = [line for line in lines if line and not line.startswith("#")]
+    assert required and all(re.fullmatch(r"[\w-]+>=[\d.]+", line) for line in required)
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = re.search(r"\[project\.optional-dependencies\](.*?)\n\[", project, re.DOTALL)[1]
+    assert all(re.match(r"[\w-]+>=[\d.]+", name) for name in re.findall(r'"([^"]+)"', extras))
+
+
+def test_workflows_hold_data_only():
+    """No link, no path, nothing that a node of ours would fetch or run."""
+    for path in (ROOT / "workflows").glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\.\./|[A-Za-z]:\\\\|/home/|/root/|<script", text), path.name
