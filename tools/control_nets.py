@@ -2,14 +2,16 @@
 
 python tools/control_nets.py [FILE]
 
-An SD 1.5 of true size and a ControlNet for it (random weights: it is about time), 256 px, CFG, inside an installed ComfyUI, on
-the CPU with one thread for each device. Then python tools/tables.py for the page that shows it.
+An SD 1.5 of true size and a ControlNet for it (random weights: it is about time), 256 px, CFG, inside an installed ComfyUI. Each
+device is a core: ranks are pinned to one each, and ComfyUI's own work to the first, where a GPU's would be (Linux only). Then
+python tools/tables.py for the page that shows it.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 12
+STEPS = 14
 COUNTED = 5  # of them, the last: by then blocks are where what was measured says
 ROUNDS = 2
 SD15 = {
@@ -62,6 +64,7 @@ def inside(file: str) -> None:
     args.cpu = True
     import folder_paths
     import nodes
+    import psutil
     import small
     import torch
 
@@ -70,6 +73,8 @@ def inside(file: str) -> None:
     from asyncdiff_nodes.host.route import attach
 
     torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[:1])
     folder_paths.user_directory = str(Path(file).parent)  # nothing that was measured is kept
     small.ALL["sd15"][3].update(SD15)
     model, prompts = small.model("sd15", channels=SD15["model_channels"]), [small.conditioning("sd15", seed) for seed in (1, 2)]
@@ -80,10 +85,17 @@ def inside(file: str) -> None:
     def seconds(model: Any, prompts: Any) -> float:
         """Median of the last steps."""
         ends = []
+
+        def step(*_: Any) -> None:
+            ends.append(time.perf_counter())
+            for process in multiprocessing.active_children() if len(ends) == 1 else ():
+                for thread in psutil.Process(process.pid).threads():
+                    os.sched_setaffinity(thread.id, [cores[int(process.name.rpartition("-")[2])]])
+
         sampler = nodes.comfy.samplers.KSampler(model, STEPS, "cpu", "euler", "normal", model_options=model.model_options)
         latent = torch.zeros(1, 4, 32, 32)
         noise = nodes.comfy.sample.prepare_noise(latent, 5)
-        sampler.sample(noise, *prompts, cfg=7.0, latent_image=latent, callback=lambda *_: ends.append(time.perf_counter()))
+        sampler.sample(noise, *prompts, cfg=7.0, latent_image=latent, callback=step)
         return statistics.median(b - a for a, b in itertools.pairwise(ends[-COUNTED - 1 :]))
 
     taken: dict[tuple[str, str], list[float]] = {}
