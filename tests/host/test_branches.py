@@ -163,7 +163,8 @@ def test_guiders_with_more_or_fewer_prompts(sd15, prompts):
 
 def test_unequal_or_full_devices_get_segments(sd15, monkeypatch):
     plan, devices = TWO.resolve(items=2)
-    assert branches.affordable(sd15, plan, devices, 0)
-    assert not branches.affordable(sd15, plan, devices, 1e15), "no room for the calls"
+    assert branches.affordable([sd15], plan, devices, 0)
+    assert not branches.affordable([sd15], plan, devices, 1e15), "no room for the calls"
+    assert not branches.affordable([sd15] * 10_000, plan, devices, 0), "nor for so many ControlNets"
     monkeypatch.setattr(branches, "title", {"cpu": "RTX 4090", "cuda:1": "RTX 3060"}.get)
-    assert not branches.affordable(sd15, plan, ("cpu", "cuda:1"), 0)
+    assert not branches.affordable([sd15], plan, ("cpu", "cuda:1"), 0)
