@@ -171,9 +171,9 @@ def _obstacle(control: ControlNet, patcher: ModelPatcher, model_options: dict[st
                 return f"another node ({', '.join(names)}) may change what the network is given"
     if control.extra_hooks is not None or wrapped.patches or wrapped.object_patches:
         return "another node changes its weights"
-    dtype = control.manual_cast_dtype or network.dtype
-    if dtype != patcher.model.get_dtype_inference():
-        return f"it computes in {dtype}, the model in {patcher.model.get_dtype_inference()}"
+    dtype, ours = control.manual_cast_dtype or network.dtype, patcher.model.manual_cast_dtype or patcher.model.get_dtype()
+    if dtype != ours:
+        return f"it computes in {dtype}, the model in {ours}"
     try:
         net_skeleton(network, patcher)
     except UnsupportedModelError as error:
