@@ -53,13 +53,18 @@ class Held:
     nets: list[weakref.ref[nn.Module]]
     memory: list[RankMemory]
 
-    def fits(self, plan: Plan, devices: Sequence[str], fingerprint: str, nets: Sequence[nn.Module]) -> bool:
-        """Whether ``plan`` can run in this group once it has the right weights. It may have more ControlNets than are needed."""
+    def fits(self, plan: Plan, devices: Sequence[str], patcher: ModelPatcher, nets: Sequence[nn.Module]) -> bool:
+        """Whether ``plan`` can run in this group once it has the right weights.
+
+        For the model that it was started for, it may have more ControlNets than are needed: such a workflow samples it twice. For
+        others the cuts would be those of a heavier network.
+        """
         own = self.group.plan
         return (
             replace(own, **{name: getattr(plan, name) for name in PER_RUN}) == plan
             and self.group.devices == tuple(devices)
-            and self.fingerprint == fingerprint
+            and self.fingerprint == fingerprint_of(patcher)
+            and (len(nets) == len(self.nets) or self.model() is patcher.model)
             and self.slots(nets) is not None
         )
 
@@ -184,8 +189,7 @@ class Pool:
 
     def _find(self, patcher: ModelPatcher, nets: Sequence[nn.Module], plan: Plan, devices: Sequence[str]) -> Held | None:
         """The group that needs least work: same model, then one whose model is gone, then the oldest if there is no room."""
-        fingerprint = fingerprint_of(patcher)
-        fitting = [held for held in self._held if held.fits(plan, devices, fingerprint, nets)]
+        fitting = [held for held in self._held if held.fits(plan, devices, patcher, nets)]
         same = [held for held in fitting if held.model() is patcher.model]
         gone = [held for held in fitting if held.model() is None]
         oldest = fitting if len(self._held) >= MAX_GROUPS else []

@@ -27,6 +27,13 @@ EXACT = Options("Exact", "cpu,cpu")
 AHEAD = [Options("Custom", ",".join(["cpu"] * n), segments=n, warmup=2) for n in (2, 3)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_ranks():
+    """Cuts are other ones with ControlNets: no group of these tests serves others."""
+    yield
+    POOL.release()
+
+
 def controlled(prompts, *nets, strength=0.9, start=0.0, end=1.0):
     """``prompts`` under these ControlNets, one after the other."""
     for seed, net in enumerate(nets, 1):
@@ -112,6 +119,16 @@ def test_one_group_serves_samplings_with_and_without_other_nets_and_strengths(sd
     model = comfy.sd.load_lora_for_models(sd15, None, small.lora(sd15), 0.8, 0)[0]
     assert not torch.equal(assert_exact(model, controlled(prompts, net), 1), first)
     assert pids() == ranks
+
+
+def test_another_model_does_not_get_the_cuts_of_a_network_with_nets(prompts):
+    models = [small.model("sd15", seed=seed) for seed in (9, 10)]
+    assert_exact(models[0], controlled(prompts, small.control_net()), 1)
+    ranks = pids()
+    del models[0]
+    gc.collect()
+    assert_exact(models[0], prompts, 0)
+    assert not pids() & ranks
 
 
 def test_several_nets_in_a_chain(sd15, prompts):
