@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from .attributes import replaced
 from .controlled import MERGE, Residuals
 from .skeleton import net_skeleton
 
-KEY = "asyncdiff"  # among a call's residuals: the calls of ControlNets that the ranks are to make
+KEY = "asyncdiff"  # what is ours among the host's: its hooks, and the calls of ControlNets among a call's residuals
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class ControlNets:
                     stack.enter_context(replaced(control, "get_control", self._recording(control, nets)))
             yield
 
-    def _recording(self, control: ControlBase, nets: dict[ControlNet, int]) -> Any:
+    def _recording(self, control: ControlBase, nets: dict[ControlNet, int]) -> Callable[..., dict[str, Any] | None]:
         """``control.get_control`` with the calls of the networks of ``nets`` noted among the residuals instead of made."""
         original = control.get_control
 
@@ -129,7 +129,7 @@ class ControlNets:
             self.notes.append(note)
         return False
 
-    def _index(self, control: ControlNet, taken: Any) -> int:
+    def _index(self, control: ControlNet, taken: Collection[int]) -> int:
         """Of its network among :attr:`networks`, without those that are ``taken``."""
         for index, network in enumerate(self.networks):
             if network is control.control_model and index not in taken:

@@ -36,7 +36,7 @@ from asyncdiff_nodes.engine import (
 from .attributes import replaced
 from .balance import Balance
 from .branches import affordable, items_per_call
-from .control import ControlNets, complete, take
+from .control import KEY, ControlNets, complete, take
 from .live import Progress
 from .memory import room_for_weights
 from .options import ALWAYS, OneDeviceError, Options
@@ -48,7 +48,6 @@ from .settings import setting
 
 log = logging.getLogger(__name__)
 
-KEY = "asyncdiff"
 _WITHOUT_HOOK = frozenset({"OpenAISignatureMMDITWrapper"})  # networks whose forward calls no DIFFUSION_MODEL wrappers
 
 

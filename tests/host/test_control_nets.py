@@ -3,6 +3,7 @@
 import gc
 from dataclasses import replace
 
+import checkpoints
 import comfy.controlnet
 import comfy.model_management
 import comfy.sample
@@ -49,7 +50,7 @@ def sample(model, prompts, steps=4, cfg=4.0, sampler="euler", batch=1):
 
 
 def shared():
-    """How many ControlNets the ranks of the last run have, if each of their weights is on one rank at least."""
+    """How many ControlNets the ranks of the last run have."""
     names = {name for rank in last_run().stats.ranks for name in rank.weights}
     return len({name.split(".")[1] for name in names if name.startswith("control_nets.")})
 
@@ -119,6 +120,16 @@ def test_one_group_serves_samplings_with_and_without_other_nets_and_strengths(sd
     model = comfy.sd.load_lora_for_models(sd15, None, small.lora(sd15), 0.8, 0)[0]
     assert not torch.equal(assert_exact(model, controlled(prompts, net), 1), first)
     assert pids() == ranks
+
+
+def test_files_that_the_host_loaded(tmp_path, prompts):
+    """Half precision on disk; on a CPU the host computes in another, in network and net alike."""
+    checkpoints.place_small(tmp_path)
+    model = comfy.sd.load_checkpoint_guess_config(
+        str(tmp_path / "checkpoints" / "v1-5-pruned-emaonly-fp16.safetensors"), output_vae=False, output_clip=False
+    )[0]
+    net = comfy.controlnet.load_controlnet(str(tmp_path / "controlnet" / "control_v11p_sd15_canny_fp16.safetensors"))
+    assert_exact(model, controlled(prompts, net), 1)
 
 
 def test_another_model_does_not_get_the_cuts_of_a_network_with_nets(prompts):
