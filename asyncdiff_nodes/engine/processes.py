@@ -55,7 +55,6 @@ class Ranks:
 
     def __init__(self, count: int, poll: Callable[[], None] | None = None) -> None:
         """Start ``count`` processes. ``poll`` is called while waiting and may raise, to interrupt."""
-        self.folder = tempfile.mkdtemp(prefix="asyncdiff-")  # mode 0700; holds the rendezvous file
         self._poll = poll
         self._inbox: queue.SimpleQueue[tuple[int, Any, list[torch.Tensor]]] = queue.SimpleQueue()
         self._closing = threading.Event()
@@ -67,7 +66,9 @@ class Ranks:
         self._deaths: list[Connection] = []
         self._outboxes: list[queue.Queue] = []
         context = mp.get_context("spawn")
+        self.folder = ""
         try:
+            self.folder = tempfile.mkdtemp(prefix="asyncdiff-")  # mode 0700; holds the rendezvous file
             for rank in range(count):
                 conn, child_conn = wire.pipe(context)
                 child_death, death = context.Pipe(duplex=False)
@@ -93,6 +94,13 @@ class Ranks:
             for thread in threads:
                 thread.start()
             self._threads = threads
+        except OSError as error:
+            self.close(grace=0)
+            raise WorkerError(
+                f"rank {len(self._processes)} could not be started ({error}): see that there is room for {count} more processes "
+                "in memory, and in the temporary folder",
+                len(self._processes),
+            ) from error
         except BaseException:
             self.close()
             raise
@@ -105,7 +113,7 @@ class Ranks:
     @property
     def closed(self) -> bool:
         """Whether :meth:`close` was called or a rank failed."""
-        return self._closing.is_set()
+        return self._closing.is_set() or self._lost is not None
 
     def send(self, rank: int, header: Any, tensors: Sequence[torch.Tensor] = (), *, deadline: float) -> None:
         """Queue a message for ``rank``; waits while its queue is full.
@@ -145,7 +153,7 @@ class Ranks:
     def _check_open(self) -> None:
         if self._failure is not None:
             raise GroupClosedError(f"this worker group has failed before ({self._failure}): start a new one") from self._failure
-        if self.closed:
+        if self._closing.is_set():
             raise GroupClosedError("this worker group is closed: start a new one")
 
     def _check(self, deadline: float, what: str) -> None:
@@ -165,11 +173,13 @@ class Ranks:
             time.sleep(0.2)
             dead = [r for r, p in enumerate(self._processes) if p.exitcode not in (None, 1)]
             if not dead:
-                return WorkerError(f"rank {rank} failed", rank, header[1])
+                return WorkerError(f"rank {rank} failed ({header[1]})", rank, header[2])
             rank = dead[0]
         self._processes[rank].join(timeout=1)
         code = self._processes[rank].exitcode
-        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"exited with code {code}"
+        how = "closed its pipe" if code is None else f"exited with code {code}"
+        if code is not None and code < 0:
+            how = f"was killed by signal {-code}"
         return WorkerError(f"rank {rank} (process {self._processes[rank].pid}) {how}; all ranks were stopped", rank)
 
     def _fail(self, error: Exception) -> None:
@@ -181,14 +191,14 @@ class Ranks:
         """Thread: messages of all ranks into one queue, until a rank is gone or the group closes."""
         waiting: dict[Any, int] = {conn: rank for rank, conn in enumerate(self._conns)}
         sentinels = {process.sentinel: rank for rank, process in enumerate(self._processes)}
-        while not self.closed:
+        while not self._closing.is_set():
             ready = wait([*waiting, *sentinels, self._wake_read])
             conns = [item for item in ready if item in waiting]
             for conn in conns:
                 rank = waiting[conn]
                 try:
                     self._take(rank, *wire.receive(conn))
-                except (EOFError, OSError):
+                except Exception:  # end of file, or a message that makes no sense: no more will
                     del waiting[conn]
                     self._take(rank, ("died",), [])
             if not conns:  # last words first, then the news of a death
@@ -204,7 +214,7 @@ class Ranks:
     def close(self, grace: float = 3.0) -> None:
         """End all processes: ask, then terminate, then kill. Safe to call again, from any thread."""
         with self._lock:
-            if self.closed:
+            if self._closing.is_set():
                 return
             self._closing.set()
         if grace > 0:

@@ -67,9 +67,9 @@ def main(rank: int, conn: Connection, death: Connection, folder: str) -> None:
         _Rank(conn).serve()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent closed the group
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
-            wire.send(conn, ("failure", traceback.format_exc()))
+            wire.send(conn, ("failure", "".join(traceback.format_exception_only(error)).splitlines()[0], traceback.format_exc()))
         os._exit(1)  # not sys.exit: links with a dead peer would hang in their destructors
     os._exit(0)
 

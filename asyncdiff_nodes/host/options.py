@@ -16,6 +16,7 @@ from .settings import setting
 
 PRESETS = ("Exact", "Balanced", "Fast", "Turbo", "Custom")
 CONTROL_NETS = ("shared", "fresh")
+ON_FAILURE = ("restart", "finish")
 ALWAYS = 1_000_000  # a warm-up longer than any run: every step is synchronous
 
 
@@ -38,6 +39,8 @@ class Options:
         branches: see :class:`~asyncdiff_nodes.engine.Plan`; 0 for as many as are of use.
         control_nets: ``shared``: the ranks compute ControlNets with the network, and as stale; ``fresh``: the host does, before
             each call.
+        on_failure: when a rank dies or hangs. ``restart``: others take over at the step that it was in, once per sampling;
+            ``finish``, and after that: the host goes on by itself.
     """
 
     preset: str = "Balanced"
@@ -52,6 +55,7 @@ class Options:
     speedup: float = 0.0
     branches: int = 0
     control_nets: str = "shared"
+    on_failure: str = "restart"
 
     def resolve(self, items: int = 1, branching: bool = True) -> tuple[Plan, tuple[str, ...]]:
         """The plan, and one device per rank.
@@ -68,6 +72,8 @@ class Options:
             raise PlanError(f"preset={self.preset!r}: choose one of {', '.join(PRESETS)}")
         if self.control_nets not in CONTROL_NETS:
             raise PlanError(f"control_nets={self.control_nets!r}: choose one of {', '.join(CONTROL_NETS)}")
+        if self.on_failure not in ON_FAILURE:
+            raise PlanError(f"on_failure={self.on_failure!r}: choose one of {', '.join(ON_FAILURE)}")
         devices = self._devices()
         count = len(devices)
         knobs: dict[str, Any] = {"cuts": tuple(_words(self.cuts)) or None}

@@ -28,7 +28,9 @@ from .worker import HostSettings
 log = logging.getLogger(__name__)
 
 MAX_GROUPS = 2  # a base model and its refiner
-_START_TIMEOUT = 900.0  # seconds; a large checkpoint on a slow disk
+# seconds
+_START_TIMEOUT = 900.0  # a large checkpoint on a slow disk
+_CALL_TIMEOUT = 300.0
 
 
 @dataclass(eq=False)
@@ -141,7 +143,7 @@ class Pool:
             AsyncDiffError: see :class:`~asyncdiff_nodes.engine.WorkerGroup`.
         """
         self._retired.clear()
-        self._held = [held for held in self._held if not held.group.closed]
+        self.bury()
         skeleton = skeleton_of(patcher, nets)
         if held := self._find(patcher, nets, plan, devices):
             load(held.memory)
@@ -162,6 +164,11 @@ class Pool:
         group.move(placement, lambda names: held.weights(patcher, names))
         for rank, memory in enumerate(held.memory):
             memory.resize(placement.weight_bytes(placement.plan.segment_of_rank(rank)))
+
+    def bury(self) -> None:
+        """Let go of the groups that have failed, so that the host knows that their memory is free."""
+        for held in [held for held in self._held if held.group.closed]:
+            self._end(held)
 
     def release(self, keep: int = 0) -> None:
         """End all groups but the ``keep`` latest used."""
@@ -230,20 +237,26 @@ class Pool:
             inputs = family.example_inputs(skeleton, tuple(shape[2:]), 2 * shape[0])
         except (AttributeError, KeyError) as error:
             raise UnsupportedModelError(f"this ComfyUI builds its {family.name} in a way that is not known ({error})") from error
-        group = WorkerGroup(
-            skeleton,
-            plan,
-            devices,
-            estimate=balance.estimate,
-            room=balance.room,
-            family=family,
-            example_inputs=inputs,
-            weights=weights_of(patcher, skeleton, nets=nets),
-            prepare=HostSettings.current(),
-            on_placed=make_room,
-            start_timeout=_START_TIMEOUT,
-            poll=poll,
-        )
+        try:
+            group = WorkerGroup(
+                skeleton,
+                plan,
+                devices,
+                estimate=balance.estimate,
+                room=balance.room,
+                family=family,
+                example_inputs=inputs,
+                weights=weights_of(patcher, skeleton, nets=nets),
+                prepare=HostSettings.current(),
+                on_placed=make_room,
+                start_timeout=_START_TIMEOUT,
+                call_timeout=_CALL_TIMEOUT,
+                poll=poll,
+            )
+        except BaseException:
+            for rank in memory:
+                rank.forget()
+            raise
         model, patched = weakref.ref(patcher.model), patched_names(patcher)
         refs = list(map(weakref.ref, nets))
         held = Held(group, model, patcher.patches_uuid, patched, fingerprint_of(patcher), skeleton, refs, memory)

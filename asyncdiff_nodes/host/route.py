@@ -24,12 +24,14 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from asyncdiff_nodes.engine import (
     AsyncDiffError,
     CallRecord,
+    DeadlineError,
     GroupClosedError,
     NoiseLevels,
     Plan,
     PlanError,
     ScheduleError,
     UnsupportedModelError,
+    WorkerError,
     WorkerGroup,
 )
 
@@ -48,6 +50,7 @@ from .settings import setting
 
 log = logging.getLogger(__name__)
 
+_FAILURES = (WorkerError, DeadlineError)  # of the ranks
 _WITHOUT_HOOK = frozenset({"OpenAISignatureMMDITWrapper"})  # networks whose forward calls no DIFFUSION_MODEL wrappers
 
 
@@ -153,6 +156,10 @@ class Sampling:
         self._calls = 0  # of each stream, as far as is known
         self._nets: ControlNets | None = None  # that the ranks compute
         self._slots: list[int] = []  # where they have them
+        self._acquire: Callable[[], WorkerGroup]
+        self._begin: Callable[[WorkerGroup], None] | None = None  # None before the run has begun
+        self._restarted = False
+        self._left = ""  # why the host goes on without the ranks
         self._loaded_here = False
         self._changes = contextlib.ExitStack()  # of the host's objects, for this sampling
         self._progress = Progress(steps=len(sigmas) - 1)
@@ -191,11 +198,15 @@ class Sampling:
 
             balance = Balance(patcher, plan, noise_shape, devices, room_for_weights(devices, least / plan.branches))
             poll = comfy.model_management.throw_exception_if_processing_interrupted
-            group = POOL.acquire(patcher, nets.networks, plan, devices, noise_shape, load, poll, balance)
+            acquire = functools.partial(POOL.acquire, patcher, nets.networks, plan, devices, noise_shape, load, poll, balance)
+            self._acquire, self._nets = acquire, nets
+            self._with_ranks(self._enter)
         except OneDeviceError as error:
             return self._note(str(error))
         except UnsupportedModelError as error:
             return self._note(f"this model cannot be split: {error}")
+        except _FAILURES as error:
+            return self._give_up(error)
         self._prepare_model(patcher)
         sampling = patcher.get_model_object("model_sampling")
         calls = rehearse(self._sampler, self._sigmas, patcher)
@@ -204,7 +215,7 @@ class Sampling:
         wanted = self._options.preset == "Custom" and self._options.speedup
         if wanted:
             try:
-                plan = group.placement.within(self._options.speedup, plan, len(calls), levels)
+                plan = self.group.placement.within(self._options.speedup, plan, len(calls), levels)
             except PlanError as error:
                 self._note(str(error))
                 plan = replace(plan, warmup=1)
@@ -215,14 +226,24 @@ class Sampling:
                 f"{here.cooldown} leave none between them. Take more steps, or a shorter warm-up with the preset Fast or Custom"
             )
         self._plan, self._balance, self._calls = plan, balance, len(calls) - here.cooldown
-        if placement := balance.better(group, self._calls - here.warmup, running=False):
-            POOL.move(group, placement, patcher)
-        group.begin(sampling.timestep(calls), plan, self._on_record, levels)
-        self.group, self._nets, self._slots = group, nets, POOL.slots(group, nets.networks)
+
+        def begin(group: WorkerGroup) -> None:
+            group.begin(sampling.timestep(calls), plan, self._on_record, levels)
+            self._progress.sampling(group, plan, len(calls))
+
+        def begin_balanced() -> None:
+            if placement := balance.better(self.group, self._calls - here.warmup, running=False):
+                POOL.move(self.group, placement, patcher)
+            begin(self.group)
+
+        self._begin = begin
+        try:
+            self._with_ranks(begin_balanced)
+        except _FAILURES as error:
+            return self._give_up(error)
         for note in nets.notes:
             self._note(note)
         self._changes.enter_context(nets.recorded())
-        self._progress.sampling(group, plan, len(calls))
         return patcher.model, conds, others
 
     def call(self, given: dict[str, Any], network: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -237,12 +258,10 @@ class Sampling:
             complete(control, nets)  # in the dictionary that the network is called with
             return network()
 
-        if reason := call_obstacle(options):
+        if reason := self._left or call_obstacle(options):
             return by_host(reason)
         if not all(net.fits(x, given["timesteps"]) for net in nets):
             return by_host("a ControlNet is given another latent than the model")
-        if nets:
-            given["nets"] = {self._slots[net.net]: net.to_send(self._plan.microbatches > 1) for net in nets}
         shipped = shippable(options)
         given["transformer_options"] = shipped
         window = getattr(options.get("context_window"), "index_list", None)
@@ -250,27 +269,33 @@ class Sampling:
         patches = [shipped.get(kind) for kind in ("patches", "patches_replace")]
         outline = _outline(control), tuple(net.net for net in nets)
         stream = (tuple(options.get("uuids", ())), tuple(x.shape), outline, repr((patches, window)))
-        self._rebalance()
         self._progress.call(stream)
         if self._plan.branches > len(x):
             self._note(
                 "the host evaluates these prompts one after the other, so there is nothing to divide and only the first of "
                 f"{self._plan.branches} branches works: AsyncDiff Options, Custom, branches=1 uses all devices"
             )
+
+        def by_ranks() -> torch.Tensor:
+            self._rebalance()
+            if nets:
+                given["nets"] = {self._slots[net.net]: net.to_send(self._plan.microbatches > 1) for net in nets}
+            try:
+                return self.group(stream=stream, **given)
+            except ScheduleError:
+                self._do_without_schedule()
+                return self.group(stream=stream, **given)
+
         try:
-            return self.group(stream=stream, **given)
-        except ScheduleError:
-            # a schedule that only the sampler knows (dpm_adaptive, another pack's)
-            without = "nothing is computed ahead" if self._plan.stride == 1 else f"stride={self._plan.stride} is not possible"
-            self._note(f"which calls of the network this sampler makes is not known beforehand: {without}")
-            self._plan = replace(self._plan, stride=1, forecast=0)
-            self.group.begin(plan=self._plan, on_record=self._on_record)
-            self._progress.sampling(self.group, self._plan)
-            return self.group(stream=stream, **given)
+            return self._with_ranks(by_ranks)
         except UnsupportedModelError as error:
             return by_host(f"this call cannot be split: {error}")
         except GroupClosedError:
-            return by_host("ComfyUI took the ranks' memory back in mid-run; going on without them")
+            self._left = "ComfyUI took the ranks' memory back in mid-run; going on without them"
+        except _FAILURES as error:
+            self._left = f"{_brief(error)}: going on without them"
+            POOL.bury()
+        return by_host(self._left)
 
     def close(self) -> None:
         """However it ended: leave the host's objects as they were."""
@@ -279,7 +304,8 @@ class Sampling:
     def finish(self) -> None:
         """The sampling went well: publish what is known about it."""
         try:
-            record = RunRecord.of(self.group, self._plan, self._notes)
+            left = RunRecord(tuple(self._notes), self._plan)
+            record = left if self._left else RunRecord.of(self.group, self._plan, self._notes)
         except AsyncDiffError as error:  # the picture is done: it must not be lost for a report
             self._note(f"there is no report on this run: {error}")
             record = RunRecord(tuple(self._notes), self._plan)
@@ -309,14 +335,54 @@ class Sampling:
         """Once the ranks have told how fast they are: have the blocks change their ranks, if that pays in what is left."""
         if self.group.closed or not self._balance.learnt(self._plan):
             return
-        placement = self._balance.better(self.group, self._calls - self._progress.posted - 1, running=True)
+        placement = self._balance.better(self.group, self._calls - self._progress.posted, running=True)
         if placement is None:
             return
         log.info("AsyncDiff: dividing the work anew, at %s", ", ".join(placement.cuts))
+        POOL.move(self.group, placement, self._patcher)
+
+    def _with_ranks(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` returns. Where the ranks fail at it others do it, once per sampling, unless the user wants none.
+
+        Of what the first ranks did since the call that fails nothing is used: a stream's next call is its first on the others,
+        as if the sampling began there.
+        """
         try:
-            POOL.move(self.group, placement, self._patcher)
-        except AsyncDiffError as error:  # the host goes on by itself
-            self._note(f"the work could not be divided anew: {error}")
+            return work()
+        except _FAILURES as error:
+            log.warning("AsyncDiff: the ranks failed", exc_info=error)
+            if self._restarted or self._options.on_failure != "restart":
+                raise
+            self._restarted = True
+            self._note(f"{_brief(error)}: others have taken their place")
+        self._enter()
+        return work()
+
+    def _enter(self) -> None:
+        """Get a group, and have it begin at the call that is due, if the run goes on already."""
+        self.group = self._acquire()
+        self._slots = POOL.slots(self.group, self._nets.networks)
+        if self._begin is not None:
+            self._begin(self.group)
+
+    def _give_up(self, error: AsyncDiffError) -> None:
+        """The ranks failed before the first call."""
+        self.group = None
+        POOL.bury()
+        self._note(_brief(error))
+
+    def _do_without_schedule(self) -> None:
+        """The calls are not those that were announced: only the sampler knows which there are (dpm_adaptive, another pack's)."""
+        without = "nothing is computed ahead" if self._plan.stride == 1 else f"stride={self._plan.stride} is not possible"
+        self._note(f"which calls of the network this sampler makes is not known beforehand: {without}")
+        plan = self._plan = replace(self._plan, stride=1, forecast=0)
+
+        def begin(group: WorkerGroup) -> None:
+            group.begin(plan=plan, on_record=self._on_record)
+            self._progress.sampling(group, plan)
+
+        self._begin = begin
+        begin(self.group)
 
     def _prepare_model(self, patcher: ModelPatcher) -> None:
         """What loading would have done to the rest of the model: other nodes' object patches, and small parts to the device."""
@@ -341,6 +407,11 @@ class Sampling:
             self._notes.append(text)
             self._progress.enter("sampling" if self.group else "usual")
             log.warning("AsyncDiff: %s%s", "" if self.group else "not used, ComfyUI samples as usual: ", text)
+
+
+def _brief(error: AsyncDiffError) -> str:
+    """Its first line: what there is more is a rank's traceback, and in the log."""
+    return str(error).partition("\n")[0]
 
 
 def _levels(sampling: Any, sigmas: torch.Tensor, rest: float) -> NoiseLevels | None:

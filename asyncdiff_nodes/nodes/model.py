@@ -180,6 +180,13 @@ class AsyncDiffOptions(ReadsSettings):
                     tooltip="shared: the devices compute ControlNets together with the network, so that these are faster, too. "
                     "fresh: ComfyUI computes them before each step, on one device, for guidance that is never worked ahead.",
                 ),
+                io.Combo.Input(
+                    "on_failure",
+                    options=["restart", "finish"],
+                    default="restart",
+                    tooltip="When a worker process dies, runs out of memory or hangs. restart: others take over at that step, "
+                    "with a new warm-up, and if these fail, too, ComfyUI. finish: ComfyUI does the rest, on one device.",
+                ),
             ],
             outputs=[OptionsType.Output(display_name="options")],
         )

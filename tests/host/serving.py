@@ -134,6 +134,7 @@ def options(preset: str = "Exact", devices: str = "cpu,cpu", **changes: Any) -> 
         "speedup": 0.0,
         "branches": 0,
         "control_nets": "shared",
+        "on_failure": "restart",
     }
     return node("AsyncDiffOptions", preset=preset, devices=devices, **rest | changes)
 
