@@ -27,12 +27,14 @@ class Run:
         number: of the run, so that what an older one left behind is not mistaken for its own.
         timesteps: of every call of a stream; None if not known.
         levels: of the same calls.
+        checked: ranks look in every call for the blocks that NaN or infinity come from.
     """
 
     number: int
     plan: Plan
     timesteps: tuple[float, ...] | None = None
     levels: NoiseLevels | None = None
+    checked: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class CallMessage:
         ahead: the call is no call of the caller's; see :func:`~.schedule.calls_ahead`.
         parts: of its batch, that the rank is to compute one after the other.
         timed: its record is to say how long each block took.
+        checked: its record is to say which blocks NaN or infinity come from.
         leaves, structure, positional: as in :class:`~.inputs.Inputs`.
         timestep: this rank's.
         layouts: output layouts of all blocks; on a stream's first call only.
@@ -61,6 +64,7 @@ class CallMessage:
     ahead: bool
     parts: int
     timed: bool
+    checked: bool
     targets: tuple[int, ...]
     reads: int | None
     leaves: tuple[Packed, ...]
@@ -216,6 +220,7 @@ class Stream:
             ahead=call.kind is Kind.AHEAD,
             parts=parts,
             timed=parts == 1 and self._timed(call),
+            checked=self._run.checked,
             targets=call.targets,
             reads=call.reads[rank] if computes else None,
             leaves=tuple(leaves),

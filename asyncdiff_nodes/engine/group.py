@@ -20,6 +20,7 @@ from .calls import Run, Stream
 from .devices import parse_devices
 from .errors import DeviceError, PlanError, ScheduleError, UnsupportedModelError
 from .family import Family, find_family
+from .finite import is_finite
 from .graph import BlockGraph, meta_copy, tensors_of, trace
 from .inputs import Inputs
 from .lookahead import NoiseLevels
@@ -53,6 +54,9 @@ class WorkerGroup:
         on_placed: called with the placement before anything is on the devices, for example to make room there.
         start_timeout, call_timeout: seconds until all ranks must be ready, and until a call must be answered.
         poll: called again and again while waiting; what it raises interrupts the call, after which ``begin`` starts afresh.
+
+    Attributes:
+        finite: whether all results of this run so far were without NaN and infinity.
 
     Raises:
         PlanError, DeviceError, UnsupportedModelError: see their messages.
@@ -104,6 +108,7 @@ class WorkerGroup:
         self._streams: dict[tuple[int, Hashable], Stream] = {}
         self._last: dict[tuple[int, Hashable], Any] = {}  # the last result
         self._results: dict[tuple[int, Hashable, int], Any] = {}
+        self.finite = True
         self._records: deque[CallRecord] = deque(maxlen=20_000)
         self._on_record: Callable[[CallRecord], None] | None = None
         self._call_timeout = call_timeout
@@ -174,11 +179,15 @@ class WorkerGroup:
         self._run = Run(
             self._run.number + 1, plan.at(levels), None if timesteps is None else tuple(map(float, timesteps)), levels
         )
+        self._on_record = on_record
+        self._start_run()
+
+    def _start_run(self) -> None:
         self._streams.clear()
         self._last.clear()
         self._results.clear()
         self._records.clear()
-        self._on_record = on_record
+        self.finite = True
         self._send_all(("reset", self._run.number), time.monotonic() + self._call_timeout)
 
     def __call__(self, *args: Any, stream: Hashable = None, **kwargs: Any) -> Any:
@@ -207,9 +216,21 @@ class WorkerGroup:
             if call.kind is not Kind.REPEATED:
                 self._last[branch, stream] = self._result((branch, stream, call.index), deadline)
         results = [self._last[branch, stream] for branch in range(len(parts))]
+        self.finite = self.finite and all(is_finite(leaves) for leaves, _ in results)
         # copies: a caller may change its result in place, and it may be needed again
         leaves = [leaf.to(parts[0].device, copy=True) for leaf in concatenated([leaves for leaves, _ in results])]
         return unflatten(leaves, results[0][1])
+
+    def origin_of_nan(self, *args: Any, **kwargs: Any) -> str | None:
+        """The first block that makes NaN or infinity of finite input, if this call is computed synchronously; None if none does.
+
+        It is a run of its own: :meth:`begin` starts the next.
+        """
+        self._run = Run(self._run.number + 1, replace(self.plan, warmup=1, stride=1, forecast=0, cooldown=0), checked=True)
+        self._start_run()
+        self(*args, **kwargs)
+        found = {name for rank in self.stats().ranks for record in rank.records for name in record.not_finite}
+        return next((name for name in self.placement.graph.names if name in found), None)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace weights in the ranks; later calls use the new ones. If this fails half-way, the group is closed.

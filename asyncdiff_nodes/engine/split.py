@@ -14,6 +14,7 @@ from torch import nn
 
 from .batch import Arguments, concatenated
 from .calls import CallMessage
+from .finite import origins
 from .graph import TensorMeta, tensors_of
 from .profile import block_marks
 from .stub import Inbox, make_stub
@@ -149,10 +150,12 @@ class SplitModel:
         self._waits = []
         self._transport.begin_call()
         running = self._expect(stream, message, [items for items, _ in parts])
-        output, blocks = None, {}
+        output, blocks, not_finite = None, {}, []
         if message.computes:
-            timed = block_marks(self._module, self._share.owned, self._watch) if message.timed else contextlib.nullcontext({})
-            with timed as blocks:
+            own = self._share.owned
+            timed = block_marks(self._module, own, self._watch) if message.timed else contextlib.nullcontext({})
+            checked = origins(self._module, own) if message.checked else contextlib.nullcontext([])
+            with timed as blocks, checked as not_finite:
                 outputs = []
                 for part, (_, (args, kwargs)) in zip(running, parts, strict=True):
                     self._now = part
@@ -177,6 +180,7 @@ class SplitModel:
             "why": message.why,
             "ahead": message.ahead,
             "bytes_sent": self._transport.bytes_sent - sent,
+            "not_finite": tuple(not_finite),
         }
         drifts = {name: d for name, inbox in stream.inboxes.items() if (d := inbox.drift()) is not None}
         self._log.append((facts, start, self._watch.mark(), self._waits, drifts, blocks))

@@ -25,6 +25,7 @@ class CallRecord:
         ahead: done for later calls, after this rank's part of the last synchronous call.
         drift: producer block -> relative L2 change of its output since the value before, for values received.
         blocks: own block -> seconds that it took; empty in calls that were not asked for them, see :class:`~.calls.Stream`.
+        not_finite: own blocks that made NaN or infinity of what was finite; empty in calls that were not asked for them.
     """
 
     stream: str
@@ -42,6 +43,7 @@ class CallRecord:
     why: str = ""
     drift: dict[str, float] = field(default_factory=dict)
     blocks: dict[str, float] = field(default_factory=dict)
+    not_finite: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,7 @@ class Sampling:
         self._acquire: Callable[[], WorkerGroup]
         self._begin: Callable[[WorkerGroup], None] | None = None  # None before the run has begun
         self._restarted = False
+        self._finite = True  # as far as is known
         self._left = ""  # why the host goes on without the ranks
         self._loaded_here = False
         self._changes = contextlib.ExitStack()  # of the host's objects, for this sampling
@@ -287,7 +288,10 @@ class Sampling:
                 return self.group(stream=stream, **given)
 
         try:
-            return self._with_ranks(by_ranks)
+            result = self._with_ranks(by_ranks)
+            if self._finite and not self.group.finite:
+                self._explain_nan(x, given)
+            return result
         except UnsupportedModelError as error:
             return by_host(f"this call cannot be split: {error}")
         except GroupClosedError:
@@ -370,6 +374,23 @@ class Sampling:
         self.group = None
         POOL.bury()
         self._note(_brief(error))
+
+    def _explain_nan(self, x: torch.Tensor, given: dict[str, Any]) -> None:
+        """The ranks' results have NaN or infinity: say where these come from, once per sampling."""
+        self._finite, step = False, self._progress.posted
+        if not x.isfinite().all():
+            return self._note(f"the latent of step {step} has NaN or infinity, before the network is called")
+        block = self.group.origin_of_nan(**given)
+        self._begin(self.group)
+        where = "though not if it is computed synchronously"
+        if block is not None:
+            placement = self.group.placement
+            index = placement.graph.names.index(block)
+            where = f"from block {block} on, on {self.group.devices[placement.segments[index]]}"
+        self._note(
+            f"the network's result in step {step} has NaN or infinity, {where}: see whether another precision helps "
+            "(ComfyUI's --force-fp32, or ModelComputeDtype), and whether a LoRA or patch does it"
+        )
 
     def _do_without_schedule(self) -> None:
         """The calls are not those that were announced: only the sampler knows which there are (dpm_adaptive, another pack's)."""
