@@ -14,14 +14,13 @@ import json
 import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+import within_host
+
 STEPS = 14
 COUNTED = 5  # of them, the last: by then blocks are where what was measured says
 ROUNDS = 2
@@ -38,30 +37,16 @@ PLANS = {"segments": {"segments": 2, "warmup": 2, "cooldown": 0}, "branches": {"
 
 def main() -> None:
     """Have the host's Python measure."""
-    sys.path.insert(0, str(ROOT))
-    from asyncdiff_nodes.cli.comfyui import find_comfyui, find_python
     from asyncdiff_nodes.cli.report import write_json
 
-    file = sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "docs" / "data" / "control_nets.json")
-    comfyui = find_comfyui()
-    python = find_python(comfyui) if comfyui else None
-    if python is None:
-        sys.exit("no ComfyUI was found: set COMFYUI_PATH, and COMFYUI_PYTHON to the Python that runs it")
-    with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder) / "rows.json"
-        places = os.pathsep.join(map(str, (comfyui, ROOT, ROOT / "tests" / "host")))
-        environment = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
-        subprocess.run([python, __file__, "--inside", str(found)], env=environment, cwd=ROOT, check=True)
-        write_json(file, {"rows": json.loads(found.read_text(encoding="utf-8"))}, "python tools/control_nets.py")
+    file = sys.argv[1] if len(sys.argv) > 1 else str(within_host.ROOT / "docs" / "data" / "control_nets.json")
+    write_json(file, {"rows": within_host.found_by(__file__)}, "python tools/control_nets.py")
     print(f"written: {file}")
 
 
 def inside(file: str) -> None:
     """Within the host: seconds per step, unrouted and under each plan, with the ControlNet here or there, in turns."""
-    import comfy.options  # noqa: F401  (before the flags)
-    from comfy.cli_args import args
-
-    args.cpu = True
+    within_host.on_cpu()
     import folder_paths
     import nodes
     import psutil
@@ -72,7 +57,6 @@ def inside(file: str) -> None:
     from asyncdiff_nodes.host.pool import POOL
     from asyncdiff_nodes.host.route import attach
 
-    torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores[:1])
     folder_paths.user_directory = str(Path(file).parent)  # nothing that was measured is kept

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/quality.md", "docs/models.md", "docs/comfyui.md")
+PAGES = ("README.md", "docs/quality.md", "docs/models.md", "docs/comfyui.md", "docs/reliability.md")
 SAMPLERS = {
     "ddim": "DDIM",
     "euler": "Euler",
@@ -148,6 +148,21 @@ def control_nets(name: str) -> str:
     return "\n".join(lines)
 
 
+def faults(name: str) -> str:
+    """What came of each kind of fault in each phase, and the sum of it."""
+    ends = ("undisturbed", "restarted", "finished by ComfyUI")
+    counts = ("injected", "wrong", "late", "orphans", "leaked_files")
+    lines = [
+        "| phase | kind | injected | wrong | late | orphans | leaked files | undisturbed | restarted | finished by ComfyUI |",
+        "|---|---|" + "---:|" * 8,
+    ]
+    found = json.loads((ROOT / "docs" / "data" / f"{name}.json").read_text(encoding="utf-8"))
+    for row in (*found["rows"], {"phase": "all", "kind": "", **found["total"]}):
+        numbers = (*(row[what] for what in counts), *(row["ends"].get(how, 0) for how in ends))
+        lines.append(f"| {row['phase']} | {row['kind']} | {' | '.join(map(str, numbers))} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "short": short,
     "full": full,
@@ -156,6 +171,7 @@ TABLES = {
     "coverage": coverage,
     "plans": plans,
     "control_nets": control_nets,
+    "faults": faults,
 }
 MARKED = re.compile(r"(<!-- table (\w+) of ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -1,0 +1,41 @@
+"""What several tools share: work that is done inside an installed ComfyUI, by its Python and with its modules."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def found_by(script: str, *arguments: str) -> Any:
+    """The data that ``script`` writes as JSON, started as ``script --inside FILE arguments`` within the host."""
+    from asyncdiff_nodes.cli.comfyui import find_comfyui, find_python
+
+    comfyui = find_comfyui()
+    python = find_python(comfyui) if comfyui else None
+    if python is None:
+        sys.exit("no ComfyUI was found: set COMFYUI_PATH, and COMFYUI_PYTHON to the Python that runs it")
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "found.json"
+        places = os.pathsep.join(map(str, (comfyui, ROOT, ROOT / "tests" / "host")))
+        environment = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
+        subprocess.run([python, script, "--inside", str(found), *arguments], env=environment, cwd=ROOT, check=True)
+        return json.loads(found.read_text(encoding="utf-8"))
+
+
+def on_cpu() -> None:
+    """To be called inside, before anything of the host is imported: no GPU is used, and one thread, as by a rank."""
+    import comfy.options  # noqa: F401  (before the flags)
+    from comfy.cli_args import args
+
+    args.cpu = True
+    import torch
+
+    torch.set_num_threads(1)
