@@ -34,5 +34,5 @@ def _parse(name: str | torch.device) -> torch.device:
     index = device.index or 0
     if index >= count:
         found = f"the last one is {device.type}:{count - 1}" if count else f"this machine has no usable {device.type} device"
-        raise DeviceError(f"devices: {str(name)!r} does not exist: {found}")
+        raise DeviceError(f"devices: {str(name)!r} does not exist: {found}; name only such as there are (cpu is one)")
     return torch.device(device.type, index)

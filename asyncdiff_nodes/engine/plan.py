@@ -83,7 +83,8 @@ class Plan:
             object.__setattr__(self, "cuts", tuple(self.cuts))
             if len(self.cuts) != self.segments:
                 raise PlanError(
-                    f"{len(self.cuts)} cuts for {self.segments} segments: name one cut per segment, the block that it begins with"
+                    f"cuts={', '.join(self.cuts)!r}: {len(self.cuts)} cuts for {self.segments} segments: name one cut per "
+                    "segment, the block that it begins with"
                 )
 
     def at(self, levels: NoiseLevels | None) -> Plan:

@@ -217,7 +217,7 @@ class Ranks:
             if self._closing.is_set():
                 return
             self._closing.set()
-        if grace > 0:
+        if grace > 0 and self._lost is None:  # those who wait for a rank that is gone do not listen
             for outbox in self._outboxes:
                 with contextlib.suppress(queue.Full):
                     outbox.put_nowait((("close",), ()))

@@ -358,7 +358,7 @@ class Sampling:
             if self._restarted or self._options.on_failure != "restart":
                 raise
             self._restarted = True
-            self._note(f"{_brief(error)}: others have taken their place")
+            self._notes.append(f"{_brief(error)}: others have taken their place")
         self._enter()
         return work()
 

@@ -138,6 +138,7 @@ class Chaos:
         for path in (self._orders, self._temporary, self._another, self._user):
             path.mkdir()
         self._process = psutil.Process()
+        self._shared = _shared_memory()
         self._others: list[psutil.Process] = []  # of another host that was killed
         self._model = small.model("sd15", seed=9)
         self._prompts = small.conditioning("sd15", 1), small.conditioning("sd15", 2)
@@ -341,5 +342,9 @@ class Chaos:
         ours = {held.group._ranks.folder for held in POOL._held}
         temporary = [path for path in (*self._temporary.iterdir(), *self._another.iterdir()) if str(path) not in ours]
         kept = [path for path in self._user.rglob("*") if path.is_file() and path.name != "block_times.json"]
-        shared = [name for name in os.listdir("/dev/shm") if name.startswith(("torch_", "psm_", "sem.mp-"))]
-        return len(temporary) + len(kept) + len(shared)
+        return len(temporary) + len(kept) + len(_shared_memory() - self._shared)
+
+
+def _shared_memory() -> set[str]:
+    """Names that Python and PyTorch give to it; Linux."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith(("torch_", "psm_", "sem.mp-"))}

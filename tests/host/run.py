@@ -14,7 +14,7 @@ from pathlib import Path
 from asyncdiff_nodes.cli.comfyui import find_comfyui, find_python
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ["pytest>=8", "pytest-timeout>=2.3", "playwright>=1.49"]
+TOOLS = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "playwright>=1.49"]
 
 
 def main() -> int:
@@ -27,7 +27,7 @@ def main() -> int:
         return 0
     # beside this project's own environment: nothing is installed into the host's
     tools = Path(sys.prefix) / "host-tools"
-    if not all((tools / name).exists() for name in ("pytest", "playwright")):
+    if not all((tools / name).exists() for name in ("pytest", "hypothesis", "playwright")):
         pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "--target", str(tools), *TOOLS], check=True)
     print(f"Host tests: {comfyui}, {python}")
