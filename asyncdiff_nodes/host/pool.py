@@ -217,7 +217,7 @@ class Pool:
         for held in [held for held in self._held if held.model() is patcher.model]:
             self._end(held)  # the same weights under another plan
         self.release(keep=MAX_GROUPS - 1)
-        family = family_of(skeleton)
+        family = family_of(skeleton, patcher)
         memory: list[RankMemory] = []
         started: list[weakref.ref[Held]] = []  # weak, so that what is ended is gone at once
 

@@ -9,14 +9,18 @@ from typing import Any
 
 import comfy.ldm.modules.attention
 import comfy.model_detection
+import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from asyncdiff_nodes.engine import Family, UnsupportedModelError, find_family
 from asyncdiff_nodes.engine.graph import tensors_of
 
+from . import quantised
 from .controlled import ControlledUNet, ControlNetOnMeta
 from .parts import divide
+from .quantised import Operations
 
 
 def skeleton_of(patcher: ModelPatcher, nets: Sequence[nn.Module] = ()) -> nn.Module:
@@ -26,25 +30,23 @@ def skeleton_of(patcher: ModelPatcher, nets: Sequence[nn.Module] = ()) -> nn.Mod
     (casting functions, streams, pinned memory), and compared with the live one, because other nodes may have rebuilt that.
 
     Raises:
-        UnsupportedModelError: no block list for its class; quantised layers; layers that other nodes replaced.
+        UnsupportedModelError: no block list for its class; layers of classes that a rank cannot have; layers that other nodes
+            replaced.
     """
     live = patcher.model.diffusion_model
     find_family(live)
-    for cls in map(type, live.modules()):
-        if "<locals>" in cls.__qualname__ or not all(part.isidentifier() for part in cls.__module__.split(".")):
-            raise UnsupportedModelError(
-                f"its {type(live).__name__} has layers of the class {cls.__qualname__} from {cls.__module__}, "
-                "as quantised models do; a worker process cannot rebuild these"
-            )
+    operations = quantised.operations_of(patcher)
 
-    def build(operations: type) -> nn.Module:
-        return type(live)(**patcher.model.model_config.unet_config, device="meta", operations=operations)
+    def build(classes: type) -> nn.Module:
+        return type(live)(**patcher.model.model_config.unet_config, device="meta", operations=classes)
 
-    rebuilt = _rebuilt(live, build).requires_grad_(False).eval()
+    rebuilt = _rebuilt(live, build, operations).requires_grad_(False).eval()
     if patcher.force_cast_weights:  # another node chose the precision of the computation
         for module in rebuilt.modules():
             if hasattr(module, "comfy_cast_weights"):
-                module.comfy_cast_weights = True
+                module.comfy_cast_weights = module.comfy_force_cast_weights = True
+    if operations is not None:
+        quantised.take_apart(rebuilt, operations)
     return ControlledUNet.of(rebuilt, [net_skeleton(net, patcher) for net in nets]) if nets else rebuilt
 
 
@@ -64,7 +66,7 @@ def net_skeleton(net: nn.Module, patcher: ModelPatcher) -> nn.Module:
         own |= {"in_channels": read["input_blocks.0"], "hint_channels": read["input_hint_block"], "dtype": net.dtype}
         if net.control_add_embedding is not None:
             own["union_controlnet_num_control_type"] = net.num_control_type
-        return _rebuilt(net, lambda operations: ControlNetOnMeta({**own, "operations": operations}))
+        return _rebuilt(net, lambda classes: ControlNetOnMeta({**own, "operations": classes}))
 
     try:
         return rebuilt(patcher.model.model_config.unet_config)
@@ -75,11 +77,17 @@ def net_skeleton(net: nn.Module, patcher: ModelPatcher) -> nn.Module:
         return rebuilt(told.unet_config)
 
 
-def _rebuilt(live: nn.Module, build: Callable[[type], nn.Module]) -> nn.Module:
-    """What ``build`` makes with the layer classes of ``live``, if that is the same network. Raises as :func:`skeleton_of`."""
-    name = type(live).__name__
+def _rebuilt(live: nn.Module, build: Callable[[type], nn.Module], operations: Operations | None = None) -> nn.Module:
+    """What ``build`` makes with the layer classes of ``live``, if that is the same network. Raises as :func:`skeleton_of`.
+
+    Args:
+        operations: how to get at these classes, if they cannot be imported.
+    """
+    name, classes = type(live).__name__, _classes_of(live, operations)
     try:
-        rebuilt = build(_operations(live))
+        rebuilt = build(classes)
+        for layer, state in quantised.states(live, operations) if operations else ():
+            rebuilt.get_submodule(layer).load_state_dict(state, assign=True)
     except Exception as error:
         raise UnsupportedModelError(f"its {name} could not be rebuilt from the host's configuration ({error})") from error
     for what, describe in (("layers", _classes), ("weights", _shapes), ("attention heads", _heads)):
@@ -93,20 +101,36 @@ def _rebuilt(live: nn.Module, build: Callable[[type], nn.Module]) -> nn.Module:
 
 
 def fingerprint_of(patcher: ModelPatcher) -> str:
-    """Equal for models whose networks differ in their weights only."""
+    """Equal for models whose networks differ in their weights only.
+
+    Raises:
+        UnsupportedModelError: layers of classes that a rank cannot have.
+    """
     live = patcher.model.diffusion_model
     config = sorted(patcher.model.model_config.unet_config.items(), key=str)
-    return repr((type(live), _operations(live), patcher.force_cast_weights, config))
+    operations = quantised.operations_of(patcher)
+    classes = _classes_of(live, operations)
+    layers = (operations, quantised.outline(live, operations)) if operations else classes
+    return repr((type(live), layers, patcher.force_cast_weights, config))
 
 
 def outline_of(net: nn.Module) -> Any:
     """Equal for ControlNets whose networks differ in their weights only, whether these are on the meta device or not."""
-    return _operations(net), net.dtype, _classes(net), _shapes(net), _heads(net)
+    return _classes_of(net), net.dtype, _classes(net), _shapes(net), _heads(net)
 
 
-def family_of(skeleton: nn.Module) -> Family:
-    """How to split ``skeleton``, how to trace it, and how to divide its calls."""
-    return replace(find_family(skeleton), trace_inputs=_traceable, divide=divide)
+def family_of(skeleton: nn.Module, patcher: ModelPatcher) -> Family:
+    """How to split ``skeleton``, the network of ``patcher``, how to trace it, and how to divide its calls."""
+    family = find_family(skeleton)
+    dtype = patcher.get_model_object("manual_cast_dtype") or skeleton.dtype  # of calls, whatever that of the weights
+
+    def example_inputs(*args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def cast(leaf: Any) -> Any:
+            return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.dtype == skeleton.dtype else leaf
+
+        return tree_map(cast, family.example_inputs(*args))
+
+    return replace(family, example_inputs=example_inputs, trace_inputs=_traceable, divide=divide)
 
 
 def _traceable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -119,13 +143,30 @@ def _traceable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any
     return args, {**kwargs, "transformer_options": options}
 
 
-def _operations(live: nn.Module) -> type:
-    """The host's class of layer classes that ``live`` was built with, such as ``comfy.ops.manual_cast``."""
-    for module in live.modules():
-        outer, _, inner = type(module).__qualname__.rpartition(".")
-        if outer and inner == "Linear":
-            return getattr(sys.modules[type(module).__module__], outer)
-    raise UnsupportedModelError(f"its {type(live).__name__} has no linear layer of the host's own classes")
+def _classes_of(live: nn.Module, operations: Operations | None = None) -> type:
+    """The host's class of layer classes that ``live`` was built with, such as ``comfy.ops.manual_cast``.
+
+    Raises:
+        UnsupportedModelError: layers of classes that neither can be imported nor are of ``operations``.
+    """
+    name, found = type(live).__name__, None
+    for cls in map(type, live.modules()):
+        if quantised.made_by(operations, cls):
+            continue
+        # packs are loaded under path-like names
+        if "<locals>" in cls.__qualname__ or not all(part.isidentifier() for part in cls.__module__.split(".")):
+            raise UnsupportedModelError(
+                f"its {name} has layers of the class {cls.__qualname__} from {cls.__module__}, "
+                "as quantised models do; a worker process cannot rebuild these"
+            )
+        outer, _, inner = cls.__qualname__.rpartition(".")
+        if outer and inner == "Linear" and found is None:
+            found = getattr(sys.modules[cls.__module__], outer)
+    if operations is not None:
+        return operations.classes()
+    if found is None:
+        raise UnsupportedModelError(f"its {name} has no linear layer of the host's own classes")
+    return found
 
 
 def _classes(module: nn.Module) -> dict[str, tuple[str, str]]:

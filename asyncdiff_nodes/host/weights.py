@@ -16,6 +16,8 @@ from torch import nn
 from asyncdiff_nodes.engine import UnsupportedModelError
 from asyncdiff_nodes.engine.graph import tensors_of
 
+from .quantised import part_of, whole_name
+
 PREFIX = "diffusion_model."
 _string_to_seed = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed  # moved after 0.3
 
@@ -36,38 +38,58 @@ def weights_of(
     names: Collection[str] | None = None,
     nets: Sequence[nn.Module | None] = (),
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and value of every parameter and buffer of the diffusion model, or of those in ``names``.
+    """Name and value of every tensor of ``skeleton``, or of those that are, or are parts of, the weights in ``names``.
 
     The values are what the host would have loaded: patches are applied on its device and in its precision, then rounded to the
-    weight's dtype. Nothing of the model is changed, whether it is loaded or not.
+    weight's dtype, or quantised again. Nothing of the model is changed, whether it is loaded or not.
 
     Args:
         nets: networks of the ControlNets in ``skeleton``; None for one that is gone, so that no call can ask for it.
 
     Raises:
-        UnsupportedModelError: a weight that is not a plain tensor (quantised), or that a patch would reshape.
+        UnsupportedModelError: a weight that is not a plain tensor, nor made of them, or that a patch would reshape.
     """
-    device = patcher.load_device
-    compute_dtype = getattr(comfy.model_management, "lora_compute_dtype", lambda _: torch.float32)(device)
-    patches = patcher.get_key_patches(PREFIX)
-    live = dict(tensors_of(patcher.model.diffusion_model))
+    live = {}
     for slot, net in enumerate(nets):
         live |= {net_prefix(slot) + name: tensor for name, tensor in tensors_of(net or skeleton.control_nets[slot])}
+    wanted = names if names is None else set(map(whole_name, names))
+    wholes: dict[str, dict[str, torch.Tensor]] = {}
     for name, meta in tensors_of(skeleton):
-        if names is not None and name not in names:
+        wholes.setdefault(whole_name(name), {})[name] = meta
+    for name, metas in wholes.items():
+        if wanted is not None and name not in wanted:
             continue
-        key = PREFIX + name
-        # buffers that the state dict leaves out have no patches
-        (value, convert), *changes = patches.get(key) or [(live[name], lambda weight, **_: weight)]
-        if type(value) not in (torch.Tensor, nn.Parameter):
-            raise UnsupportedModelError(f"its weight {name} is a {type(value).__name__}: quantised weights cannot be split")
-        if value.is_meta:  # a checkpoint without it: the host, too, takes zeros
-            value = torch.zeros(value.shape, dtype=value.dtype)
-        if changes:
-            dtype = value.dtype
-            value = comfy.model_management.cast_to_device(value, device, compute_dtype, copy=True)
-            value = comfy.lora.calculate_weight(changes, convert(value, inplace=True), key)
-            value = comfy.float.stochastic_rounding(value, dtype, seed=_string_to_seed(key))
-        if value.shape != meta.shape:
-            raise UnsupportedModelError(f"a patch changes the shape of its weight {name} to {tuple(value.shape)}")
-        yield name, value.detach().to(meta.dtype)
+        weight = _filled(live[name]) if name in live else _loaded(patcher, PREFIX + name)
+        for part, meta in metas.items():
+            value = part_of(skeleton, part, weight)
+            if type(value) not in (torch.Tensor, nn.Parameter):
+                raise UnsupportedModelError(f"its weight {name} is a {type(value).__name__}, which a rank cannot take")
+            if value.shape != meta.shape:
+                raise UnsupportedModelError(f"a patch changes the shape of its weight {part} to {tuple(value.shape)}")
+            yield part, value.detach().to(meta.dtype)
+
+
+def _loaded(patcher: ModelPatcher, key: str) -> torch.Tensor:
+    """The weight ``key`` of the model as the host would load it."""
+    value, set_weight, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+    if key in patcher.backup:  # it is loaded
+        value = patcher.backup[key].weight
+    if key in patcher.hook_backup:
+        value = patcher.hook_backup[key][0]
+    value = _filled(value)
+    if key not in patcher.patches:
+        return value
+    device, dtype = patcher.load_device, value.dtype
+    compute_dtype = getattr(comfy.model_management, "lora_compute_dtype", lambda _: torch.float32)(device)
+    value = comfy.model_management.cast_to_device(value, device, compute_dtype, copy=True)
+    if convert is not None:
+        value = convert(value, inplace=True)
+    value = comfy.lora.calculate_weight(patcher.patches[key], value, key)
+    if set_weight is not None:  # of a quantised layer
+        return set_weight(value, seed=_string_to_seed(key), return_weight=True)
+    return comfy.float.stochastic_rounding(value, dtype, seed=_string_to_seed(key))
+
+
+def _filled(weight: torch.Tensor) -> torch.Tensor:
+    """``weight``, or zeros, which the host takes, too, where a checkpoint is without it."""
+    return torch.zeros(weight.shape, dtype=weight.dtype) if weight.is_meta else weight

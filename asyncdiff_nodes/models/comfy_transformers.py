@@ -25,9 +25,9 @@ def _frames(size: Any, default: tuple[int, int, int]) -> tuple[int, int, int]:
     return (default[0], size, size) if isinstance(size, int) else tuple(size or default)
 
 
-def _width(net: nn.Module, weight: str) -> int:
-    """Input channels of the layer with this weight."""
-    return net.get_parameter(weight).shape[1]
+def _width(net: nn.Module, layer: str) -> int:
+    """Input channels of the layer of this name."""
+    return net.get_submodule(layer).weight.shape[1]
 
 
 def _flux_inputs(net: nn.Module, size: Any = None, batch: int = 1) -> Arguments:
@@ -50,31 +50,30 @@ def _hunyuan_inputs(net: nn.Module, size: Any = None, batch: int = 1) -> Argumen
 
 
 def _ltxv_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Arguments:
-    channels, sides = _width(net, "patchify_proj.weight"), _frames(size, (13, 16, 24))
+    channels, sides = _width(net, "patchify_proj"), _frames(size, (13, 16, 24))
     # where nothing projects the prompt, the blocks take it as it is
     projected = isinstance(net.caption_projection, nn.Module)
-    text = _width(net, "caption_projection.linear_1.weight" if projected else "transformer_blocks.0.attn2.to_k.weight")
+    text = _width(net, "caption_projection.linear_1" if projected else "transformer_blocks.0.attn2.to_k")
     return _inputs(net, channels, sides, batch, text, 128, attention_mask=None)
 
 
 def _lumina_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Arguments:
-    return _inputs(net, net.in_channels, size or 128, batch, _width(net, "cap_embedder.1.weight"), 128, num_tokens=128)
+    return _inputs(net, net.in_channels, size or 128, batch, _width(net, "cap_embedder.1"), 128, num_tokens=128)
 
 
 def _qwen_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Arguments:
     sides = _frames(size, (1, 128, 128))
-    return _inputs(net, net.in_channels // net.patch_size**2, sides, batch, _width(net, "txt_in.weight"), 128)
+    return _inputs(net, net.in_channels // net.patch_size**2, sides, batch, _width(net, "txt_in"), 128)
 
 
 def _sd3_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Arguments:
-    linear = isinstance(net.context_embedder, nn.Linear)
-    text = net.context_embedder.in_features if linear else net.hidden_size
-    pooled = None if net.y_embedder is None else meta(batch, _width(net, "y_embedder.mlp.0.weight"), dtype=net.dtype)
+    text = getattr(net.context_embedder, "in_features", net.hidden_size)  # there may be nothing to embed
+    pooled = None if net.y_embedder is None else meta(batch, _width(net, "y_embedder.mlp.0"), dtype=net.dtype)
     return _inputs(net, net.in_channels, size or 128, batch, text, 154, y=pooled)
 
 
 def _wan_inputs(wan: nn.Module, size: Any = None, batch: int = 2) -> Arguments:
-    channels, text = _width(wan, "patch_embedding.weight"), _width(wan, "text_embedding.0.weight")
+    channels, text = _width(wan, "patch_embedding"), _width(wan, "text_embedding.0")
     return _inputs(wan, channels, _frames(size, (21, 60, 104)), batch, text, 512)
 
 

@@ -53,13 +53,12 @@ def example_inputs(unet: nn.Module, size: Any = None, batch: int = 2) -> tuple[t
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=unet.dtype, device="meta")
 
-    weights = dict(unet.named_parameters())
-    widths = [weights[name].shape[1] for name in weights if name.endswith("attn2.to_k.weight")]
+    widths = [layer.weight.shape[1] for name, layer in unet.named_modules() if name.endswith("attn2.to_k")]
     kwargs = {"context": empty(batch, 77, widths[0]) if widths else None, "transformer_options": {}}
     if unet.use_temporal_resblocks:
         kwargs["num_video_frames"] = batch // 2
     if unet.num_classes == "sequential":
-        kwargs["y"] = empty(batch, weights["label_emb.0.0.weight"].shape[1])
+        kwargs["y"] = empty(batch, unet.get_submodule("label_emb.0.0").weight.shape[1])
     elif unet.num_classes is not None:
         kwargs["y"] = torch.empty(batch, dtype=torch.long, device="meta")
     return (empty(batch, unet.in_channels, height, width), torch.empty(batch, device="meta")), kwargs

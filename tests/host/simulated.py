@@ -7,10 +7,21 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from asyncdiff_nodes.engine import NoiseLevels, Simulator
+from asyncdiff_nodes.engine.graph import tensors_of
 from asyncdiff_nodes.host.control import ControlNets, take
+from asyncdiff_nodes.host.quantised import operations_of
 from asyncdiff_nodes.host.rehearsal import rehearse
 from asyncdiff_nodes.host.skeleton import family_of, skeleton_of
 from asyncdiff_nodes.host.weights import weights_of
+
+
+def loaded(skeleton, model, nets=()):
+    """``skeleton`` with the weights that ranks are sent."""
+    whole = skeleton.to_empty(device="cpu")
+    tensors = dict(tensors_of(whole))
+    for name, value in weights_of(model, skeleton, nets=nets):
+        tensors[name].data.copy_(value)
+    return whole
 
 
 def simulated(model, plan, sampler, size=(16, 16), control=None):
@@ -23,12 +34,11 @@ def simulated(model, plan, sampler, size=(16, 16), control=None):
     network = whole = model.model.diffusion_model
     nets = ControlNets({"positive": [{"control": control}]}, model, {}) if control else None
     skeleton = skeleton_of(model, nets.networks if nets else ())
-    family = family_of(skeleton)
+    family = family_of(skeleton, model)
     inputs = family.example_inputs(skeleton, size, 2)
+    if nets or operations_of(model):
+        whole = loaded(skeleton, model, nets.networks if nets else ())
     if nets:
-        whole = skeleton.to_empty(device="cpu")
-        for name, value in weights_of(model, skeleton, nets=nets.networks):
-            whole.get_parameter(name).data.copy_(value)
         clone.recording = nets.recorded()  # for as long as there is this model
         clone.recording.__enter__()
     simulator = Simulator(whole, plan, family=family, example_inputs=inputs)

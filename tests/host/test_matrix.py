@@ -9,6 +9,7 @@ from pathlib import Path
 
 import comfy.hooks
 import comfy.model_patcher
+import comfy.ops
 import comfy.patcher_extension
 import comfy.samplers
 import nodes
@@ -53,6 +54,17 @@ def injected(model):
     nothing = comfy.patcher_extension.PatcherInjection(inject=lambda _: None, eject=lambda _: None)
     clone.set_injections("motion", [nothing])
     return clone
+
+
+def layers_of_another_pack(model):
+    class Linear(comfy.ops.disable_weight_init.Linear):  # in this function, where no other process can find it
+        pass
+
+    changed = small.model("sd15", seed=9)
+    for layer in changed.model.diffusion_model.modules():
+        if type(layer) is comfy.ops.disable_weight_init.Linear:
+            layer.__class__ = Linear
+    return changed
 
 
 def hooked(prompts):
@@ -104,6 +116,7 @@ ROWS = {
     "TorchCompileModel": (compiled, "torch.compile"),
     "replaced network modules": (replaced_module, "another node replaced diffusion_model.out"),
     "injected modules": (injected, "another node injects modules into the model: motion"),
+    "layers of another pack's classes": (layers_of_another_pack, "a worker process cannot rebuild these"),
     "attention overrides": (attention_override, "optimized_attention_override"),
     "other patches inside the network": (gligen_like, "test_matrix.gligen_like"),
 }
