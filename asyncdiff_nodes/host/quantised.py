@@ -14,12 +14,20 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .gguf import GGUF
+
 _PARTS = "_parts"  # ends the name of what holds a weight's parts
 Pieces = tuple[Any, dict[str, torch.Tensor]]  # settings of a quantised tensor, and the plain tensors that it is made of
 
 
 class Operations(Protocol):
-    """How a process gets at layer classes that cannot be imported. Plain data: it is compared, and sent to the ranks."""
+    """How a process gets at layer classes that cannot be imported. Plain data: it is compared, and sent to the ranks.
+
+    Attributes:
+        patched: whether patches (LoRA) become part of a weight when it is loaded, rather than of each call.
+    """
+
+    patched: bool
 
     def classes(self) -> type:
         """The class that has these layer classes as members, the same one each time."""
@@ -47,6 +55,7 @@ class MixedPrecision:
 
     settings: tuple[tuple[str, Any], ...]
     compute_dtype: torch.dtype | None
+    patched = True
 
     @classmethod
     def of(cls, patcher: ModelPatcher) -> MixedPrecision | None:
@@ -86,7 +95,7 @@ def _picked(operations: MixedPrecision) -> type:
 
 def operations_of(patcher: ModelPatcher) -> Operations | None:
     """How a rank gets the layer classes of the diffusion model; None where they can be imported, or in no way that is known."""
-    return MixedPrecision.of(patcher)
+    return MixedPrecision.of(patcher) or GGUF.of(patcher)
 
 
 def made_by(operations: Operations | None, cls: type) -> bool:

@@ -21,6 +21,7 @@ from . import quantised
 from .controlled import ControlledUNet, ControlNetOnMeta
 from .parts import divide
 from .quantised import Operations
+from .weights import patched_names
 
 
 def skeleton_of(patcher: ModelPatcher, nets: Sequence[nn.Module] = ()) -> nn.Module:
@@ -30,12 +31,14 @@ def skeleton_of(patcher: ModelPatcher, nets: Sequence[nn.Module] = ()) -> nn.Mod
     (casting functions, streams, pinned memory), and compared with the live one, because other nodes may have rebuilt that.
 
     Raises:
-        UnsupportedModelError: no block list for its class; layers of classes that a rank cannot have; layers that other nodes
-            replaced.
+        UnsupportedModelError: no block list for its class; layers of classes that a rank cannot have, or that apply patches
+            themselves; layers that other nodes replaced.
     """
     live = patcher.model.diffusion_model
     find_family(live)
     operations = quantised.operations_of(patcher)
+    if operations is not None and not operations.patched and patched_names(patcher):
+        raise UnsupportedModelError("a LoRA or another patch is on its quantised weights, which add it in every call")
 
     def build(classes: type) -> nn.Module:
         return type(live)(**patcher.model.model_config.unet_config, device="meta", operations=classes)

@@ -4,6 +4,7 @@ import threading
 import time
 
 import comfy.sd
+import comfy.utils
 import nodes
 import psutil
 import pytest
@@ -51,6 +52,28 @@ def test_detected_by_the_host(tmp_path, name):
     expected = sample(model)
     assert torch.equal(sample(attach(model, EXACT)), expected)
     assert last_run().stats is not None
+
+
+def test_scaled_weights_are_refused_by_name_where_their_scales_are_the_layers_own(tmp_path):
+    """As in a ComfyUI without layers of mixed precision; of others see ``test_quantised.py``."""
+    if hasattr(comfy.utils, "detect_layer_quantization"):
+        pytest.skip("this ComfyUI has layers of mixed precision")
+    path = str(tmp_path / "model.safetensors")
+    checkpoint(path, FILES["SD15"])
+    weights = comfy.utils.load_torch_file(path)
+    for name in [name for name in weights if ".to_" in name and name.endswith(".weight")]:
+        weights[name] = (weights[name].float() * 1000).to(torch.float8_e4m3fn)
+        weights[name.replace(".weight", ".scale_weight")] = torch.tensor(1e-3)
+    weights["model.diffusion_model.scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
+    save_file(weights, path)
+    model, prompts = comfy.sd.load_diffusion_model(path), (small.conditioning("sd15", 1), small.conditioning("sd15", 2))
+
+    def sample(m):
+        return nodes.KSampler().sample(m, 5, 3, 7.0, "euler", "normal", *prompts, small.latent())[0]["samples"]
+
+    stock = sample(model)
+    assert torch.equal(sample(attach(model, EXACT)), stock) and stock.isfinite().all()
+    assert "scaled_fp8_op.Linear" in last_run().notes[0]
 
 
 def test_host_memory_stays_below_one_extra_copy(prompts):

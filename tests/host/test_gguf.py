@@ -1,0 +1,140 @@
+"""Models that the pack ComfyUI-GGUF has loaded from a file: the ranks have its layers, and the bytes of the file."""
+
+import asyncio
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import comfy.ops
+import comfy.sd
+import comfy.utils
+import folder_paths
+import nodes
+import pytest
+import small
+import torch
+from comfy.ldm.flux.model import Flux
+from simulated import simulated
+
+from asyncdiff_nodes.host.options import Options
+from asyncdiff_nodes.host.pool import POOL
+from asyncdiff_nodes.host.report import last_run
+from asyncdiff_nodes.host.route import attach
+
+HOST = Path(os.environ.get("ASYNCDIFF_HOST_UNDER_TEST", "."))
+PLACES = (HOST / "custom_nodes" / "ComfyUI-GGUF", HOST.parent / "packs" / "ComfyUI-GGUF")
+PACK = next((place for place in PLACES if place.exists()), None)
+if not hasattr(comfy.utils, "detect_layer_quantization"):
+    pytest.skip("this ComfyUI takes FLUX.1 at its true width only", allow_module_level=True)
+gguf = pytest.importorskip("gguf")
+pytestmark = pytest.mark.skipif(PACK is None, reason=f"no pack in {' or '.join(map(str, PLACES))}")
+
+EXACT = Options("Exact", "cpu,cpu")
+SHAPE = {"hidden_size": 256, "axes_dim": [16, 56, 56], "mlp_ratio": 4.0}  # by which the host knows the heads' width
+
+
+@pytest.fixture(scope="module")
+def loaders(tmp_path_factory):
+    """The pack's nodes, as the host imports it, and the folder that they load from."""
+    folder = tmp_path_factory.mktemp("unet")
+    folder_paths.add_model_folder_path("unet", str(folder))
+    assert asyncio.run(nodes.load_custom_node(str(PACK)))
+    return folder, nodes.NODE_CLASS_MAPPINGS
+
+
+def network(**where):
+    return Flux(**small.unet_config("flux") | SHAPE, dtype=torch.float32, operations=comfy.ops.disable_weight_init, **where)
+
+
+def write(path, form, seed=5):
+    """A FLUX.1 with random weights: matrices in ``form``, or in 8 bits at each eighth layer, the rest in 16 or 32."""
+    kinds = gguf.GGMLQuantizationType
+    with torch.inference_mode(False), torch.no_grad():
+        made = network()
+        small.randomise(made, seed)
+    writer = gguf.GGUFWriter(path, "flux")
+    for index, (name, weight) in enumerate(made.named_parameters()):
+        kind = kinds[form] if index % 8 else kinds.Q8_0
+        if weight.ndim < 2 or "_in." in name:
+            kind = kinds.F32 if index % 2 else kinds.F16
+        writer.add_tensor(name, gguf.quants.quantize(weight.detach().numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def load(loaders):
+    """The MODEL of a file of this form, as a loader of the pack makes it."""
+
+    def loaded(form, seed=5, loader="UnetLoaderGGUF", **options):
+        folder, mappings = loaders
+        write(folder / f"{form}{seed}.gguf", form, seed)
+        return mappings[loader]().load_unet(f"{form}{seed}.gguf", **options)[0]
+
+    return loaded
+
+
+def sampled(model, steps=4):
+    prompts = small.conditioning("flux", 1), small.conditioning("flux", 2)
+    return nodes.KSampler().sample(model, 5, steps, 1.0, "euler", "simple", *prompts, small.latent(kind="flux"))[0]["samples"]
+
+
+def assert_exact(model, devices="cpu,cpu", steps=4):
+    stock = sampled(model, steps)
+    assert torch.equal(sampled(attach(model, Options("Exact", devices)), steps), stock)
+    assert stock.isfinite().all() and last_run().stats.records and not last_run().notes, last_run().notes
+    return stock
+
+
+@pytest.mark.parametrize("form", ["Q4_0", "Q5_1", "BF16"])
+def test_exact_and_as_small_as_in_the_file(load, loaders, form):
+    model = load(form)
+    assert_exact(model)
+    distinct = {name: size for rank in last_run().stats.ranks for name, size in rank.weights.items()}
+    held = [sum(rank.weights.values()) for rank in last_run().stats.ranks]
+    assert sum(distinct.values()) == sum(weight.nbytes for weight in model.model.diffusion_model.parameters())
+    assert max(held) < 0.75 * sum(distinct.values()) < (loaders[0] / f"{form}5.gguf").stat().st_size
+    group = POOL._held[-1].group
+    assert held == [group.placement.weight_bytes(segment) for segment in (0, 1)]
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_asynchronous_steps_are_the_simulators(load, ranks):
+    model, devices = load("Q4_0"), ", ".join(["cpu"] * ranks)
+    stock = assert_exact(model, devices, 8)
+    found = sampled(attach(model, Options("Custom", devices, segments=ranks, branches=1, warmup=3)), 8)
+    assert not last_run().notes
+    oracle, simulator = simulated(model, last_run().plan, "euler")
+    with simulator:
+        expected = sampled(oracle, 8)
+    assert (found - stock).abs().max() > 0 and (found - expected).abs().max() <= 0.01 * (found - stock).abs().max()
+
+
+def test_a_group_serves_files_that_are_quantised_alike(load):
+    assert_exact(load("Q4_0"))
+    pids = POOL._held[-1].group.pids
+    assert_exact(load("Q4_0", seed=6))
+    assert POOL._held[-1].group.pids == pids
+    assert_exact(load("Q5_1"))
+    assert POOL._held[-1].group.pids != pids
+
+
+def test_options_of_the_loader(load):
+    usual = assert_exact(load("Q4_0"))
+    others = load("Q4_0", loader="UnetLoaderGGUFAdvanced", dequant_dtype="bfloat16")
+    assert not torch.equal(assert_exact(others), usual)
+    load("Q4_0")  # the options are those of the loader that ran last
+
+
+def test_lora_is_sampled_as_usual(load):
+    model = load("Q4_0")
+    plain = assert_exact(model)
+    unquantised = SimpleNamespace(model=SimpleNamespace(diffusion_model=network(device="meta")))
+    changed = comfy.sd.load_lora_for_models(model, None, small.lora(unquantised), 0.8, 0)[0]
+    stock = sampled(changed)
+    assert not torch.equal(stock, plain)
+    assert torch.equal(sampled(attach(changed, EXACT)), stock)
+    assert "a LoRA or another patch is on its quantised weights" in last_run().notes[0]
+    assert torch.equal(assert_exact(model), plain)
