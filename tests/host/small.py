@@ -155,10 +155,10 @@ def model(
     return comfy.model_patcher.ModelPatcher(base.eval(), device, torch.device("cpu"))
 
 
-def conditioning(kind: str = "sd15", seed: int = 1, tokens: int = 77) -> list:
-    """A CONDITIONING."""
+def conditioning(kind: str = "sd15", seed: int = 1, tokens: int = 77, width: int | None = None) -> list:
+    """A CONDITIONING, of another ``width`` than the small model's if given."""
     generator = torch.Generator().manual_seed(seed)
-    context = torch.randn(1, tokens, ALL[kind][3]["context_dim"], generator=generator)
+    context = torch.randn(1, tokens, width or ALL[kind][3]["context_dim"], generator=generator)
     extras = {"pooled_output": torch.randn(1, 1280, generator=generator)}
     if kind == "ltxv":
         extras["attention_mask"] = (torch.arange(tokens) < tokens - 3 * seed).long()[None]

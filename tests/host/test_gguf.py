@@ -88,7 +88,7 @@ def assert_exact(model, devices="cpu,cpu", steps=4):
     return stock
 
 
-@pytest.mark.parametrize("form", ["Q4_0", "Q5_1", "BF16"])
+@pytest.mark.parametrize("form", ["Q4_0", *(pytest.param(form, marks=pytest.mark.slow) for form in ("Q5_1", "BF16"))])
 def test_exact_and_as_small_as_in_the_file(load, loaders, form):
     model = load(form)
     assert_exact(model)

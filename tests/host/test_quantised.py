@@ -13,6 +13,7 @@ import small
 import torch
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.wan.model import WanModel
 from comfy_extras import nodes_model_advanced
 from safetensors.torch import save_file
 from simulated import loaded, simulated
@@ -34,17 +35,14 @@ from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
 EXACT = Options("Exact", "cpu,cpu")
 FP8 = torch.float8_e4m3fn
-# class, changes to the small one by which the host knows it (the width of FLUX.1's heads, that of SD 1.5's first layer), CFG
+# class, changes to the small one by which the host knows it (the width of heads or of the first layer), CFG, width of a prompt
+_LEAST = {"model_channels": 320, "channel_mult": (1,), "num_res_blocks": [1], "num_heads": 8, "transformer_depth": [1]}
 NETWORKS = {
-    "flux": (Flux, {"hidden_size": 256, "axes_dim": [16, 56, 56], "mlp_ratio": 4.0}, 1.0),
-    "sd15": (
-        UNetModel,
-        {"model_channels": 320, "channel_mult": (1,), "num_res_blocks": [1], "num_heads": 8}
-        | {"transformer_depth": [1], "transformer_depth_output": [1, 1]},
-        5.0,
-    ),
+    "flux": (Flux, {"hidden_size": 256, "axes_dim": [16, 56, 56], "mlp_ratio": 4.0}, 1.0, 64),
+    "sd15": (UNetModel, {**_LEAST, "transformer_depth_output": [1, 1]}, 5.0, 768),
+    "wan": (WanModel, {"dim": 256, "ffn_dim": 512, "freq_dim": 256, "text_dim": 4096}, 5.0, 4096),
 }
-_QUANTISED = ("double_blocks", "single_blocks", "input_blocks", "middle_block", "output_blocks")
+_QUANTISED = ("double_blocks", "single_blocks", "input_blocks", "middle_block", "output_blocks", "blocks")
 
 
 def layers(network):
@@ -86,7 +84,7 @@ def by_layer(form, **settings):
 
 def load(folder, kind, quantise, seed=5):
     """The MODEL of a file with random weights."""
-    cls, changes, _ = NETWORKS[kind]
+    cls, changes, *_ = NETWORKS[kind]
     path = str(folder / "model.safetensors")
     with torch.inference_mode(False), torch.no_grad():
         config = small.unet_config(kind) | changes
@@ -99,8 +97,8 @@ def load(folder, kind, quantise, seed=5):
 
 
 def sampled(model, kind, steps=4):
-    prompts = small.conditioning(kind, 1), small.conditioning(kind, 2)
-    cfg = NETWORKS[kind][2]
+    *_, cfg, width = NETWORKS[kind]
+    prompts = small.conditioning(kind, 1, width=width), small.conditioning(kind, 2, width=width)
     return nodes.KSampler().sample(model, 5, steps, cfg, "euler", "simple", *prompts, small.latent(kind=kind))[0]["samples"]
 
 
@@ -112,16 +110,30 @@ def assert_exact(model, kind, devices="cpu,cpu", steps=4):
     return stock
 
 
-@pytest.mark.parametrize("quantise", [plain, scaled, by_layer("float8_e4m3fn")], ids=lambda quantise: quantise.__name__)
-@pytest.mark.parametrize("kind", NETWORKS)
+def assert_as_small_as_loaded(model):
+    """Of the last run: the ranks' weights are the model's, each as large, and no rank has all."""
+    ranks = last_run().stats.ranks
+    distinct = {name: size for rank in ranks for name, size in rank.weights.items()}
+    loaded = model.model.diffusion_model.state_dict()
+    assert sum(distinct.values()) == sum(weight.nbytes for name, weight in loaded.items() if not name.endswith("comfy_quant"))
+    assert max(sum(rank.weights.values()) for rank in ranks) < 0.9 * sum(distinct.values())
+
+
+def files():
+    """Every network in every kind of file; by default three of them."""
+    fast = ("flux", "plain"), ("flux", "scaled"), ("sd15", "float8_e4m3fn")
+    for kind in NETWORKS:
+        for quantise in (plain, scaled, by_layer("float8_e4m3fn")):
+            marks = () if (kind, quantise.__name__) in fast else pytest.mark.slow
+            yield pytest.param(kind, quantise, marks=marks, id=f"{kind}-{quantise.__name__}")
+
+
+@pytest.mark.parametrize("kind, quantise", files())
 def test_fp8(tmp_path, kind, quantise):
     model = load(tmp_path, kind, quantise)
     assert_exact(model, kind)
+    assert_as_small_as_loaded(model)
     held = [sum(rank.weights.values()) for rank in last_run().stats.ranks]
-    distinct = {name: size for rank in last_run().stats.ranks for name, size in rank.weights.items()}
-    loaded = model.model.diffusion_model.state_dict()
-    assert sum(distinct.values()) == sum(weight.nbytes for name, weight in loaded.items() if not name.endswith("comfy_quant"))
-    assert max(held) < 0.75 * sum(distinct.values())
     group, memory = POOL._held[-1].group, POOL._held[-1].memory
     assert held == [group.placement.weight_bytes(d) for d in (0, 1)] == [rank.model_size() for rank in memory]
 
@@ -139,26 +151,38 @@ def test_asynchronous_steps_are_the_simulators(tmp_path, kind, ranks):
     assert (found - stock).abs().max() > 0 and (found - expected).abs().max() <= 0.01 * (found - stock).abs().max()
 
 
-@pytest.mark.parametrize("quantise", [scaled, by_layer("float8_e4m3fn"), by_layer("int8_tensorwise")], ids=lambda q: q.__name__)
-def test_lora(tmp_path, quantise):
-    """The host quantises what a LoRA changes again; only that is sent to the running ranks."""
-    model = load(tmp_path, "flux", quantise)
-    plain, pids = assert_exact(model, "flux"), None
+# in nvfp4, a weight's scales are in two tensors, one of them in fp8; in the last two, weights are rotated
+FORMATS = ["float8_e4m3fn", "nvfp4", "mxfp8", "int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8"]
+
+
+def formats(*fast):
+    """All that this ComfyUI knows; by default only ``fast`` ones."""
+    return [form if form in fast else pytest.param(form, marks=pytest.mark.slow) for form in FORMATS if form in QUANT_ALGOS]
+
+
+@pytest.mark.parametrize("form", ["scaled", *formats("nvfp4")])
+def test_lora(tmp_path, form):
+    """The host quantises what a LoRA changes again; the running ranks are sent that."""
+    model = load(tmp_path, "flux", scaled if form == "scaled" else by_layer(form))
+    without = assert_exact(model, "flux")
+    pids = POOL._held[-1].group.pids
     for strength in (0.8, 0.3):
         changed = comfy.sd.load_lora_for_models(model, None, small.lora(model), strength, 0)[0]
-        assert not torch.equal(assert_exact(changed, "flux"), plain)
-        assert pids in (None, pids := POOL._held[-1].group.pids)
-    assert torch.equal(assert_exact(model, "flux"), plain)
+        assert not torch.equal(assert_exact(changed, "flux"), without)
+        assert POOL._held[-1].group.pids == pids
+    assert torch.equal(assert_exact(model, "flux"), without)
 
 
-FORMATS = ["nvfp4", "mxfp8", "int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8"]
+@pytest.mark.parametrize("form", formats("nvfp4"))
+def test_formats(tmp_path, form):
+    model = load(tmp_path, "flux", by_layer(form))
+    assert_exact(model, "flux", "cpu,cpu,cpu")
+    assert_as_small_as_loaded(model)
 
 
-@pytest.mark.parametrize("form", [form if form == "nvfp4" else pytest.param(form, marks=pytest.mark.slow) for form in FORMATS])
-def test_other_formats(tmp_path, form):
-    if form not in QUANT_ALGOS:
-        pytest.skip(f"this ComfyUI does not know {form}")
-    assert_exact(load(tmp_path, "flux", by_layer(form)), "flux", "cpu,cpu,cpu")
+def test_activations_that_a_quantised_layer_takes_in(tmp_path):
+    """The host reads the weight beside the layer, and computes both in one, where that is in int8."""
+    assert_exact(load(tmp_path, "wan", by_layer("int8_tensorwise")), "wan")
 
 
 @pytest.mark.parametrize("chosen", ["in the file", "by a node"])
