@@ -128,7 +128,7 @@ def files():
             yield pytest.param(kind, quantise, marks=marks, id=f"{kind}-{quantise.__name__}")
 
 
-@pytest.mark.parametrize("kind, quantise", files())
+@pytest.mark.parametrize("kind, quantise", list(files()))
 def test_fp8(tmp_path, kind, quantise):
     model = load(tmp_path, kind, quantise)
     assert_exact(model, kind)
