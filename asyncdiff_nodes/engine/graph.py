@@ -67,7 +67,7 @@ class Block:
         structure: how these tensors make up the output; see :mod:`.trees`.
         macs: multiply-accumulates of one call for the traced inputs.
         reads: positions of the model's own inputs that it depends on other than through blocks, among the leaves of
-            ``(args, kwargs)``.
+            ``(args, kwargs)``: what it is given, and what a function that it is given looks at.
         weight_bytes: bytes of its parameters and buffers.
     """
 
@@ -171,6 +171,7 @@ class _Provenance(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.inside: int | None = None  # index of the running block
+        self.looked_at: set[int] = set()  # by it
         self._sources: WeakIdKeyDictionary = WeakIdKeyDictionary()
         # of what was written in place, which others see through views; by its storage, kept so that no other takes its address
         self._written: dict[int, tuple[frozenset[int], Any]] = {}
@@ -196,7 +197,10 @@ class _Provenance(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self.inside is None and (sources := self.sources((args, kwargs))):
+        sources = self.sources((args, kwargs))
+        if self.inside is not None:
+            self.looked_at |= sources
+        elif sources:
             self.mark(out, sources)
             if func._schema.is_mutable:
                 for leaf, argument in zip(args, func._schema.arguments, strict=False):
@@ -252,7 +256,7 @@ def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: di
             provenance.inside = len(order)
             order.append(name)
             sources = provenance.sources((args, kwargs))
-            reads.append(frozenset(~source for source in sources if source < 0))
+            provenance.looked_at = set(sources)
             edges.update((source, provenance.inside) for source in sources if source >= 0)
             macs[name] = -flops.get_total_flops()
 
@@ -263,6 +267,7 @@ def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: di
             macs[name] += flops.get_total_flops()
             leaves, structure = flatten(output)
             outputs[name] = tuple(TensorMeta.of(leaf) for leaf in leaves), structure
+            reads.append(frozenset(~source for source in provenance.looked_at if source < 0))
             provenance.leave(output)
 
         return hook

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import wire
 from .batch import sample_of
@@ -21,7 +23,7 @@ class Inputs:
     """Arguments as a list of leaves.
 
     Attributes:
-        leaves, structure: of (args, kwargs) without the timestep; see :mod:`.trees`.
+        leaves, structure: of (args, kwargs) without the timestep; see :mod:`.trees`; a parameter is one, wherever it occurs.
         timestep: a number or a tensor, as the model's forward takes it.
         place: (position, keyword) of the timestep in the model's forward.
         positional: whether the timestep was passed by position.
@@ -39,11 +41,11 @@ class Inputs:
         position, keyword = place
         if len(args) > position:
             rest = args[:position] + args[position + 1 :]
-            return cls(*flatten((rest, kwargs)), args[position], place, True)
+            return cls(*_flat((rest, kwargs)), args[position], place, True)
         if keyword not in kwargs:
             raise TypeError(f"missing argument {keyword!r}: pass the timestep as the model's forward takes it")
         rest = {name: value for name, value in kwargs.items() if name != keyword}
-        return cls(*flatten((args, rest)), kwargs[keyword], place, False)
+        return cls(*_flat((args, rest)), kwargs[keyword], place, False)
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """``(args, kwargs)`` as they were."""
@@ -99,13 +101,16 @@ class Inputs:
                 packed.append(("value", leaf))
                 known.append(leaf)
                 continue
-            # by value: a caller may build the same conditioning anew each step, or change a tensor in place
-            if sent is not None and position != always and torch.equal(leaf, sent[position]):
+            constant = isinstance(leaf, nn.Parameter)
+            # others by value: a caller may build the same conditioning anew each step, or change a tensor in place
+            same = operator.is_ if constant else torch.equal
+            if sent is not None and position != always and same(leaf, sent[position]):
                 packed.append(("same", None))
                 known.append(sent[position])
             else:
                 packed.append(("tensor", len(tensors)))
-                known.append(leaf.detach().clone())  # the sending threads and the next comparison read it later
+                # a copy: the sending threads and the next comparison read it later
+                known.append(leaf if constant else leaf.detach().clone())
                 tensors.append(wire.dense_on_cpu(known[-1]))
         return packed, tensors, known
 
@@ -140,6 +145,20 @@ def difference(old: tuple[Any, ...], new: tuple[Any, ...]) -> str:
     if old[:2] != new[:2]:
         return "other arguments"
     return next((f"{a} became {b}" for a, b in zip(old[2], new[2], strict=True) if a != b), "no difference")
+
+
+def _flat(tree: Any) -> tuple[list[Any], Any]:
+    """As :func:`~.trees.flatten`, with parameters that occur several times once."""
+    leaves, structure = flatten(tree)
+    kept: list[Any] = []
+    places: list[int] = []
+    first: dict[int, int] = {}
+    for leaf in leaves:
+        place = first.setdefault(id(leaf), len(kept)) if isinstance(leaf, nn.Parameter) else len(kept)
+        if place == len(kept):
+            kept.append(leaf)
+        places.append(place)
+    return kept, unflatten(places, structure)
 
 
 def _kind(leaf: Any) -> Any:

@@ -1,0 +1,82 @@
+"""Parameters among a call's arguments, as patches of a model have: sent once, and to the ranks whose blocks look at them."""
+
+import pytest
+import torch
+from torch import nn
+
+import toys
+from asyncdiff_nodes.engine import Plan, Simulator, WorkerGroup, wire
+from toys import TOY, ToyBlock
+
+PLAN = Plan(warmup=2, cuts=("blocks.0", "blocks.2"), forecast=0)
+TIMESTEPS = [900, 700, 500, 300]
+
+
+class Patched(ToyBlock):
+    """Hands its result to a function that comes with the call."""
+
+    def forward(self, x, emb, context):
+        return self.patch(super().forward(x, emb, torch.zeros(1, device=x.device)))
+
+
+class PatchedNet(toys.ToyNet):
+    """``weights`` are those of all blocks; each block looks at its own alone, and at the last."""
+
+    def forward(self, sample, timestep, context, weights):
+        for index, block in enumerate(self.blocks):
+            block.patch = lambda h, own=weights[index], shared=weights[-1]: h * own + shared
+        return super().forward(sample, timestep, context)
+
+
+def patched_net():
+    torch.manual_seed(1)
+    return PatchedNet([Patched(4, 3) for _ in range(4)]).eval()
+
+
+def weights(seed):
+    generator = torch.Generator().manual_seed(seed)
+    found = [nn.Parameter(torch.randn(8, 8, generator=generator), requires_grad=False) for _ in range(4)]
+    return (*found, found[0])
+
+
+def run(call, given):
+    x, kwargs = toys.inputs(0)
+    outputs = []
+    for t in TIMESTEPS:
+        outputs.append(call(x, t, weights=given, **kwargs))
+        x = 0.8 * x + 0.3 * outputs[-1]
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("plan", [PLAN, Plan(warmup=4, cuts=PLAN.cuts)], ids=toys.label)
+def test_once_and_where_they_are_looked_at(plan, monkeypatch):
+    net, sent = patched_net(), []
+    original = wire.send
+
+    def send(conn, header, tensors=()):
+        if isinstance(header, tuple) and header[0] == "call":
+            sent.append((conn, [tensor.clone() for tensor in tensors if tensor.shape == (8, 8)]))
+        original(conn, header, tensors)
+
+    monkeypatch.setattr(wire, "send", send)
+    sample, given = toys.inputs(0)
+    example = ((sample, 5), {**given, "weights": weights(0)})
+    with (
+        torch.no_grad(),
+        WorkerGroup(net, plan, threads_per_rank=1, family=TOY, example_inputs=example) as group,
+        Simulator(net, plan, family=TOY, example_inputs=example) as simulator,
+    ):
+        for values in (weights(2), weights(3)):
+            sent.clear()
+            group.begin(TIMESTEPS)
+            simulator.begin(TIMESTEPS)
+            found = run(group, values)
+            assert torch.allclose(found, run(simulator, values), rtol=0, atol=1e-5)
+            conns = list(dict.fromkeys(conn for conn, _ in sent))
+            got = {conn: [tensor for other, tensors in sent if other is conn for tensor in tensors] for conn in conns}
+            # the ranks of blocks 0 and 1, and of blocks 2 and 3, in either order; the last is the first
+            counts = sorted(len(tensors) for tensors in got.values())
+            assert counts == [2, 3]
+            for tensors in got.values():
+                own = (0, 1) if len(tensors) == 2 else (0, 2, 3)
+                assert all(any(torch.equal(tensor, values[i]) for i in own) for tensor in tensors)
