@@ -32,7 +32,7 @@ def items_per_call(guider: Any, conds: dict[str, Any], model_options: dict[str, 
     found = [entry for entries in prompts.values() for entry in entries]
     alike = len(found) == len(prompts) and len({id(entry.get("control")) for entry in found}) == 1
     apart = any(_APART & entry.keys() or entry.get("set_area_to_bounds") for entry in found)
-    if apart or not alike or across_items(model_options.get("transformer_options", {})):
+    if apart or not alike or across_items(model_options.get("transformer_options", {}), len(prompts)):
         return 1
     return len(prompts) * batch
 

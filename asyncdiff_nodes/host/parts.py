@@ -7,8 +7,10 @@ from typing import Any
 from asyncdiff_nodes.engine.batch import Arguments
 from asyncdiff_nodes.engine.batch import divide as divide_batch
 
+from .ipadapter import ImageAttention
 from .shipping import ShippedPatch
 
+_PATCHES = ("patches", "patches_replace")
 # the prompt's item and the negative one's
 _ACROSS_ITEMS = frozenset({"comfy_extras.nodes_nag"})
 
@@ -19,22 +21,28 @@ def divide(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, parts: int
     chunks = options.get("cond_or_uncond", [])
     frames = kwargs.get("num_video_frames") or 1  # of each video: they are computed together
     torn = frames > 1 and (batch // frames) % parts
-    if torn or across_items(options) or (len(chunks) > 1 and len(chunks) % parts):
+    if torn or across_items(options, len(chunks)) or (len(chunks) > 1 and len(chunks) % parts):
         return [(args, kwargs)]
-    found = divide_batch(args, kwargs, batch, parts)
-    if len(chunks) > 1:
-        each = len(chunks) // parts
-        for part, (_, own) in enumerate(found):
+    patches = {kind: options[kind] for kind in _PATCHES if kind in options}  # what they look at is no batch
+    rest = {name: value for name, value in options.items() if name not in patches}
+    found = divide_batch(args, {**kwargs, "transformer_options": rest}, batch, parts)
+    each = len(chunks) // parts
+    for part, (_, own) in enumerate(found):
+        own["transformer_options"] |= patches
+        if len(chunks) > 1:
             own["transformer_options"]["cond_or_uncond"] = chunks[part * each : (part + 1) * each]
     return found
 
 
-def across_items(transformer_options: dict[str, Any]) -> bool:
-    """Whether there is a patch that looks at several items of a batch at once."""
+def across_items(transformer_options: dict[str, Any], prompts: int) -> bool:
+    """Whether there is a patch that looks at several items at once of a batch with items of so many prompts."""
     found = [
         patch
-        for kind in ("patches", "patches_replace")
+        for kind in _PATCHES
         for patches in transformer_options.get(kind, {}).values()
         for patch in (patches.values() if isinstance(patches, dict) else patches)
     ]
-    return any((p.module if isinstance(p, ShippedPatch) else getattr(p, "__module__", None)) in _ACROSS_ITEMS for p in found)
+    if any((p.module if isinstance(p, ShippedPatch) else getattr(p, "__module__", None)) in _ACROSS_ITEMS for p in found):
+        return True
+    # masks and weights may be of one latent each, and which image is a prompt's the pack finds by whether there are two
+    return prompts != 2 and any(isinstance(p, ImageAttention) or ImageAttention.of(p) for p in found)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from comfy.model_patcher import ModelPatcher
 
+from asyncdiff_nodes.engine.trees import flatten
+
+from .ipadapter import ImageAttention
 from .shipping import ShippedPatch, is_plain
 from .weights import PREFIX
 
@@ -41,7 +46,7 @@ def call_obstacle(transformer_options: dict[str, Any]) -> str | None:
         for kind in _PATCHES
         for place, patches in transformer_options.get(kind, {}).items()
         for patch in _values(patches)
-        if ShippedPatch.of(patch) is None
+        if _shipped(patch) is None
     }
     # without patches, the network's own code reads only those of the other options that are functions
     found |= {
@@ -57,15 +62,25 @@ def shippable(transformer_options: dict[str, Any]) -> dict[str, Any]:
         shipped = {}
         for place, patches in transformer_options.get(kind, {}).items():
             if isinstance(patches, dict):
-                shipped[place] = {where: ShippedPatch.of(patch) for where, patch in patches.items()}
+                shipped[place] = {where: _shipped(patch) for where, patch in patches.items()}
             elif patches:
-                shipped[place] = [ShippedPatch.of(patch) for patch in patches]
+                shipped[place] = [_shipped(patch) for patch in patches]
         if shipped:
             options |= {
                 kind: shipped,
                 **{key: transformer_options[key] for key in _READ_BY_PATCHES if key in transformer_options},
             }
     return options
+
+
+def identity(shipped: dict[str, Any]) -> str:
+    """Equal for options, as made by :func:`shippable`, that have the same patches."""
+    leaves, structure = flatten([shipped.get(kind) for kind in _PATCHES])
+    return repr((structure, [id(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]))
+
+
+def _shipped(patch: Any) -> Callable[..., Any] | None:
+    return ShippedPatch.of(patch) or ImageAttention.of(patch)
 
 
 def _values(patches: Any) -> Any:

@@ -42,7 +42,7 @@ from .control import KEY, ControlNets, complete, take
 from .live import Progress
 from .memory import room_for_weights
 from .options import ALWAYS, OneDeviceError, Options
-from .patches import call_obstacle, obstacle, shippable
+from .patches import call_obstacle, identity, obstacle, shippable
 from .pool import POOL
 from .rehearsal import rehearse
 from .report import RunRecord, publish
@@ -161,6 +161,7 @@ class Sampling:
         self._restarted = False
         self._finite = True  # as far as is known
         self._left = ""  # why the host goes on without the ranks
+        self._patches: dict[str, int] = {}  # those of its calls -> a number for each
         self._loaded_here = False
         self._changes = contextlib.ExitStack()  # of the host's objects, for this sampling
         self._progress = Progress(steps=len(sigmas) - 1)
@@ -267,9 +268,9 @@ class Sampling:
         given["transformer_options"] = shipped
         window = getattr(options.get("context_window"), "index_list", None)
         # the same prompt under a guidance patch, a control net that starts in mid-run, a window of frames: streams of their own
-        patches = [shipped.get(kind) for kind in ("patches", "patches_replace")]
+        patches = self._patches.setdefault(identity(shipped), len(self._patches))
         outline = _outline(control), tuple(net.net for net in nets)
-        stream = (tuple(options.get("uuids", ())), tuple(x.shape), outline, repr((patches, window)))
+        stream = (tuple(options.get("uuids", ())), tuple(x.shape), outline, patches, repr(window))
         self._progress.call(stream)
         if self._plan.branches > len(x):
             self._note(

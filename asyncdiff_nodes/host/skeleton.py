@@ -137,12 +137,19 @@ def family_of(skeleton: nn.Module, patcher: ModelPatcher) -> Family:
 
 
 def _traceable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs of a call with an attention that runs on the meta device: some of the host's look at a device's free memory."""
+    """The inputs of a call with an attention, and patches, that run on the meta device.
+
+    Some of the host's attentions look at a device's free memory, and some patches at what step it is.
+    """
 
     def attention(_: Any, *args: Any, **kwargs: Any) -> Any:
         return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
 
     options = {**kwargs["transformer_options"], "optimized_attention_override": attention}
+    options["patches_replace"] = {
+        place: {where: getattr(patch, "traced", patch) for where, patch in patches.items()}
+        for place, patches in options.get("patches_replace", {}).items()
+    }
     return args, {**kwargs, "transformer_options": options}
 
 

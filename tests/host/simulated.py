@@ -9,6 +9,7 @@ from comfy.patcher_extension import WrappersMP
 from asyncdiff_nodes.engine import NoiseLevels, Simulator
 from asyncdiff_nodes.engine.graph import tensors_of
 from asyncdiff_nodes.host.control import ControlNets, take
+from asyncdiff_nodes.host.patches import shippable
 from asyncdiff_nodes.host.quantised import operations_of
 from asyncdiff_nodes.host.rehearsal import rehearse
 from asyncdiff_nodes.host.skeleton import family_of, skeleton_of
@@ -60,7 +61,7 @@ def simulated(model, plan, sampler, size=(16, 16), control=None):
         if calls := take(given.get("control")):
             given["nets"] = {call.net: call.to_send(plan.microbatches > 1) for call in calls}
         stream = tuple(options["uuids"]), tuple(x.shape), len(calls)
-        return simulator(stream=stream, **given | {"transformer_options": {"sample_sigmas": None}})
+        return simulator(stream=stream, **given | {"transformer_options": {"sample_sigmas": None, **shippable(options)}})
 
     def apply(executor, *args, **kwargs):
         network.forward = call  # not every network calls wrappers of its own

@@ -24,8 +24,12 @@ def by_halves(model):
 
     def call(executor, x, timesteps, context=None, y=None, control=None, transformer_options=None, **extra):
         kwargs = {"context": context, "y": y, "control": control, "transformer_options": transformer_options, **extra}
-        parts = divide((x, timesteps), kwargs, len(x), 2)
-        return torch.cat([executor(*args, *more.values()) for args, more in parts])
+        halves = divide((x, timesteps), kwargs, len(x), 2)
+        chunks = transformer_options["cond_or_uncond"]
+        if len(chunks) > 1:  # each half has its own prompts
+            for (_, more), own in zip(halves, (chunks[: len(chunks) // 2], chunks[len(chunks) // 2 :]), strict=True):
+                more["transformer_options"]["cond_or_uncond"] = own
+        return torch.cat([executor(*args, *more.values()) for args, more in halves])
 
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "halves", call)
