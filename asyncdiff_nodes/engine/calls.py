@@ -11,7 +11,7 @@ import torch
 from . import wire
 from .errors import InputChangedError, ScheduleError
 from .graph import BlockGraph
-from .inputs import Inputs, Packed, difference, only
+from .inputs import Held, Inputs, Packed, difference, only
 from .lookahead import NoiseLevels, Outlook
 from .plan import Placement, Plan
 from .schedule import Call, Kind, call_at, calls_ahead
@@ -82,6 +82,7 @@ class Stream:
         inputs: of the first call.
         sample: position and keyword of the sample in the model's forward.
         graph: traced with these inputs.
+        held: what each rank of the branch has of earlier runs.
         parts: micro-batches of a synchronous call.
 
     Raises:
@@ -96,10 +97,11 @@ class Stream:
         sample: tuple[int, str],
         graph: BlockGraph,
         placement: Placement,
+        held: Sequence[Held],
         parts: int = 1,
     ) -> None:
         self.graph = graph
-        self._key, self._run, self._parts = key, run, parts
+        self._key, self._run, self._held, self._parts = key, run, held, parts
         self._base = run.plan  # with another warm-up after a move
         self._signature = inputs.signature
         self._sample = inputs.position(sample)
@@ -206,7 +208,7 @@ class Stream:
         if self._outlook is not None and target != call.index and self._sample in needed:
             tensors = list(tensors)
             tensors[packed[self._sample][1]] = wire.dense_on_cpu(self._outlook.of(target))
-        leaves, sent = only(packed, tensors, needed)
+        leaves, sent = only(packed, tensors, needed, self._held[rank])
         timestep = self._timestep(call, call.timestep_indices[rank] if computes else call.index, inputs)
         parts = self._parts if call.kind is Kind.SYNCHRONOUS else 1
         is_tensor = isinstance(timestep, torch.Tensor)

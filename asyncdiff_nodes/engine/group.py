@@ -22,7 +22,7 @@ from .errors import DeviceError, PlanError, ScheduleError, UnsupportedModelError
 from .family import Family, find_family
 from .finite import is_finite
 from .graph import BlockGraph, meta_copy, tensors_of, trace
-from .inputs import Inputs
+from .inputs import Held, Inputs
 from .lookahead import NoiseLevels
 from .plan import PER_RUN, Placement, Plan, place
 from .processes import Ranks
@@ -104,6 +104,7 @@ class WorkerGroup:
         skeleton = _pickled(self._skeleton)
         self._graphs: dict[Any, BlockGraph] = {}
         self._run = Run(0, plan)
+        self._held = [Held() for _ in range(plan.world_size)]
         # all by branch and stream
         self._streams: dict[tuple[int, Hashable], Stream] = {}
         self._last: dict[tuple[int, Hashable], Any] = {}  # the last result
@@ -184,6 +185,8 @@ class WorkerGroup:
 
     def _start_run(self) -> None:
         self._streams.clear()
+        for held in self._held:
+            held.reset()
         self._last.clear()
         self._results.clear()
         self._records.clear()
@@ -195,7 +198,8 @@ class WorkerGroup:
 
         Args:
             stream: which conditioning batch this is; each stream has its own caches and call count. Everything else is passed
-                to ``module.forward``. With several branches the batch is divided among them; what cannot be divided is the
+                to ``module.forward``; parameters among that are taken to be constant, so that each is sent once to the ranks that
+                look at it. With several branches the batch is divided among them; what cannot be divided is the
                 first one's.
 
         Returns:
@@ -395,7 +399,9 @@ class WorkerGroup:
         if (branch, key) not in self._streams:
             graph = self._graph_for(inputs)
             parts = self._microbatches(inputs, graph)
-            self._streams[branch, key] = Stream(key, self._run, inputs, self.family.sample, graph, self.placement, parts)
+            first = branch * self.plan.branch_size
+            held = self._held[first : first + self.plan.branch_size]
+            self._streams[branch, key] = Stream(key, self._run, inputs, self.family.sample, graph, self.placement, held, parts)
         return self._streams[branch, key]
 
     def _microbatches(self, inputs: Inputs, graph: BlockGraph) -> int:

@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import wire
 from .batch import sample_of
 from .graph import TensorMeta
 from .trees import flatten, unflatten
 
-# ("same", None), ("value", object), ("tensor", index into a message's tensors), or ("unused", layout) of a tensor not needed
+# ("same", None), ("value", object), ("tensor", index into a message's tensors), or ("unused", layout) of a tensor not needed;
+# ("held", (number, index)) of a parameter, without an index where the rank has it from an earlier run
 Packed = tuple[str, Any]
+
+
+class Held:
+    """Parameters that one rank has, by number. Both ends drop at each reset those that the run before it did not use."""
+
+    def __init__(self) -> None:
+        self._numbers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._used: set[int] = set()
+        self._next = itertools.count()
+
+    def number(self, parameter: nn.Parameter) -> tuple[int, bool]:
+        """Its number, and whether the rank has it. It will from now on."""
+        known = parameter in self._numbers
+        if not known:
+            self._numbers[parameter] = next(self._next)
+        self._used.add(self._numbers[parameter])
+        return self._numbers[parameter], known
+
+    def reset(self) -> None:
+        """A new run begins."""
+        for parameter, number in list(self._numbers.items()):
+            if number not in self._used:
+                del self._numbers[parameter]
+        self._used.clear()
 
 
 @dataclass(frozen=True)
@@ -90,8 +117,8 @@ class Inputs:
         """What to send, given the leaves that the ranks have (``None``: nothing yet); the one at ``always`` in any case.
 
         Returns:
-            One :data:`Packed` per leaf, the tensors that these name (on the CPU), and the leaves that the ranks have afterwards
-            (where the caller has them, so that unchanged ones are compared there and never copied).
+            One :data:`Packed` per leaf, the tensors that these name (on the CPU, but for parameters), and the leaves that the
+            ranks have afterwards (where the caller has them, so that unchanged ones are compared there and never copied).
         """
         packed: list[Packed] = []
         tensors: list[torch.Tensor] = []
@@ -111,20 +138,26 @@ class Inputs:
                 packed.append(("tensor", len(tensors)))
                 # a copy: the sending threads and the next comparison read it later
                 known.append(leaf if constant else leaf.detach().clone())
-                tensors.append(wire.dense_on_cpu(known[-1]))
+                tensors.append(leaf if constant else wire.dense_on_cpu(known[-1]))
         return packed, tensors, known
 
 
-def only(packed: list[Packed], tensors: list[torch.Tensor], needed: frozenset[int]) -> tuple[list[Packed], list[torch.Tensor]]:
-    """The part of a message for a rank that needs the tensors at ``needed`` only."""
+def only(
+    packed: list[Packed], tensors: list[torch.Tensor], needed: frozenset[int], held: Held
+) -> tuple[list[Packed], list[torch.Tensor]]:
+    """The part of a message for a rank that needs the tensors at ``needed`` only, and has those of ``held``."""
     kept: list[Packed] = []
     sent: list[torch.Tensor] = []
     for position, (kind, what) in enumerate(packed):
         if kind == "tensor" and position not in needed:
             kind, what = "unused", TensorMeta.of(tensors[what])
         elif kind == "tensor":
-            sent.append(tensors[what])
-            what = len(sent) - 1
+            tensor, what, known = tensors[what], len(sent), False
+            if isinstance(tensor, nn.Parameter):
+                number, known = held.number(tensor)
+                kind, what = "held", (number, None if known else what)
+            if not known:
+                sent.append(wire.dense_on_cpu(tensor))
         kept.append((kind, what))
     return kept, sent
 

@@ -98,6 +98,8 @@ class _Rank:
         self._share = boot.share
         self._model = SplitModel(pickle.loads(boot.skeleton), boot.share, self._device, self._transport)
         self._inputs: dict[Hashable, list[Any]] = {}
+        self._held: dict[int, torch.Tensor] = {}  # as the parent's
+        self._used: set[int] = set()
         self._run = 0
 
     @torch.inference_mode()
@@ -110,6 +112,8 @@ class _Rank:
                 (self._run,) = rest
                 self._model.reset()
                 self._inputs.clear()
+                self._held = {number: self._held[number] for number in self._used}
+                self._used.clear()
             elif verb == "weight":
                 self._model.load(rest[0], tensors[0])
             elif verb == "move":
@@ -178,6 +182,12 @@ class _Rank:
     def _leaf(self, kind: str, what: Any, tensors: list[torch.Tensor]) -> Any:
         if kind == "unused":
             return self._model.placeholder(what)
+        if kind == "held":
+            number, index = what
+            if index is not None:
+                self._held[number] = tensors[index].to(self._device)
+            self._used.add(number)
+            return self._held[number]
         return tensors[what].to(self._device) if kind == "tensor" else what
 
     def _report(self) -> RankReport:

@@ -42,6 +42,7 @@ _LAYOUTS = {
     }),
 }  # fmt: skip
 _CHANNELS = 64
+SHAPES = ((768,), (4, 768))  # of SD 1.5's layers, but for the first dimension, and of what they are made for: images
 # of the attentions that the pack numbers
 _WIDTHS = {"sd15_layout": [1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1, 1, 2], "sdxl_layout": [2] * 70}
 
@@ -185,13 +186,14 @@ def test_weights_are_sent_once_and_where_they_are_needed(pack, model, prompts, m
 
     def send(conn, header, tensors=()):
         if isinstance(header, tuple) and header[0] == "call":
-            sent.setdefault(conn, []).extend(tensor.double().sum().item() for tensor in tensors if tensor.shape[1:] == (768,))
+            sent.setdefault(conn, []).extend(tensor.double().sum().item() for tensor in tensors if tensor.shape[1:] in SHAPES)
         original(conn, header, tensors)
 
     monkeypatch.setattr(wire, "send", send)
-    ksampler(attach(applied(pack, model), Options("Exact", "cpu,cpu")), *prompts)
+    routed = attach(applied(pack, model), Options("Exact", "cpu,cpu"))
+    ksampler(routed, *prompts)
     names = {value.double().sum().item(): name for name, value in adapter()["ip_adapter"].items()}
-    found = {tuple(sorted(names[total] for total in totals)) for totals in sent.values()}
+    found = {tuple(sorted(names[total] for total in totals if total in names)) for totals in sent.values()}
     blocks = [f"input_blocks.{i}" for i in (1, 2, 4, 5, 7, 8)] + [f"output_blocks.{i}" for i in range(3, 12)]
     expected = [
         [f"{2 * n + 1}.to_{what}_ip.weight" for n, block in enumerate(blocks) for what in "kv" if has(block, rank.weights)]
@@ -199,6 +201,10 @@ def test_weights_are_sent_once_and_where_they_are_needed(pack, model, prompts, m
     ]
     assert found == {tuple(sorted(each)) for each in expected}
     assert len(found) == 2 and sum(map(len, found)) < 2 * 2 * len(blocks)
+    assert all(len([total for total in totals if total not in names]) == 2 for totals in sent.values()), "for all blocks together"
+    sent.clear()
+    ksampler(routed, *prompts)
+    assert not any(sent.values()), "nor for the next picture"
 
 
 def has(block, weights):
