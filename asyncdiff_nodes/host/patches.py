@@ -11,7 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from asyncdiff_nodes.engine.trees import flatten
 
 from .ipadapter import ImageAttention
-from .shipping import ShippedPatch, is_plain
+from .shipping import ShippedPatch, Variable, is_plain
 from .weights import PREFIX
 
 _PATCHES = ("patches", "patches_replace")
@@ -46,7 +46,7 @@ def call_obstacle(transformer_options: dict[str, Any]) -> str | None:
         for kind in _PATCHES
         for place, patches in transformer_options.get(kind, {}).items()
         for patch in _values(patches)
-        if _shipped(patch) is None
+        if _shipped(patch, {}) is None
     }
     # without patches, the network's own code reads only those of the other options that are functions
     found |= {
@@ -58,13 +58,14 @@ def call_obstacle(transformer_options: dict[str, Any]) -> str | None:
 def shippable(transformer_options: dict[str, Any]) -> dict[str, Any]:
     """The part of the options that a rank needs: plain data and patches by reference, without the host's bookkeeping."""
     options = {key: value for key, value in transformer_options.items() if key not in _HOST_ONLY and is_plain(value)}
+    variables: dict[int, Variable] = {}
     for kind in _PATCHES:
         shipped = {}
         for place, patches in transformer_options.get(kind, {}).items():
             if isinstance(patches, dict):
-                shipped[place] = {where: _shipped(patch) for where, patch in patches.items()}
+                shipped[place] = {where: _shipped(patch, variables) for where, patch in patches.items()}
             elif patches:
-                shipped[place] = [_shipped(patch) for patch in patches]
+                shipped[place] = [_shipped(patch, variables) for patch in patches]
         if shipped:
             options |= {
                 kind: shipped,
@@ -79,8 +80,8 @@ def identity(shipped: dict[str, Any]) -> str:
     return repr((structure, [id(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]))
 
 
-def _shipped(patch: Any) -> Callable[..., Any] | None:
-    return ShippedPatch.of(patch) or ImageAttention.of(patch)
+def _shipped(patch: Any, variables: dict[int, Variable]) -> Callable[..., Any] | None:
+    return ShippedPatch.of(patch, variables) or ImageAttention.of(patch)
 
 
 def _values(patches: Any) -> Any:

@@ -16,8 +16,28 @@ from typing import Any
 import torch
 
 # Patches that look at nothing but what a block is given, so that they do the same wherever the block is; see the tests.
-# (Counter-examples: SAG reads in the sampler what its patch saw, HyperTile and ToMe draw random numbers.)
-STATELESS = frozenset({"comfy_extras.nodes_freelunch", "comfy_extras.nodes_nag", "comfy_extras.nodes_pag"})
+# (Counter-examples: SAG reads in the sampler what its patch saw, ToMe draws random numbers.)
+_ALWAYS: dict[str, int] = {}
+# Module -> the greatest values of settings with which its patches are such. HyperTile draws the first of one or two sizes.
+STATELESS = {
+    "comfy_extras.nodes_freelunch": _ALWAYS,
+    "comfy_extras.nodes_nag": _ALWAYS,
+    "comfy_extras.nodes_pag": _ALWAYS,
+    "comfy_extras.nodes_hypertile": {"swap_size": 2},
+}
+
+
+class Variable:
+    """What one or more patches close over. It pickles as its value; patches of one message still share it."""
+
+    def __init__(self, value: Any) -> None:
+        self.cell = types.CellType(value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Variable, (self.cell.cell_contents,)
+
+    def __repr__(self) -> str:
+        return repr(self.cell.cell_contents)
 
 
 @dataclass(frozen=True)
@@ -26,26 +46,32 @@ class ShippedPatch:
 
     Attributes:
         module, qualname, line: where its source is.
-        settings: (name, value) of the variables that it closes over.
+        settings: (name, variable) of those that it closes over.
         defaults: of its arguments.
     """
 
     module: str
     qualname: str
     line: int
-    settings: tuple[tuple[str, Any], ...]
+    settings: tuple[tuple[str, Variable], ...]
     defaults: tuple[Any, ...]
 
     @classmethod
-    def of(cls, patch: Any) -> ShippedPatch | None:
-        """The reference to ``patch``; None if it cannot run in a rank."""
+    def of(cls, patch: Any, variables: dict[int, Variable]) -> ShippedPatch | None:
+        """The reference to ``patch``; None if it cannot run in a rank.
+
+        Args:
+            variables: of the patches of the same call, by the identity of their cells; its own are added.
+        """
         if not isinstance(patch, types.FunctionType) or patch.__module__ not in STATELESS or patch.__kwdefaults__:
             return None
-        values, defaults = [cell.cell_contents for cell in patch.__closure__ or ()], patch.__defaults__ or ()
-        if not is_plain([*values, *defaults]):
+        code, cells, defaults = patch.__code__, patch.__closure__ or (), patch.__defaults__ or ()
+        values = {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
+        greatest = STATELESS[patch.__module__]
+        if not is_plain([*values.values(), *defaults]) or any(values[name] > greatest[name] for name in values.keys() & greatest):
             return None
-        code = patch.__code__
-        settings = tuple(zip(code.co_freevars, values, strict=True))
+        shared = [variables.setdefault(id(cell), Variable(cell.cell_contents)) for cell in cells]
+        settings = tuple(zip(code.co_freevars, shared, strict=True))
         return cls(patch.__module__, patch.__qualname__, code.co_firstlineno, settings, defaults)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -58,7 +84,7 @@ class ShippedPatch:
             nested = [c for c in code.co_consts if isinstance(c, types.CodeType) and c.co_name == name]
             code = min(nested, key=lambda c: abs(c.co_firstlineno - self.line))
         settings = dict(self.settings)
-        cells = tuple(types.CellType(settings[name]) for name in code.co_freevars)
+        cells = tuple(settings[name].cell for name in code.co_freevars)
         return types.FunctionType(code, vars(module), code.co_name, self.defaults, cells)(*args, **kwargs)
 
 

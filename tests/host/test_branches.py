@@ -109,6 +109,14 @@ def test_patches_know_which_prompt_they_have(sd15, prompts):
     assert len(parts.divide((torch.zeros(3, 1), torch.zeros(3)), three, 3, 2)) == 1
 
 
+def test_patches_that_share_a_variable(sd15, prompts):
+    from comfy_extras.nodes_hypertile import HyperTile
+
+    tiled = small.node(HyperTile, sd15, 64, 2, 1, False)
+    assert not torch.equal(ksampler(tiled, *prompts), ksampler(sd15, *prompts))
+    assert_halved(tiled, lambda m: ksampler(m, *prompts))
+
+
 @pytest.mark.parametrize("why", ["cfg 1", "area", "mask's bounds", "range", "control net on one", "two prompts", "across items"])
 def test_segments_where_there_is_nothing_to_halve(why, sd15, prompts):
     positive, negative = prompts

@@ -107,7 +107,8 @@ ROWS = {
     "EasyCache": (lambda m: small.node(nodes_easycache.EasyCacheNode, m, 0.2, 0.15, 0.95, False), ROUTED),
     "LazyCache": (lambda m: small.node(nodes_easycache.LazyCacheNode, m, 0.2, 0.15, 0.95, False), ROUTED),
     "SelfAttentionGuidance": (lambda m: small.node(nodes_sag.SelfAttentionGuidance, m, 0.5, 2.0), "nodes_sag"),
-    "HyperTile": (lambda m: small.node(nodes_hypertile.HyperTile, m, 256, 1, 0, False), "nodes_hypertile"),
+    "HyperTile": (lambda m: small.node(nodes_hypertile.HyperTile, m, 64, 2, 1, False), ROUTED),
+    "HyperTile, swap_size above 2": (lambda m: small.node(nodes_hypertile.HyperTile, m, 32, 3, 0, False), "nodes_hypertile"),
     "TomePatchModel": (lambda m: small.node(nodes_tomesd.TomePatchModel, m, 0.3), "nodes_tomesd"),
     "PatchModelAddDownscale": (
         lambda m: small.node(nodes_model_downscale.PatchModelAddDownscale, m, 1, 2.0, 0.0, 0.35, True, "bicubic", "bicubic"),
