@@ -15,6 +15,7 @@ from .shipping import ShippedPatch, Variable, is_plain
 from .weights import PREFIX
 
 _PATCHES = ("patches", "patches_replace")
+_ATTENTION = "optimized_attention_override"
 _READ_BY_PATCHES = ("cond_or_uncond", "sigmas")
 # The host's own bookkeeping: without patches, the network's forward reads none of it.
 _HOST_ONLY = {*_PATCHES, *_READ_BY_PATCHES, "wrappers", "callbacks", "uuids", "sample_sigmas", "prefetch_dynamic_vbars"}
@@ -50,7 +51,9 @@ def call_obstacle(transformer_options: dict[str, Any]) -> str | None:
     }
     # without patches, the network's own code reads only those of the other options that are functions
     found |= {
-        f"{key} ({_name(value)})" for key, value in transformer_options.items() if key not in _HOST_ONLY and callable(value)
+        f"{key} ({_name(value)})"
+        for key, value in transformer_options.items()
+        if key not in _HOST_ONLY and callable(value) and (key != _ATTENTION or _shipped(value, {}) is None)
     }
     return f"the model carries patches that run inside the network: {', '.join(sorted(found))}" if found else None
 
@@ -59,6 +62,8 @@ def shippable(transformer_options: dict[str, Any]) -> dict[str, Any]:
     """The part of the options that a rank needs: plain data and patches by reference, without the host's bookkeeping."""
     options = {key: value for key, value in transformer_options.items() if key not in _HOST_ONLY and is_plain(value)}
     variables: dict[int, Variable] = {}
+    if _ATTENTION in transformer_options:
+        options[_ATTENTION] = _shipped(transformer_options[_ATTENTION], variables)
     for kind in _PATCHES:
         shipped = {}
         for place, patches in transformer_options.get(kind, {}).items():
@@ -76,7 +81,7 @@ def shippable(transformer_options: dict[str, Any]) -> dict[str, Any]:
 
 def identity(shipped: dict[str, Any]) -> str:
     """Equal for options, as made by :func:`shippable`, that have the same patches."""
-    leaves, structure = flatten([shipped.get(kind) for kind in _PATCHES])
+    leaves, structure = flatten([shipped.get(kind) for kind in (*_PATCHES, _ATTENTION)])
     return repr((structure, [id(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]))
 
 

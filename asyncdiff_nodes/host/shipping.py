@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import sys
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,9 @@ STATELESS = {
     "comfy_extras.nodes_nag": _ALWAYS,
     "comfy_extras.nodes_pag": _ALWAYS,
     "comfy_extras.nodes_hypertile": {"swap_size": 2},
+    "comfy.model_patcher": _ALWAYS,  # which has one of the host's attentions take the place of another
 }
+_ATTENTIONS = "comfy.ldm.modules.attention"
 
 
 class Variable:
@@ -63,12 +66,14 @@ class ShippedPatch:
         Args:
             variables: of the patches of the same call, by the identity of their cells; its own are added.
         """
-        if not isinstance(patch, types.FunctionType) or patch.__module__ not in STATELESS or patch.__kwdefaults__:
+        if not isinstance(patch, types.FunctionType) or patch.__module__ not in STATELESS or patch.__kwdefaults__ or vars(patch):
             return None
         code, cells, defaults = patch.__code__, patch.__closure__ or (), patch.__defaults__ or ()
         values = {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
         greatest = STATELESS[patch.__module__]
-        if not is_plain([*values.values(), *defaults]) or any(values[name] > greatest[name] for name in values.keys() & greatest):
+        if not all(is_plain(value) or _is_attention(value) for value in (*values.values(), *defaults)):
+            return None
+        if any(values[name] > greatest[name] for name in values.keys() & greatest):
             return None
         shared = [variables.setdefault(id(cell), Variable(cell.cell_contents)) for cell in cells]
         settings = tuple(zip(code.co_freevars, shared, strict=True))
@@ -86,6 +91,12 @@ class ShippedPatch:
         settings = dict(self.settings)
         cells = tuple(settings[name].cell for name in code.co_freevars)
         return types.FunctionType(code, vars(module), code.co_name, self.defaults, cells)(*args, **kwargs)
+
+
+def _is_attention(value: Any) -> bool:
+    """Whether ``value`` is a function of the host's that is pickled by its name."""
+    named = isinstance(value, types.FunctionType) and value.__module__ == _ATTENTIONS
+    return named and getattr(sys.modules[_ATTENTIONS], value.__qualname__, None) is value
 
 
 def is_plain(value: Any) -> bool:

@@ -103,6 +103,7 @@ ROWS = {
         lambda m: small.node(nodes_model_merging.ModelMergeSimple, m, small.model("sd15", seed=12), 0.4),
         ROUTED,
     ),
+    "ModelAttentionBackend": (lambda m: small.node(nodes_model_advanced.ModelAttentionBackend, m, "pytorch attention"), ROUTED),
     "DifferentialDiffusion": (lambda m: small.node(nodes_differential_diffusion.DifferentialDiffusion, m), ROUTED),
     "EasyCache": (lambda m: small.node(nodes_easycache.EasyCacheNode, m, 0.2, 0.15, 0.95, False), ROUTED),
     "LazyCache": (lambda m: small.node(nodes_easycache.LazyCacheNode, m, 0.2, 0.15, 0.95, False), ROUTED),
@@ -130,6 +131,8 @@ def sample(model, prompts, steps=4):
 
 if importlib.util.find_spec("comfy_extras.nodes_nag") is None:  # a host older than this node
     del ROWS["NAGuidance"]
+if not hasattr(nodes_model_advanced, "ModelAttentionBackend"):
+    del ROWS["ModelAttentionBackend"]
 SLOW = (
     "FreeU_V2",
     "LazyCache",
