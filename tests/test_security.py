@@ -10,6 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = [ROOT / "__init__.py", *sorted((ROOT / "asyncdiff_nodes").rglob("*.py"))]
 # where bytes may become objects: from pipes that our own processes inherited, in both directions
 UNPICKLES = {"engine/wire.py", "engine/worker.py"}
+# where objects become bytes only: a model's skeleton, and what is handed to Ray, which unpickles on its own channels
+PICKLES = {"engine/group.py", "cluster/messages.py"}
 # the command line starts ComfyUI, asks its Python for its version, and asks git for the commit
 STARTS = {"cli/comfyui.py", "cli/report.py"}
 
@@ -47,7 +49,7 @@ def test_nothing_is_executed_downloaded_or_unpickled(path):
     assert not {call for call in found if re.search(r"(^|\.)(torch\.load|pickle\.Unpickler|marshal\.loads?)$", call)}
     assert not modules & {"marshal", "shelve", "dill", "cloudpickle", "joblib", "requests", "httpx", "huggingface_hub", "pip"}
     if name_of(path) not in UNPICKLES:
-        assert "pickle" not in modules or (name_of(path) == "engine/group.py" and "pickle.loads" not in found)
+        assert "pickle" not in modules or (name_of(path) in PICKLES and "pickle.loads" not in found)
     if name_of(path) not in STARTS:
         assert "subprocess" not in modules
     if name_of(path) != "cli/comfyui.py":  # which asks the ComfyUI that it has started itself, on loopback
@@ -61,6 +63,14 @@ def test_the_two_places_that_unpickle_read_their_own_pipes():
     wire, worker = ((ROOT / "asyncdiff_nodes" / name).read_text(encoding="utf-8") for name in sorted(UNPICKLES))
     assert "pickle.loads(conn.recv_bytes())" in wire
     assert set(re.findall(r"pickle\.loads\((.*?)\)", worker)) == {"boot.skeleton", "self._boot.skeleton"}
+
+
+def test_ray_is_imported_where_a_cluster_is_asked_for_and_nowhere_else():
+    """Its channels are Ray's to guard: nobody who has not named a device of a cluster has them."""
+    found = {name_of(path) for path in SHIPPED if any(re.match(r"ray(\.|$)", module) for module in imports(path))}
+    assert found and all(name.startswith("cluster/") for name in found)
+    by_name = [path for path in SHIPPED if re.search(r"^(from|import) .*\bcluster\b", path.read_text(encoding="utf-8"), re.M)]
+    assert not [path for path in by_name if not name_of(path).startswith("cluster/")], "imported with the pack"
 
 
 def test_routes_open_no_file():

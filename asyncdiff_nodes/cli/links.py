@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from asyncdiff_nodes.engine import Plan, WorkerError, WorkerGroup
 from asyncdiff_nodes.engine.clock import Link
 from asyncdiff_nodes.engine.graph import TensorMeta
-from asyncdiff_nodes.engine.transport import Transport
+from asyncdiff_nodes.engine.transport import Place, Transport
 
 from .zoo import find_model
 
@@ -52,15 +52,15 @@ def measure_link(devices: Sequence[str]) -> Link:
 @torch.inference_mode()
 def _ping(rank: int, devices: tuple[str, ...], store: str, results: Connection) -> None:
     torch.set_num_threads(1)
-    parsed = [torch.device(name) for name in devices]
-    if parsed[rank].type == "cuda":
-        torch.cuda.set_device(parsed[rank])
-    transport = Transport(rank, parsed, store, timeout=60)
+    device = torch.device(devices[rank])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    transport = Transport(rank, [Place(name, name) for name in devices], store, timeout=60)
     transport.open([(0, 1), (1, 0)])
     found = []
     for size in _SIZES:
         meta, times = TensorMeta((size,), (1,), torch.float32), []
-        value = torch.zeros(size, device=parsed[rank])
+        value = torch.zeros(size, device=device)
         for _ in range(_REPEATS):
             begin = time.perf_counter()
             transport.begin_call()

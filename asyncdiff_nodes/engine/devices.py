@@ -1,4 +1,4 @@
-"""Device strings of the user, checked against this machine."""
+"""Device strings of the user, checked against this machine, or the Ray cluster that they name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,28 @@ from collections.abc import Sequence
 import torch
 
 from .errors import DeviceError
+
+
+def on_cluster(name: str | torch.device) -> bool:
+    """Whether this is the name of a device of a Ray cluster, not of this machine."""
+    return str(name).startswith("ray:")
+
+
+def resolve_devices(names: Sequence[str | torch.device]) -> tuple[str, ...]:
+    """One device per rank, by the name that it has from now on.
+
+    Raises:
+        DeviceError: as :func:`parse_devices`; or a Ray cluster that cannot be reached, or not this way.
+    """
+    if isinstance(names, str) or not any(map(on_cluster, names)):
+        return tuple(str(device) for device in parse_devices(names))
+    try:
+        from asyncdiff_nodes.cluster.devices import resolve
+    except ModuleNotFoundError as error:
+        raise DeviceError(
+            f'devices: {", ".join(map(str, names))} needs Ray ({error}): pip install "comfyui-asyncdiff[ray]"'
+        ) from error
+    return resolve([str(name) for name in names])
 
 
 def parse_devices(names: Sequence[str | torch.device]) -> list[torch.device]:

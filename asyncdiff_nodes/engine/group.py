@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 import pickle
 import time
 import weakref
@@ -17,7 +17,7 @@ from torch import nn
 from . import backends, wire
 from .batch import concatenated, sample_of
 from .calls import Run, Stream
-from .devices import parse_devices
+from .devices import on_cluster, resolve_devices
 from .errors import DeviceError, PlanError, ScheduleError, UnsupportedModelError
 from .family import Family, find_family
 from .finite import is_finite
@@ -25,7 +25,8 @@ from .graph import BlockGraph, meta_copy, tensors_of, trace
 from .inputs import Held, Inputs
 from .lookahead import NoiseLevels
 from .plan import PER_RUN, Placement, Plan, place
-from .processes import Ranks
+from .processes import Processes
+from .ranks import Ranks
 from .schedule import Kind
 from .split import Share
 from .telemetry import CallRecord, RunStats
@@ -41,7 +42,7 @@ class WorkerGroup:
             If ``weights`` are given, only its structure counts, and it may be on the meta device.
         plan: how to split; ``Plan()`` is two segments at automatic cuts.
         devices: one device string per rank, ``plan.world_size`` of them, one branch after the other; a device may be named
-            repeatedly.
+            repeatedly. Those of a Ray cluster are named as in :mod:`asyncdiff_nodes.cluster`.
         threads_per_rank: intra-op threads of a rank; ``None`` shares the parent's threads among the ranks.
         speeds: relative speed of each device, for automatic cuts.
         costs: cost of each block, for automatic cuts; see :func:`~.plan.place`.
@@ -57,6 +58,8 @@ class WorkerGroup:
 
     Attributes:
         finite: whether all results of this run so far were without NaN and infinity.
+        bandwidth: bytes per second of the slowest link between two machines, measured when it was opened, for
+            :func:`~.balance.better`; infinite on one machine.
 
     Raises:
         PlanError, DeviceError, UnsupportedModelError: see their messages.
@@ -84,10 +87,10 @@ class WorkerGroup:
         poll: Callable[[], None] | None = None,
     ) -> None:
         plan = plan or Plan()
-        parsed = parse_devices(devices)
-        if len(parsed) != plan.world_size:
+        self.devices = resolve_devices(devices)
+        if len(self.devices) != plan.world_size:
             raise DeviceError(
-                f"{len(parsed)} devices for segments={plan.segments}, stride={plan.stride}, branches={plan.branches}: "
+                f"{len(self.devices)} devices for segments={plan.segments}, stride={plan.stride}, branches={plan.branches}: "
                 f"name branches * (segments + stride - 1) = {plan.world_size} devices"
             )
         whole = isinstance(threads_per_rank, int) and not isinstance(threads_per_rank, bool)
@@ -98,7 +101,6 @@ class WorkerGroup:
             if empty := next((name for name, tensor in tensors_of(module) if tensor.is_meta), None):
                 raise UnsupportedModelError(f"weight {empty} is on the meta device: load the model before splitting it")
         self.plan = plan
-        self.devices = tuple(str(device) for device in parsed)
         self.family = family or find_family(module)
         self._skeleton = meta_copy(module)
         skeleton = _pickled(self._skeleton)
@@ -113,8 +115,9 @@ class WorkerGroup:
         self._records: deque[CallRecord] = deque(maxlen=20_000)
         self._on_record: Callable[[CallRecord], None] | None = None
         self._call_timeout = call_timeout
+        self.bandwidth = math.inf
 
-        ranks = Ranks(plan.world_size, poll)  # they import for seconds, during what follows
+        ranks = _start(self.devices, poll)  # they import for seconds, during what follows
         self._ranks = ranks
         self._finalizer = weakref.finalize(self, ranks.close)
         try:
@@ -323,11 +326,12 @@ class WorkerGroup:
 
     def _boot(self, skeleton: bytes, prepare: Callable[[], None] | None, threads: int, deadline: float) -> None:
         plan = self.plan
+        places, rendezvous = self._ranks.meet(deadline)
         for share in map(self._share, range(plan.world_size)):
             boot = Boot(
                 share=share,
-                devices=self.devices,
-                store_path=os.path.join(self._ranks.folder, "rendezvous"),
+                places=places,
+                rendezvous=rendezvous,
                 skeleton=skeleton,
                 prepare=prepare,
                 threads=threads,
@@ -370,6 +374,7 @@ class WorkerGroup:
             rank, header, tensors = self._ranks.next_message(deadline, f"ranks {sorted(set(range(world)) - ready)} to start")
             if header[0] == "ready":
                 ready.add(rank)
+                self.bandwidth = min(self.bandwidth, header[1])
             else:
                 self._accept(rank, header, tensors)
 
@@ -449,6 +454,15 @@ class WorkerGroup:
             self._records.append(rest[1])
             if self._on_record is not None:
                 self._on_record(rest[1])
+
+
+def _start(devices: Sequence[str], poll: Callable[[], None] | None) -> Ranks:
+    """One rank for each of ``devices``."""
+    if not on_cluster(devices[0]):
+        return Processes(devices, poll)
+    from asyncdiff_nodes.cluster.actors import Actors  # where Ray is imported
+
+    return Actors(devices, poll)
 
 
 def _pickled(skeleton: nn.Module) -> bytes:

@@ -1,4 +1,4 @@
-"""The processes of a group, as their parent sees them: start, talk, watch, end.
+"""Ranks as processes of this machine.
 
 The pattern is that of vLLM's multi-process executor: a READY message once the weights are in, a death pipe that ends a child
 with its parent, a watch on every process sentinel, one deadline per answer, terminate -> wait -> kill, idempotent shutdown.
@@ -7,6 +7,7 @@ with its parent, a watch on every process sentinel, one deadline per answer, ter
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import shutil
 import sys
@@ -21,10 +22,11 @@ import torch
 import torch.multiprocessing as mp
 
 from . import wire
-from .errors import DeadlineError, GroupClosedError, WorkerError
+from .errors import WorkerError
+from .ranks import POLL, Message, Ranks
+from .transport import Place
 from .worker import main as worker_main
 
-_POLL = 0.05  # seconds between looks at the deadline, the interrupt and the ranks
 _START_LOCK = threading.Lock()
 
 
@@ -46,37 +48,35 @@ def _hidden_main() -> Iterator[None]:
             main.__dict__.update(hidden)
 
 
-class Ranks:
-    """A set of worker processes with one message pipe each.
+class Processes(Ranks):
+    """Worker processes with one message pipe each.
 
     Messages are written and read by threads of their own, so that a rank that stops reading or writing in mid-message can
     never block the caller beyond its deadline.
     """
 
-    def __init__(self, count: int, poll: Callable[[], None] | None = None) -> None:
-        """Start ``count`` processes. ``poll`` is called while waiting and may raise, to interrupt."""
-        self._poll = poll
-        self._inbox: queue.SimpleQueue[tuple[int, Any, list[torch.Tensor]]] = queue.SimpleQueue()
-        self._closing = threading.Event()
-        self._lost: tuple[int, Any] | None = None  # the first rank that failed, and its last words
-        self._failure: Exception | None = None
+    def __init__(self, devices: Sequence[str], poll: Callable[[], None] | None = None) -> None:
+        """Start one process for each of ``devices``; see :class:`~.ranks.Ranks`."""
+        super().__init__(poll)
+        self._places = tuple(Place(device, device) for device in devices)
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._processes: list[Any] = []
         self._conns: list[Connection] = []
         self._deaths: list[Connection] = []
         self._outboxes: list[queue.Queue] = []
         context = mp.get_context("spawn")
-        self.folder = ""
+        self._folder = ""
         try:
-            self.folder = tempfile.mkdtemp(prefix="asyncdiff-")  # mode 0700; holds the rendezvous file
-            for rank in range(count):
+            self._folder = tempfile.mkdtemp(prefix="asyncdiff-")  # mode 0700; holds the rendezvous file
+            for rank in range(len(devices)):
                 conn, child_conn = wire.pipe(context)
                 child_death, death = context.Pipe(duplex=False)
                 self._conns.append(conn)
                 self._deaths.append(death)
                 process = context.Process(
                     target=worker_main,
-                    args=(rank, child_conn, child_death, self.folder),
+                    args=(rank, child_conn, child_death, self._folder),
                     name=f"asyncdiff-rank-{rank}",
                     daemon=True,
                 )
@@ -97,8 +97,8 @@ class Ranks:
         except OSError as error:
             self.close(grace=0)
             raise WorkerError(
-                f"rank {len(self._processes)} could not be started ({error}): see that there is room for {count} more processes "
-                "in memory, and in the temporary folder",
+                f"rank {len(self._processes)} could not be started ({error}): see that there is room for {len(devices)} more "
+                "processes in memory, and in the temporary folder",
                 len(self._processes),
             ) from error
         except BaseException:
@@ -107,65 +107,25 @@ class Ranks:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids, by rank."""
+        """Of this machine."""
         return [process.pid for process in self._processes]
 
-    @property
-    def closed(self) -> bool:
-        """Whether :meth:`close` was called or a rank failed."""
-        return self._closing.is_set() or self._lost is not None
+    def meet(self, deadline: float) -> tuple[tuple[Place, ...], str]:
+        """Known from the start."""
+        return self._places, os.path.join(self._folder, "rendezvous")
 
-    def send(self, rank: int, header: Any, tensors: Sequence[torch.Tensor] = (), *, deadline: float) -> None:
-        """Queue a message for ``rank``; waits while its queue is full.
+    def _post(self, rank: int, header: Any, tensors: Sequence[torch.Tensor]) -> bool:
+        try:
+            self._outboxes[rank].put((header, tensors), timeout=POLL)
+        except queue.Full:
+            return False
+        return True
 
-        Args:
-            deadline: on the monotonic clock.
-        """
-        self._check_open()
-        while True:
-            try:
-                self._outboxes[rank].put((header, tensors), timeout=_POLL)
-                return
-            except queue.Full:
-                self._check(deadline, f"rank {rank} to take a message")
-
-    def next_message(self, deadline: float, what: str) -> tuple[int, Any, list[torch.Tensor]]:
-        """The next (rank, header, tensors) from any rank.
-
-        Args:
-            deadline: on the monotonic clock.
-            what: what is waited for, for the error message.
-
-        Raises:
-            WorkerError: a rank failed or died. The group is closed.
-            DeadlineError: none came in time. The group is closed.
-        """
-        while True:
-            try:
-                rank, header, tensors = self._inbox.get(timeout=_POLL)
-            except queue.Empty:
-                self._check(deadline, what)
-                continue
-            if header[0] not in ("failure", "died"):
-                return rank, header, tensors
-            self._fail(self._explain(rank, header))
-
-    def _check_open(self) -> None:
-        if self._failure is not None:
-            raise GroupClosedError(f"this worker group has failed before ({self._failure}): start a new one") from self._failure
-        if self._closing.is_set():
-            raise GroupClosedError("this worker group is closed: start a new one")
-
-    def _check(self, deadline: float, what: str) -> None:
-        self._check_open()
-        if self._lost is not None:  # a sender sees it here: nobody empties the queue of a rank that is gone
-            self._fail(self._explain(*self._lost))
-        if self._poll is not None:
-            self._poll()
-        if time.monotonic() > deadline:
-            self._fail(
-                DeadlineError(f"waited too long for {what}; all ranks were stopped. Raise the timeout if they were only slow")
-            )
+    def _next(self) -> Message | None:
+        try:
+            return self._inbox.get(timeout=POLL)
+        except queue.Empty:
+            return None
 
     def _explain(self, rank: int, header: Any) -> WorkerError:
         if header[0] == "failure":
@@ -181,11 +141,6 @@ class Ranks:
         if code is not None and code < 0:
             how = f"was killed by signal {-code}"
         return WorkerError(f"rank {rank} (process {self._processes[rank].pid}) {how}; all ranks were stopped", rank)
-
-    def _fail(self, error: Exception) -> None:
-        self._failure = error
-        self.close(grace=0)
-        raise error
 
     def _read(self) -> None:
         """Thread: messages of all ranks into one queue, until a rank is gone or the group closes."""
@@ -207,12 +162,11 @@ class Ranks:
                         self._take(sentinels.pop(item), ("died",), [])
 
     def _take(self, rank: int, header: Any, tensors: list[torch.Tensor]) -> None:
-        if header[0] in ("failure", "died") and self._lost is None:
-            self._lost = rank, header
+        self._heard(rank, header)
         self._inbox.put((rank, header, tensors))
 
     def close(self, grace: float = 3.0) -> None:
-        """End all processes: ask, then terminate, then kill. Safe to call again, from any thread."""
+        """Ask, then terminate, then kill."""
         with self._lock:
             if self._closing.is_set():
                 return
@@ -242,7 +196,7 @@ class Ranks:
             self._wake_read.close()
         for conn in self._conns:
             conn.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _write(conn: Connection, outbox: queue.Queue) -> None:

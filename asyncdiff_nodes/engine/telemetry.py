@@ -17,7 +17,7 @@ class CallRecord:
     Attributes:
         stream, call: the stream's key and the 0-based call in the run.
         rank, segment, synchronous: who, what, how.
-        start, end: seconds on the machine's monotonic clock.
+        start, end: seconds on the monotonic clock of the machine; as the caller gets it, of the caller's machine.
         compute, wait: seconds of it spent computing, and waiting for values of other ranks.
         waits: start and end of each of these waits.
         bytes_sent: payload bytes that this rank sent to other ranks.
@@ -44,6 +44,11 @@ class CallRecord:
     drift: dict[str, float] = field(default_factory=dict)
     blocks: dict[str, float] = field(default_factory=dict)
     not_finite: tuple[str, ...] = ()
+
+    def shifted(self, seconds: float) -> CallRecord:
+        """The same on a clock that is ahead of this record's by so many seconds."""
+        waits = tuple((start + seconds, end + seconds) for start, end in self.waits)
+        return replace(self, start=self.start + seconds, end=self.end + seconds, waits=waits)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,19 @@
 
 Each link is a process group of two with its own stream of messages, so that values arrive in the order in which their
 producer sends them, and opposite directions never wait for each other (on NCCL they would share a stream otherwise).
-NCCL serves ranks on two different CUDA devices; gloo everything else, bound to loopback, CUDA tensors staged through
-pinned memory.
+NCCL serves ranks on two different CUDA devices; gloo everything else, bound to the address of the rank's machine (loopback, where
+all ranks are on one), CUDA tensors staged through pinned memory.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import threading
+import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -22,11 +25,39 @@ from .graph import TensorMeta
 from .wire import empty, flat
 
 LOOPBACK = "127.0.0.1"
+_PROBE = 2**23  # bytes that links between machines are measured with
 
 
-def uses_nccl(a: torch.device, b: torch.device) -> bool:
-    """Whether two ranks on these devices talk through NCCL."""
-    return a.type == b.type == "cuda" and a != b and dist.is_nccl_available()
+#: Where the ranks of a group find each other: the path of a file that all of them can write, or host and port of a store.
+Rendezvous = str | tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is.
+
+    Attributes:
+        name: of its device, the same for all processes of the group; ranks that share a name share a device.
+        device: the same, as torch calls it in the rank's process.
+        host: address of its machine, which its links are bound to.
+    """
+
+    name: str
+    device: str
+    host: str = LOOPBACK
+
+
+def uses_nccl(a: Place, b: Place) -> bool:
+    """Whether two ranks at these places talk through NCCL."""
+    kinds = {torch.device(place.device).type for place in (a, b)}
+    return kinds == {"cuda"} and a.name != b.name and dist.is_nccl_available()
+
+
+def open_store(where: Rendezvous, timeout: float) -> Any:
+    """The store of a group's ranks, as one of them sees it."""
+    if isinstance(where, str):
+        return dist.FileStore(where, -1)
+    return dist.TCPStore(*where, timeout=timedelta(seconds=timeout))
 
 
 class Incoming:
@@ -48,39 +79,55 @@ class Transport:
 
     Attributes:
         bytes_sent: payload bytes handed to the links so far, counted at each send.
+        bandwidth: bytes per second of the slowest link from another machine to this rank; infinite if there is none.
     """
 
-    def __init__(self, rank: int, devices: Sequence[torch.device], store_path: str, timeout: float) -> None:
-        self.bytes_sent = 0
-        self._rank, self._devices, self._timeout = rank, devices, timeout
-        self._device = devices[rank]
+    def __init__(self, rank: int, places: Sequence[Place], rendezvous: Rendezvous, timeout: float) -> None:
+        self.bytes_sent, self.bandwidth = 0, math.inf
+        self._rank, self._places, self._timeout = rank, places, timeout
+        self._device = torch.device(places[rank].device)
         self._links: dict[tuple[int, int], Any] = {}
         # sends of this call and of the one before, with their buffers
         self._sending: list[tuple[Any, torch.Tensor]] = []
         self._sent: list[tuple[Any, torch.Tensor]] = []
         self._staged: queue.SimpleQueue | None = None
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # its bootstrap listener, too, stays on loopback
-        self._store = dist.FileStore(store_path, -1)
-        self._nccl_peers = {r for r in range(len(devices)) if uses_nccl(devices[r], self._device)}
+        if len({place.host for place in places}) == 1:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # its bootstrap listener, too, stays on loopback
+        self._store = open_store(rendezvous, timeout)
+        self._nccl_peers = {r for r, place in enumerate(places) if uses_nccl(place, places[rank])}
 
     def open(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Open this rank's links among ``pairs`` (sender, receiver), but for those that it has.
 
         Every rank of the group must do so, with the same ``pairs``. Links that are no longer of use stay open, silent.
         """
-        rank, devices = self._rank, self._devices
+        rank, places = self._rank, self._places
         # in one global order and each confirmed at once, so that no two ranks open different links and wait for each other
         for sender, receiver in sorted(pairs):
             if rank not in (sender, receiver) or (sender, receiver) in self._links:
                 continue
             name = f"{sender}->{receiver}"
-            nccl = uses_nccl(devices[sender], devices[receiver])
-            link = _open_link(dist.PrefixStore(name, self._store), int(rank == receiver), nccl, self._timeout)
+            nccl = uses_nccl(places[sender], places[receiver])
+            store = dist.PrefixStore(name, self._store)
+            link = _open_link(store, int(rank == receiver), None if nccl else places[rank].host, self._timeout)
             self._links[sender, receiver] = link
             hello = torch.full((1,), sender if rank == sender else -1, device=self._device if nccl else "cpu")
             (link.send([hello], 1, 0) if rank == sender else link.recv([hello], 0, 0)).wait()
             if int(hello) != sender:
                 raise RuntimeError(f"link {name} carries foreign data")
+            if places[sender].host != places[receiver].host:
+                self._measure(link, rank == sender, hello.device)
+
+    def _measure(self, link: Any, sends: bool, device: torch.device) -> None:
+        """Note the bandwidth of a new link, if this is its receiver: of the second try, since the first one also warms it up."""
+        probe = torch.empty(_PROBE, dtype=torch.uint8, device=device)
+        for _ in range(2):
+            begin = time.monotonic()
+            (link.send([probe], 1, 0) if sends else link.recv([probe], 0, 0)).wait()
+            int(probe[-1])  # until it is really there
+            seconds = time.monotonic() - begin
+        if not sends:
+            self.bandwidth = min(self.bandwidth, _PROBE / max(seconds, 1e-9))
 
     def begin_call(self) -> None:
         """Free the buffers of the call before the last: whoever reads its values took them to begin the last one."""
@@ -121,14 +168,14 @@ class Transport:
         return self._device if peer in self._nccl_peers else torch.device("cpu")
 
 
-def _open_link(store: Any, side: int, nccl: bool, timeout: float) -> Any:
-    """A process group of two: side 0 sends, side 1 receives."""
-    if nccl:
+def _open_link(store: Any, side: int, host: str | None, timeout: float) -> Any:
+    """A process group of two, of gloo bound to ``host``, or of NCCL: side 0 sends, side 1 receives."""
+    if host is None:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=timeout)
         return dist.ProcessGroupNCCL(store, side, 2, options)
     options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     options._threads = 1
     options._timeout = timedelta(seconds=timeout)
     return dist.ProcessGroupGloo(store, side, 2, options)

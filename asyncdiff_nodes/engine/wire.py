@@ -57,7 +57,7 @@ def send(conn: Connection, header: Any, tensors: Sequence[torch.Tensor] = ()) ->
     conn.send_bytes(pickle.dumps((header, [TensorMeta.of(t) for t in tensors]), protocol=pickle.HIGHEST_PROTOCOL))
     for tensor in tensors:
         if tensor.numel():
-            _write(conn, _memory(tensor))
+            _write(conn, memory(tensor))
 
 
 def receive(conn: Connection) -> tuple[Any, list[torch.Tensor]]:
@@ -67,7 +67,7 @@ def receive(conn: Connection) -> tuple[Any, list[torch.Tensor]]:
     for meta in metas:
         tensor = empty(meta)
         if tensor.numel():
-            _read_into(conn, _memory(tensor))
+            _read_into(conn, memory(tensor))
         tensors.append(tensor)
     return header, tensors
 
@@ -91,7 +91,8 @@ def _read_into(conn: Connection, memory: memoryview) -> None:
         memory = memory[count:]
 
 
-def _memory(tensor: torch.Tensor) -> memoryview:
+def memory(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a dense tensor on the CPU with at least one element; they are there for as long as the tensor is."""
     # ctypes rather than numpy: the engine needs torch and the standard library only, and numpy has no bfloat16
     nbytes = tensor.numel() * tensor.element_size()
     return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")

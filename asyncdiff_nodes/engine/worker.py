@@ -1,4 +1,7 @@
-"""The loop of one rank. It starts with a pipe from its parent and ends when the parent says so, or is gone."""
+"""One rank: what it does with each message of its parent; and its loop, as a process of this machine.
+
+That starts with a pipe from the parent and ends when the parent says so, or is gone.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import threading
 import traceback
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -23,7 +27,7 @@ from .calls import CallMessage
 from .inputs import join
 from .split import Share, SplitModel
 from .telemetry import RankReport
-from .transport import Transport
+from .transport import Place, Rendezvous, Transport
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Boot:
     """First message to a rank.
 
     Attributes:
+        places, rendezvous: of all ranks of the group.
         skeleton: the pickled module tree on the meta device.
         prepare: called before the skeleton is unpickled.
         timestep, sample: position and keyword of each in its forward.
@@ -39,8 +44,8 @@ class Boot:
     """
 
     share: Share
-    devices: tuple[str, ...]
-    store_path: str
+    places: tuple[Place, ...]
+    rendezvous: Rendezvous
     skeleton: bytes
     prepare: Callable[[], None] | None
     threads: int
@@ -52,8 +57,8 @@ class Boot:
     replicated_bytes: int
 
 
-def main(rank: int, conn: Connection, death: Connection, folder: str) -> None:
-    """Entry point of the process of ``rank``.
+def main(index: int, conn: Connection, death: Connection, folder: str) -> None:
+    """Entry point of the process of rank ``index``.
 
     Args:
         conn: duplex pipe for messages; see :mod:`.wire`.
@@ -64,14 +69,22 @@ def main(rank: int, conn: Connection, death: Connection, folder: str) -> None:
     os.umask(0o077)
     threading.Thread(target=_exit_with_parent, args=(death, folder), daemon=True).start()
     try:
-        _Rank(conn).serve()
+        rank = Rank(wire.receive(conn)[0], partial(wire.send, conn))
+        while rank.handle(*wire.receive(conn)):
+            pass
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent closed the group
     except BaseException as error:
         with contextlib.suppress(OSError):
-            wire.send(conn, ("failure", "".join(traceback.format_exception_only(error)).splitlines()[0], traceback.format_exc()))
+            wire.send(conn, last_words(error))
         os._exit(1)  # not sys.exit: links with a dead peer would hang in their destructors
     os._exit(0)
+
+
+def last_words(error: BaseException) -> tuple[str, str, str]:
+    """What a rank says of the error that it failed with: its first line, and the traceback."""
+    cause = "".join(traceback.format_exception_only(error)).splitlines()[0]
+    return "failure", cause, "".join(traceback.format_exception(error))
 
 
 def _exit_with_parent(death: Connection, folder: str) -> None:
@@ -81,20 +94,25 @@ def _exit_with_parent(death: Connection, folder: str) -> None:
     os._exit(1)
 
 
-class _Rank:
-    def __init__(self, conn: Connection) -> None:
-        self._conn = conn
-        boot: Boot = wire.receive(conn)[0]
+class Rank:
+    """One rank.
+
+    Args:
+        boot: what it is.
+        send: takes header and tensors of a message to the parent.
+    """
+
+    def __init__(self, boot: Boot, send: Callable[..., None]) -> None:
+        self._send = send
         self._boot = boot
-        self._devices = [torch.device(name) for name in boot.devices]
-        self._device = self._devices[boot.share.rank]
+        self._device = torch.device(boot.places[boot.share.rank].device)
         torch.set_num_threads(boot.threads)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # for NCCL and events
         if boot.prepare is not None:
             boot.prepare()
         backends.restore(boot.numerics)
-        self._transport = Transport(boot.share.rank, self._devices, boot.store_path, boot.timeout)
+        self._transport = Transport(boot.share.rank, boot.places, boot.rendezvous, boot.timeout)
         self._share = boot.share
         self._model = SplitModel(pickle.loads(boot.skeleton), boot.share, self._device, self._transport)
         self._inputs: dict[Hashable, list[Any]] = {}
@@ -103,28 +121,27 @@ class _Rank:
         self._run = 0
 
     @torch.inference_mode()
-    def serve(self) -> None:
-        while True:
-            (verb, *rest), tensors = wire.receive(self._conn)
-            if verb == "call":
-                self._call(rest[0], tensors)
-            elif verb == "reset":
-                (self._run,) = rest
-                self._model.reset()
-                self._inputs.clear()
-                self._held = {number: self._held[number] for number in self._used}
-                self._used.clear()
-            elif verb == "weight":
-                self._model.load(rest[0], tensors[0])
-            elif verb == "move":
-                self._move(rest[0])
-            elif verb == "connect":
-                self._connect(rest[0])
-            elif verb == "report":
-                self._send_records(wait=True)
-                wire.send(self._conn, ("report", rest[0], self._report()))
-            elif verb == "close":
-                return
+    def handle(self, header: Any, tensors: list[torch.Tensor]) -> bool:
+        """Do what one message says; returns whether there may be another one."""
+        verb, *rest = header
+        if verb == "call":
+            self._call(rest[0], tensors)
+        elif verb == "reset":
+            (self._run,) = rest
+            self._model.reset()
+            self._inputs.clear()
+            self._held = {number: self._held[number] for number in self._used}
+            self._used.clear()
+        elif verb == "weight":
+            self._model.load(rest[0], tensors[0])
+        elif verb == "move":
+            self._move(rest[0])
+        elif verb == "connect":
+            self._connect(rest[0])
+        elif verb == "report":
+            self._send_records(wait=True)
+            self._send(("report", rest[0], self._report()))
+        return verb != "close"
 
     def _move(self, share: Share) -> None:
         """Take another share of the model: keep the weights of blocks that stay, free those of others; the rest will follow."""
@@ -143,7 +160,7 @@ class _Rank:
         if missing := self._model.missing():
             raise RuntimeError(f"no value was received for {missing[:5]}")
         self._transport.open(pairs)
-        wire.send(self._conn, ("ready",))
+        self._send(("ready", self._transport.bandwidth))
 
     def _call(self, message: CallMessage, tensors: list[torch.Tensor]) -> None:
         known = self._inputs.get(message.stream, [])
@@ -158,8 +175,7 @@ class _Rank:
         result = self._model.call(message, self._parts(args, kwargs, message.parts))
         if result is not None:
             leaves, structure = result
-            wire.send(
-                self._conn,
+            self._send(
                 ("result", message.run, message.stream, message.result, structure),
                 [wire.dense_on_cpu(leaf) for leaf in leaves],
             )
@@ -177,7 +193,7 @@ class _Rank:
 
     def _send_records(self, wait: bool = False) -> None:
         for record in self._model.records(wait):
-            wire.send(self._conn, ("record", self._run, record))
+            self._send(("record", self._run, record))
 
     def _leaf(self, kind: str, what: Any, tensors: list[torch.Tensor]) -> Any:
         if kind == "unused":
@@ -194,7 +210,7 @@ class _Rank:
         return RankReport(
             rank=self._share.rank,
             pid=os.getpid(),
-            device=str(self._device),
+            device=self._boot.places[self._share.rank].name,
             segment=self._share.segment,
             weights=self._model.weights(),
             replicated_bytes=self._boot.replicated_bytes,

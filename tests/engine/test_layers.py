@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FOREIGN = ("diffusers", "transformers", "comfy", "safetensors", "PIL", "rich", "skimage", "psutil")
+FOREIGN = ("diffusers", "transformers", "comfy", "safetensors", "PIL", "rich", "skimage", "psutil", "ray")
 
 
 def run(program):

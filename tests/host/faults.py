@@ -339,7 +339,7 @@ class Chaos:
 
     def _leaked_files(self) -> int:
         """In the temporary folder, the user's, and shared memory."""
-        ours = {held.group._ranks.folder for held in POOL._held}
+        ours = {held.group._ranks._folder for held in POOL._held}
         temporary = [path for path in (*self._temporary.iterdir(), *self._another.iterdir()) if str(path) not in ours]
         kept = [path for path in self._user.rglob("*") if path.is_file() and path.name != "block_times.json"]
         return len(temporary) + len(kept) + len(_shared_memory() - self._shared)

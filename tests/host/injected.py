@@ -29,7 +29,7 @@ class Injected:
         self.settings()
         from asyncdiff_nodes.engine import split, wire, worker
 
-        load, call, receive = split.SplitModel.load, worker._Rank._call, wire.receive
+        load, call, receive = split.SplitModel.load, worker.Rank._call, wire.receive
 
         def loading(model, name, tensor):
             orders.obey("weights")
@@ -48,7 +48,7 @@ class Injected:
                 orders.obey("shutdown")
             return message, tensors
 
-        split.SplitModel.load, worker._Rank._call, wire.receive = loading, calling, receiving
+        split.SplitModel.load, worker.Rank._call, wire.receive = loading, calling, receiving
 
 
 class Orders:
@@ -94,7 +94,7 @@ class Orders:
 
     def pipe_closed(self):
         """In the middle of a message; and the process stays."""
-        conn = self.rank._conn
+        (conn,) = self.rank._send.args
         os.write(conn.fileno(), struct.pack("!i", 1000) + b"half of it")
         os.close(conn.fileno())
         time.sleep(3600)

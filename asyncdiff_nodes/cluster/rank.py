@@ -1,0 +1,62 @@
+"""The actor in which a rank runs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+
+from asyncdiff_nodes.engine.transport import Place
+from asyncdiff_nodes.engine.worker import Rank, last_words
+
+from .messages import Parcel
+
+
+class RankActor:
+    """One rank, message by message."""
+
+    def __init__(self) -> None:
+        self._rank: Rank | None = None
+        self._said: list[Parcel] = []
+        self._store: Any = None
+
+    def where(self) -> tuple[Place, int]:
+        """The rank's place and process id."""
+        host = ray.util.get_node_ip_address()
+        gpus = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+        # Ray shows an actor its own GPU only, so that it is torch's first one
+        name, device = (f"cuda:{gpus[0]}", "cuda:0") if gpus else ("cpu", "cpu")
+        return Place(f"{host} {name}", device, host), os.getpid()
+
+    def clock(self) -> float:
+        """Seconds on this machine's monotonic clock."""
+        return time.monotonic()
+
+    def host_store(self) -> tuple[str, int]:
+        """Open the store in which the ranks find each other, on this machine's address alone; returns host and port."""
+        host = ray.util.get_node_ip_address()
+        listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        port = listener.getsockname()[1]
+        self._store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+        return host, port
+
+    def tell(self, message: Parcel) -> Sequence[Parcel]:
+        """Do what the message says, the first of which is the rank's :class:`~.worker.Boot`; returns what the rank answers."""
+        self._said = []
+        try:
+            if self._rank is None:
+                self._rank = Rank(message.header, self._say)
+            else:
+                self._rank.handle(message.header, message.tensors)
+        except BaseException as error:
+            self._say(last_words(error))
+        return self._said
+
+    def _say(self, header: Any, tensors: Sequence[torch.Tensor] = ()) -> None:
+        self._said.append(Parcel(header, tensors))

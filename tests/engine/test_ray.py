@@ -1,0 +1,317 @@
+"""The same laws with ranks that Ray places on two machines: here two nodes of one machine, on addresses of their own."""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import toys
+from asyncdiff_nodes.engine import DeadlineError, DeviceError, GroupClosedError, Plan, Simulator, WorkerError, WorkerGroup
+from asyncdiff_nodes.engine.devices import resolve_devices
+from test_faults import assert_gone
+from toys import TOY, denoise, random_net
+
+with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("RAY_AUTH_MODE", "token")  # read when Ray is imported
+    ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "comfyui-asyncdiff[ray]"')
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="two nodes on one machine take addresses that only Linux has")
+
+HERE = Path(__file__).parent
+HOSTS = ("127.0.0.2", "127.0.0.3")  # Ray replaces 127.0.0.1 by an address that others can reach
+TIMESTEPS = [900, 700, 500, 300, 200, 100]
+PLAN = Plan(warmup=2)
+BOTH = ("ray:auto/cpu",) * 2
+
+
+def until(happens, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.05)
+
+
+def listens(host, port):
+    with socket.socket() as here:
+        return here.connect_ex((host, port)) == 0
+
+
+@pytest.fixture(scope="module")
+def environment():
+    """Of all that belongs to the cluster, this program too."""
+    with socket.create_server((HOSTS[0], 0)) as free:
+        port = free.getsockname()[1]
+    return {
+        "RAY_ADDRESS": f"{HOSTS[0]}:{port}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(environment):
+    """Two nodes of three cores each, started as a user does."""
+    port = environment["RAY_ADDRESS"].partition(":")[2]
+    folder = tempfile.mkdtemp(prefix="ray")
+    common = ["--num-cpus=3", "--object-store-memory=100000000", f"--temp-dir={folder}", "--disable-usage-stats", "--block"]
+    head = ["--head", f"--port={port}", "--include-dashboard=false", f"--node-ip-address={HOSTS[0]}"]
+    second = [f"--address={environment['RAY_ADDRESS']}", f"--node-ip-address={HOSTS[1]}"]
+    nodes = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            for which in (head, second):
+                command = [sys.executable, "-m", "ray.scripts.scripts", "start", *which, *common]
+                nodes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT))
+                until(lambda: listens(HOSTS[0], int(port)))
+            until(lambda: resolve_devices(["ray:auto/cpu"]) == BOTH)
+            yield
+        finally:
+            ray.shutdown()
+            for node in reversed(nodes):
+                family = psutil.Process(node.pid).children(recursive=True)
+                node.terminate()
+                node.wait(20)
+                psutil.wait_procs(family, 10)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def net():
+    return random_net(3)
+
+
+@pytest.fixture(scope="module")
+def group(cluster, net):
+    """One rank on each machine."""
+    with WorkerGroup(net, PLAN, ["ray:auto/cpu"], threads_per_rank=1, family=TOY) as group:
+        yield group
+
+
+def slow(seconds, devices=BOTH, **options):
+    """Two ranks, the first of which takes its time."""
+    plan = Plan(warmup=1, cuts=("blocks.0", "blocks.1"))
+    return WorkerGroup(toys.slow_net(seconds), plan, devices, threads_per_rank=1, family=TOY, **options)
+
+
+def call(group, **kwargs):
+    x, given = toys.inputs(0)
+    return group(x, 10, **{**given, **kwargs})
+
+
+def rooms():
+    """Placement groups that there are."""
+    return [room for room in ray.util.placement_group_table().values() if room["state"] != "REMOVED"]
+
+
+def test_ranks_are_on_two_machines_and_linked_by_their_addresses(group):
+    group.begin(TIMESTEPS)
+    denoise(group, TIMESTEPS)
+    for rank, host in zip(group.stats().ranks, HOSTS, strict=True):
+        assert rank.device == f"{host} cpu"
+        listening = {c.laddr.ip for c in psutil.Process(rank.pid).net_connections() if c.status == psutil.CONN_LISTEN}
+        assert listening == {host, "::"}  # the latter is Ray's own
+    assert 1e6 < group.bandwidth < 1e12  # of a link between two machines, as far as it can see
+
+
+def test_synchronous_run_is_bit_identical(group, net):
+    group.begin(TIMESTEPS, replace(PLAN, warmup=len(TIMESTEPS)))
+    with torch.no_grad():
+        assert torch.equal(denoise(group, TIMESTEPS), denoise(net, TIMESTEPS))
+
+
+def test_asynchronous_run_equals_the_simulation_and_sends_what_crosses(group, net):
+    group.begin(TIMESTEPS)
+    actual, stats = denoise(group, TIMESTEPS), group.stats()
+    with Simulator(net, PLAN, family=TOY) as simulator:
+        simulator.begin(TIMESTEPS)
+        torch.testing.assert_close(actual, denoise(simulator, TIMESTEPS), atol=1e-5, rtol=1e-5)
+    assert stats.bytes_per_call == stats.planned_bytes
+
+
+def test_weights_change_and_records_are_on_this_machine_s_clock(group, net):
+    other = random_net(3)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.1)
+    begin = time.monotonic()
+    group.load_weights(other.named_parameters())
+    group.begin(TIMESTEPS, replace(PLAN, warmup=len(TIMESTEPS)))
+    with torch.no_grad():
+        assert torch.equal(denoise(group, TIMESTEPS), denoise(other, TIMESTEPS))
+    records = group.stats().records
+    assert len(records) == 2 * len(TIMESTEPS)
+    assert all(begin < record.start < record.end < time.monotonic() for record in records)
+    group.load_weights(net.named_parameters())
+
+
+def test_large_tensors_arrive_as_they_are(group, net):
+    x, given = toys.inputs(1)
+    x = x.repeat(1, 1, 40, 40)  # beyond what Ray puts into a message
+    group.begin()
+    with torch.no_grad():
+        assert torch.equal(group(x, 10, **given), net(x, 10, **given))
+
+
+@pytest.mark.slow
+def test_several_ranks_of_one_machine_are_neighbours():
+    plan, net = Plan(segments=3, warmup=2, forecast=0), random_net(4)
+    with WorkerGroup(net, plan, ["ray:auto/cpu"] * 3, threads_per_rank=1, family=TOY) as group:
+        group.begin(TIMESTEPS)
+        actual, places = denoise(group, TIMESTEPS), [rank.device for rank in group.stats().ranks]
+        with Simulator(net, plan, family=TOY) as simulator:
+            simulator.begin(TIMESTEPS)
+            torch.testing.assert_close(actual, denoise(simulator, TIMESTEPS), atol=1e-5, rtol=1e-5)
+    assert places == sorted(places)
+    assert {place.removesuffix(" cpu") for place in places} == set(HOSTS)
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_actor_is_named_and_the_next_group_works(victim):
+    g = slow(30.0)
+    pids, killed, others = g.pids, [], len(rooms())
+
+    def kill():
+        killed.append(time.monotonic())
+        os.kill(pids[victim], signal.SIGKILL)
+
+    threading.Timer(0.7, kill).start()
+    with pytest.raises(WorkerError, match=rf"rank {victim} \(process {pids[victim]}, {HOSTS[victim]} cpu\) died") as failure:
+        call(g)
+    assert time.monotonic() - killed[0] < 4.0
+    assert failure.value.rank == victim
+    assert_gone(pids)
+    assert len(rooms()) == others - 1
+    with pytest.raises(GroupClosedError, match=rf"(?s)has failed before \(rank {victim}.*start a new one"):
+        call(g)
+    if victim == 0:
+        with slow(0.0) as new, torch.no_grad():
+            assert torch.equal(call(new), call(toys.slow_net(0)))
+
+
+@pytest.mark.slow
+def test_exception_in_a_block_comes_with_its_traceback():
+    g = slow(0.0)
+    with pytest.raises(WorkerError, match="the trap has sprung") as failure:
+        call(g, context=torch.full((2, 3), 101.0))
+    assert failure.value.rank == 0
+    assert "toys.py" in failure.value.worker_traceback
+    assert_gone(g.pids)
+
+
+@pytest.mark.slow
+def test_rank_killed_between_runs_is_noticed_however_often_runs_are_begun():
+    g = slow(0.0, call_timeout=10.0)
+    os.kill(g.pids[1], signal.SIGKILL)
+    with pytest.raises(WorkerError, match="rank 1"):
+        while True:
+            g.begin()
+            time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_stopped_rank_misses_the_deadline_and_an_interrupt_leaves_the_group_usable():
+    interrupt = threading.Event()
+
+    def poll():
+        if interrupt.is_set():
+            raise KeyboardInterrupt
+
+    g = slow(0.5, poll=poll, call_timeout=2.0)
+    with torch.no_grad():
+        expected = call(toys.slow_net(0))
+    threading.Timer(0.2, interrupt.set).start()
+    with pytest.raises(KeyboardInterrupt):
+        call(g)
+    interrupt.clear()
+    g.begin()
+    assert torch.equal(call(g), expected)
+    os.kill(g.pids[1], signal.SIGSTOP)
+    begin = time.monotonic()
+    with pytest.raises(DeadlineError, match="waited too long for the result of call 2; all ranks were stopped"):
+        call(g)
+    assert time.monotonic() - begin < 10.0
+    assert_gone(g.pids)
+
+
+def test_group_that_finds_no_room_says_so_and_leaves_nothing(group):
+    before = rooms()
+    with pytest.raises(DeadlineError, match="waited too long for Ray to find room for 5 ranks"):
+        WorkerGroup(random_net(3), Plan(segments=2, stride=4), ["ray:auto/cpu"] * 5, family=TOY, start_timeout=1.0)
+    assert rooms() == before
+
+
+@pytest.mark.slow
+def test_killed_parent_leaves_no_actor(tmp_path):
+    path = tmp_path / "program.py"
+    program = """
+        import toys
+        from asyncdiff_nodes.engine import *
+        group = WorkerGroup(toys.slow_net(0.3), devices=["ray:auto/cpu"] * 2, threads_per_rank=1, family=toys.TOY)
+        print(*group.pids, flush=True)
+        x, kwargs = toys.inputs(0)
+        while True: group(x, 10, **kwargs)
+        """
+    path.write_text(textwrap.dedent(program), encoding="utf-8")
+    process = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, text=True)
+    pids = [int(word) for word in process.stdout.readline().split()]
+    assert len(pids) == 2
+    before = len(rooms())
+    process.kill()
+    process.wait()
+    assert_gone(pids, within=20.0)
+    until(lambda: len(rooms()) == before - 1)
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        (["ray:auto"], "this cluster has 0 GPUs, and 6 CPU cores on 2 machines; name cores with /cpu"),
+        (["ray:auto/cpu"] * 7, "6 CPU cores on 2 machines"),
+        (["ray:auto/cpu", "cpu"], "are not of one cluster"),
+        (["ray:auto/cpu", "ray://127.0.0.2:1/cpu"], "are not of one cluster"),
+        (["ray:some"], "'ray:some' is no device of a Ray cluster: use ray:auto"),
+        (["ray://nowhere"], "'ray://nowhere' is no device of a Ray cluster"),
+        (["ray://127.0.0.2:1/cpu"], "is connected to another Ray cluster"),
+    ],
+)
+def test_devices_that_the_cluster_does_not_have(devices, message):
+    with pytest.raises(DeviceError, match=message):
+        resolve_devices(devices)
+
+
+def run(program, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, timeout=100
+    ).stdout
+
+
+FIRST = "from asyncdiff_nodes.engine.devices import resolve_devices\ntry: resolve_devices(['ray:auto'])\n"
+LAST = "except Exception as error: print(type(error).__name__, error)"
+
+
+def test_without_ray_the_error_says_what_to_install():
+    out = run("import sys; sys.modules['ray'] = None\n" + FIRST + LAST)
+    assert out.startswith("DeviceError devices: ray:auto needs Ray")
+    assert 'pip install "comfyui-asyncdiff[ray]"' in out
+
+
+@pytest.mark.slow
+def test_a_wrong_token_is_refused_and_said():
+    out = run(FIRST + LAST, RAY_AUTH_TOKEN="0" * 64)
+    assert out.startswith("DeviceError devices: ray:auto: no Ray cluster can be reached there")
