@@ -128,13 +128,19 @@ def pause(records: Iterable[CallRecord], plan: Plan) -> float:
     return max(0.0, statistics.median(gaps)) if gaps else 0.0
 
 
-def slowest(placement: Placement, costs: Sequence[float], speeds: Sequence[float], pause: float = 0.0) -> float:
-    """Time of the slowest rank in an asynchronous call, links and glue left out, in the unit of ``costs`` and ``pause``."""
+def slowest(
+    placement: Placement, costs: Sequence[float], speeds: Sequence[float], pause: float = 0.0, bandwidth: float = math.inf
+) -> float:
+    """Time of the slowest rank in an asynchronous call, or of what it receives, in the unit of ``costs`` and ``pause``.
+
+    Glue and latency are left out.
+    """
     plan, times = placement.plan, []
     for rank, speed in enumerate(speeds):
         segment = plan.segment_of_rank(rank)
         rest = pause if segment == plan.segments - 1 else 0.0
         times.append(sum(costs[i] for i in placement.owned(segment)) / speed + rest)
+        times.append(placement.received_bytes(segment) / bandwidth)
     return max(times)
 
 
@@ -144,16 +150,17 @@ def better(
     speeds: Sequence[float],
     pause: float = 0.0,
     room: Sequence[float] | None = None,
+    bandwidth: float = math.inf,
 ) -> Placement | None:
     """The placement to move to; None where that does not pay (:data:`WORTH`), or where the user chose the cuts.
 
     Args:
-        costs, speeds, pause, room: as for :func:`~.plan.place`; see :class:`BlockTimes`.
+        costs, speeds, pause, room, bandwidth: as for :func:`~.plan.place`; see :class:`BlockTimes`.
     """
     if placement.plan.cuts is not None:
         return None
-    found = place(placement.graph, placement.plan, speeds, costs, pause, room)
-    before, after = (slowest(each, costs, speeds, pause) for each in (placement, found))
+    found = place(placement.graph, placement.plan, speeds, costs, pause, room, bandwidth)
+    before, after = (slowest(each, costs, speeds, pause, bandwidth) for each in (placement, found))
     return found if after * (1 + WORTH) < before else None
 
 

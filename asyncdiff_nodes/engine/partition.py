@@ -8,6 +8,9 @@ the fewest bytes wins, then the one whose result depends on the current input (w
 maxima over segments, so dynamic programming over the circle finds the exact optimum. With fresh skips, as many of the largest
 skip values as :data:`FRESH_SLACK` allows come before the first cut, where whoever reads them computes them itself; that is
 decided first. No segment has more weights than its device has room for, where any cuts allow that.
+
+In an asynchronous call a segment computes while the values for its next one arrive: it takes as long as its blocks do, or, over
+slow links, as long as all that it receives does.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
-from itertools import accumulate
+from itertools import accumulate, islice, repeat
 
 from .graph import BlockGraph
 
@@ -29,11 +32,20 @@ class Arcs:
     Args:
         ahead: whether segments work ahead.
         room: bytes of weights that each segment's device can hold; any number if None.
+        per_byte: time, in the unit of ``costs``, that a byte takes from one segment to another.
     """
 
-    def __init__(self, graph: BlockGraph, costs: Sequence[float], ahead: bool, room: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        graph: BlockGraph,
+        costs: Sequence[float],
+        ahead: bool,
+        room: Sequence[float] | None = None,
+        per_byte: float = 0.0,
+    ) -> None:
         self.count = len(graph.blocks)
         self.ahead = ahead
+        self._per_byte = per_byte
         self._sums = [0, *accumulate([*costs, *costs])]
         weights = [block.weight_bytes for block in graph.blocks]
         self._weights = [0, *accumulate([*weights, *weights])]
@@ -102,6 +114,12 @@ class Arcs:
                     total += self._sizes[producer]
             yield total
 
+    def transfer(self, blocks: Iterable[int], first: int) -> Iterator[float]:
+        """Time that the same takes."""
+        if not self._per_byte:
+            return repeat(0.0)
+        return (self._per_byte * received for received in self.received(blocks, first))
+
 
 def best_starts(arcs: Arcs, speeds: Sequence[float], copies_of_last: int, fresh: bool) -> tuple[int, ...] | None:
     """The cuts for segments of relative speed ``speeds``, the last one on ``copies_of_last`` devices.
@@ -151,16 +169,29 @@ def _slowest(arcs: Arcs, speeds: Sequence[float], first: int, bound: float) -> f
         reached: dict[int, float] = {}
         for here, slowest in times.items():
             begin, more = (0 if arcs.ahead and segment == 1 else here), 0
+            transfers = islice(arcs.transfer(range(begin, arcs.count), first), here - begin, None)
             # only the last segment may wrap: each of those after this one begins at a block of its own
             for cut in range(here + 1, arcs.count - len(speeds) + segment + 1):
                 more |= again[cut - 1] if begin else 0
                 time = arcs.cost(begin, cut, more) / speed
                 if time >= bound or not arcs.fits(segment - 1, begin, cut, more):
                     break
-                reached[cut] = min(reached.get(cut, bound), max(slowest, time))
+                time = max(slowest, time, next(transfers))  # which may be less again for a later cut
+                if time < bound:
+                    reached[cut] = min(reached.get(cut, bound), time)
         times = reached
-    ends = [max(slowest, _time_of_last(arcs, speeds, first, here, again)) for here, slowest in times.items()]
+    backwards = _backwards(arcs, first)
+    ends = [
+        max(times[here], _time_of_last(arcs, speeds, first, here, again), transfer)
+        for here, transfer in zip(backwards, arcs.transfer(backwards, first), strict=False)
+        if here in times
+    ]
     return min((time for time in ends if time < bound), default=float("inf"))
+
+
+def _backwards(arcs: Arcs, first: int) -> range:
+    """Blocks of the last segment, from its last one to the earliest that it can begin with."""
+    return range((arcs.count if arcs.ahead else first + arcs.count) - 1, first, -1)
 
 
 def _time_of_last(arcs: Arcs, speeds: Sequence[float], first: int, here: int, again: Sequence[int]) -> float:
@@ -179,25 +210,28 @@ def _fewest_bytes(
         reached: dict[int, tuple[int, float, tuple[int, ...]]] = {}
         for here, (sent, slowest, starts) in states.items():
             begin, more = (0 if arcs.ahead and segment == 0 else here), 0
-            received = arcs.received(range(begin, arcs.count), first)
-            for _ in range(begin, here):
-                next(received)
+            received, transfers = (
+                islice(each(range(begin, arcs.count), first), here - begin, None) for each in (arcs.received, arcs.transfer)
+            )
             for cut in range(here + 1, arcs.count):
                 more |= again[cut - 1] if begin else 0
                 time = arcs.cost(begin, cut, more) / speed
                 if time > limit or not arcs.fits(segment, begin, cut, more):
                     break
-                state = (sent + next(received), max(slowest, time), (*starts, cut))
+                state = (sent + next(received), max(slowest, time, next(transfers)), (*starts, cut))
+                if state[1] > limit:
+                    continue
                 if cut not in reached or state < reached[cut]:
                     reached[cut] = state
         states = reached
     final = []
-    backwards = range((arcs.count if arcs.ahead else first + arcs.count) - 1, first, -1)
-    for here, received in zip(backwards, arcs.received(backwards, first), strict=True):
+    backwards = _backwards(arcs, first)
+    received, transfers = arcs.received(backwards, first), arcs.transfer(backwards, first)
+    for here, bytes_in, transfer in zip(backwards, received, transfers, strict=False):
         time = _time_of_last(arcs, speeds, first, here, again)
         if time > limit:
             break
-        if here in states:
+        if here in states and transfer <= limit:
             sent, slowest, starts = states[here]
-            final.append((sent + copies_of_last * received, max(slowest, time), starts))
+            final.append((sent + copies_of_last * bytes_in, max(slowest, time, transfer), starts))
     return min(final, default=None)

@@ -260,6 +260,7 @@ def place(
     costs: Sequence[float] | None = None,
     pause: float = 0.0,
     room: Sequence[float] | None = None,
+    bandwidth: float = math.inf,
 ) -> Placement:
     """Turn ``plan`` into a placement of the blocks of ``graph``.
 
@@ -269,9 +270,11 @@ def place(
         pause: for how long, in the unit of ``costs``, the last segment is idle between two calls, while the caller works: it is
             given so much less to do than the others, which are not waited for.
         room: bytes of weights that each device can hold, which shares are then made to fit, if that is possible at all.
+        bandwidth: bytes between two devices per unit of ``costs``. What a segment receives should take no longer than the slowest
+            segment: then it hides behind computing.
 
     Raises:
-        PlanError: unknown cut, cuts out of order, more segments than blocks, or wrong speeds, costs or room.
+        PlanError: unknown cut, cuts out of order, more segments than blocks, or wrong speeds, costs, room or bandwidth.
     """
     if plan.segments > len(graph.blocks):
         raise PlanError(f"segments={plan.segments}, but this model has only {len(graph.blocks)} blocks: choose fewer segments")
@@ -291,6 +294,8 @@ def place(
         raise PlanError(f"speeds={list(speeds)}: give {plan.world_size} positive numbers, one per device")
     if room is not None and len(room) != plan.world_size:
         raise PlanError(f"room={list(room)}: give {plan.world_size} numbers of bytes, one per device")
+    if not bandwidth > 0:
+        raise PlanError(f"bandwidth={bandwidth}: give a positive number of bytes per unit of costs")
     # replicas of the last segment, and branches, work side by side: the slowest, or smallest, counts
     per_segment, rooms = (
         [
@@ -304,5 +309,7 @@ def place(
     ahead = bool(plan.forecast)
     busy = [*costs[:-1], costs[-1] + pause * per_segment[-1]]  # the last block is the last segment's, whatever the cuts
     fresh = ahead and plan.fresh_skips
-    starts = best_starts(Arcs(graph, busy, ahead, rooms), per_segment, plan.stride, fresh)
-    return Placement(graph, plan, starts or best_starts(Arcs(graph, busy, ahead), per_segment, plan.stride, fresh), costs)
+    found = (
+        best_starts(Arcs(graph, busy, ahead, each, 1 / bandwidth), per_segment, plan.stride, fresh) for each in (rooms, None)
+    )
+    return Placement(graph, plan, next(starts for starts in found if starts), costs)

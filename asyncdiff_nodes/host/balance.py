@@ -90,11 +90,11 @@ class Balance:
             running: the run has begun, so that one more call of each stream is synchronous.
         """
         old, plan = group.placement, group.plan
-        if (found := self.estimate(old.graph)) is None or (new := better(old, *found, self.room)) is None:
+        if (found := self.estimate(old.graph)) is None or (new := better(old, *found, self.room, group.bandwidth)) is None:
             return None
         costs, speeds, _ = found
         streams = max(1, len(self._streams))
-        before, after = (slowest(placement, *found) for placement in (old, new))
+        before, after = (slowest(placement, *found, group.bandwidth) for placement in (old, new))
         gain = (before - after) * streams * calls / plan.stride
         segments = range(plan.segments)
         come = sum(new.graph.blocks[i].weight_bytes for d in segments for i in set(new.owned(d)) - set(old.owned(d)))

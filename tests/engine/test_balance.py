@@ -8,6 +8,7 @@ import torch
 
 import toys
 from asyncdiff_nodes.engine import BlockTimes, CallRecord, Placement, Plan, WorkerGroup, better, pause, place, slowest
+from asyncdiff_nodes.engine.clock import Costs, Link, step_seconds
 from asyncdiff_nodes.engine.graph import Block, BlockGraph, TensorMeta
 from toys import TOY
 
@@ -180,6 +181,21 @@ def test_cuts_stay_where_little_is_won_or_the_user_chose_them():
     chosen = place(graph, replace(EVEN, cuts=("b0", "b1")))
     assert better(chosen, [1.0] * 12, [1.0, 1.0]) is None
     assert better(Placement(graph, EVEN, (0, 1)), [1.0] * 12, [1.0, 1.0]) is not None
+
+
+def test_a_slow_link_moves_the_cut_to_where_little_crosses():
+    """Ten blocks of a second each; what block 2 hands on is small, and what the others do takes the link 8 s."""
+    blocks = tuple(Block(f"b{i}", (TensorMeta((5 if i == 2 else 500,), (1,), torch.float16),), 0, 1, 1) for i in range(10))
+    graph = BlockGraph(blocks, frozenset((i, i + 1) for i in range(9)), 0, 0)
+    seconds, speeds, link = [1.0] * 10, [1.0, 1.0], Link(bandwidth=1000 / 8)
+    fast = place(graph, EVEN, costs=seconds)
+    assert slowest(fast, seconds, speeds) == 5.0
+    assert slowest(fast, seconds, speeds, bandwidth=link.bandwidth) == 8.0
+    assert better(fast, seconds, speeds) is None
+    slow = better(fast, seconds, speeds, bandwidth=link.bandwidth)
+    assert slow.starts == (0, 3)
+    assert slowest(slow, seconds, speeds, bandwidth=link.bandwidth) == 7.0
+    assert step_seconds(slow, Costs(seconds, link=link)) < step_seconds(fast, Costs(seconds, link=link))
 
 
 def test_replicas_count_as_the_slowest_of_them():

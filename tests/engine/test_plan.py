@@ -1,6 +1,7 @@
 """A plan refuses what cannot be carried out, and the planner finds the best placement."""
 
 import itertools
+import math
 import operator
 import time
 
@@ -65,6 +66,11 @@ def test_impossible_plan_is_refused(options, message):
 def test_cuts_of_another_type_are_refused(value):
     with pytest.raises(PlanError, match="cuts must be a sequence of block names"):
         Plan(cuts=value)
+
+
+def test_bandwidth_must_be_positive(true_graph):
+    with pytest.raises(PlanError, match=r"bandwidth=0: give a positive number"):
+        place(true_graph("sd15"), Plan(), bandwidth=0)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +225,7 @@ def test_stride_does_not_change_the_balance(true_graph):
 
 @st.composite
 def problems(draw):
-    """A random graph, plan, and speeds and room of its devices."""
+    """A random graph, plan, speeds and room of its devices, and the bandwidth between them."""
     count = draw(st.integers(2, 9))
     meta = [TensorMeta((draw(st.integers(1, 50)),), (1,), torch.float16) for _ in range(count)]
     macs = [draw(st.integers(1, 100)) * draw(st.sampled_from([1, 1, 1, 30])) for _ in range(count)]
@@ -232,10 +238,11 @@ def problems(draw):
     plan = Plan(segments=draw(st.integers(2, min(4, count))), stride=draw(st.integers(1, 3)), **draw(st.sampled_from(ways)))
     speeds = draw(st.lists(st.sampled_from([0.25, 0.5, 1.0, 1.0, 1.5]), min_size=plan.world_size, max_size=plan.world_size))
     rooms = st.lists(st.integers(10, 120), min_size=plan.world_size, max_size=plan.world_size)
-    return BlockGraph(blocks, edges, 0, 5), plan, speeds, draw(st.none() | rooms)
+    bandwidth = draw(st.sampled_from([math.inf, 10.0, 1.0, 0.1]))
+    return BlockGraph(blocks, edges, 0, 5), plan, speeds, draw(st.none() | rooms), bandwidth
 
 
-def brute_force(graph, plan, speeds, room):
+def brute_force(graph, plan, speeds, room, bandwidth):
     """(cuts, slowest time, bytes sent, whether weights fit) of every placement there is, from the definitions alone."""
     count = len(graph.blocks)
     for starts in itertools.combinations(range(count), plan.segments):
@@ -249,11 +256,11 @@ def brute_force(graph, plan, speeds, room):
             owned[-1] |= set(range(starts[0]))
         on_rank = [min(rank, plan.segments - 1) for rank in range(plan.world_size)]
         slowest = max(sum(graph.blocks[i].macs for i in owned[segment]) / speeds[rank] for rank, segment in enumerate(on_rank))
-        sent = sum(
-            graph.blocks[p].output_bytes
-            for segment in on_rank
-            for p in {p for p, c in graph.edges if c in owned[segment] and p not in owned[segment]}
-        )
+        received = [
+            sum(graph.blocks[p].output_bytes for p in {p for p, c in graph.edges if c in owned[d] and p not in owned[d]})
+            for d in on_rank
+        ]
+        slowest, sent = max(slowest, max(received) / bandwidth), sum(received)
         weights = [graph.glue_bytes + sum(graph.blocks[i].weight_bytes for i in owned[segment]) for segment in on_rank]
         yield starts, slowest, sent, room is None or all(map(operator.le, weights, room))
 
@@ -266,9 +273,9 @@ def full_skips_before(graph, first):
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(problems())
 def test_planner_finds_what_trying_everything_finds(problem):
-    graph, plan, speeds, room = problem
-    found = place(graph, plan, speeds, room=room)
-    every = {starts: (slowest, sent, fits) for starts, slowest, sent, fits in brute_force(graph, plan, speeds, room)}
+    graph, plan, speeds, room, bandwidth = problem
+    found = place(graph, plan, speeds, room=room, bandwidth=bandwidth)
+    every = {starts: (slowest, sent, fits) for starts, slowest, sent, fits in brute_force(*problem)}
     possible = any(fits for _, _, fits in every.values())
     every = {starts: (slowest, sent) for starts, (slowest, sent, fits) in every.items() if fits or not possible}
     slowest, sent = every[found.starts]
