@@ -7,6 +7,7 @@ and an actor ends with the program that started it.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import deque
@@ -52,7 +53,7 @@ class Actors(Ranks):
             for index, bundle in enumerate(bundles):
                 options = {"num_cpus": bundle.get("CPU", 0), "num_gpus": bundle.get("GPU", 0)}
                 where = PlacementGroupSchedulingStrategy(self._room, placement_group_bundle_index=index)
-                self._actors.append(ray.remote(RankActor).options(scheduling_strategy=where, **options).remote())
+                self._actors.append(ray.remote(RankActor).options(scheduling_strategy=where, **options).remote(sys.path))
         except BaseException:
             self.close()
             raise

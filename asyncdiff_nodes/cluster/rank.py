@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,9 +20,14 @@ from .messages import Parcel
 
 
 class RankActor:
-    """One rank, message by message."""
+    """One rank, message by message.
 
-    def __init__(self) -> None:
+    Args:
+        path: where the parent looks for modules. The rank does so, too, after its own, as a process of one machine would.
+    """
+
+    def __init__(self, path: Sequence[str]) -> None:
+        sys.path += [folder for folder in path if folder not in sys.path]
         self._rank: Rank | None = None
         self._said: list[Parcel] = []
         self._store: Any = None

@@ -19,6 +19,7 @@ from comfy.model_patcher import ModelPatcher
 
 from asyncdiff_nodes.engine import BlockGraph, BlockTimes, Placement, Plan, WorkerGroup, better, pause, slowest
 from asyncdiff_nodes.engine.calls import TIMED
+from asyncdiff_nodes.engine.devices import on_cluster
 from asyncdiff_nodes.engine.telemetry import CallRecord
 
 from .skeleton import fingerprint_of
@@ -128,12 +129,15 @@ def _fits(group: WorkerGroup, new: Placement) -> bool:
     growth: collections.Counter[str] = collections.Counter()
     for rank, device in enumerate(group.devices):
         segment = group.plan.segment_of_rank(rank)
-        growth[device] += max(0, new.weight_bytes(segment) - group.placement.weight_bytes(segment))
+        if not on_cluster(device):  # how much is free there is not known
+            growth[device] += max(0, new.weight_bytes(segment) - group.placement.weight_bytes(segment))
     free = comfy.model_management.get_free_memory
     return all(size + _SPARE_BYTES < free(torch.device(device)) for device, size in growth.items() if size)
 
 
 def _model_of(device: str) -> str:
+    if on_cluster(device):
+        return device
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else torch.device(device).type
 
 

@@ -19,6 +19,7 @@ import torch
 from comfy_execution.utils import get_executing_context
 
 from asyncdiff_nodes.engine import Plan, WorkerGroup
+from asyncdiff_nodes.engine.devices import on_cluster
 from asyncdiff_nodes.engine.telemetry import CallRecord, bytes_per_call
 from asyncdiff_nodes.prompt_server import prompt_server
 
@@ -191,6 +192,8 @@ class _Page:
 
 def title(device: str) -> str:
     """What people call a device, such as ``RTX 4090``."""
+    if on_cluster(device):
+        return device
     if torch.device(device).type != "cuda":
         return device.upper()
     name = torch.cuda.get_device_properties(device).name
@@ -205,6 +208,8 @@ def visible_devices() -> Iterator[dict[str, Any]]:
 
 
 def _memory(device: str, pid: int) -> Sequence[int] | None:
+    if on_cluster(device):
+        return None
     if torch.device(device).type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total - free, total

@@ -5,6 +5,7 @@ So that *Unload models*, memory pressure and a model switch free them.
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,12 +14,19 @@ from typing import Any
 import comfy.model_management
 import torch
 
+from asyncdiff_nodes.engine.devices import on_cluster
+
 
 def room_for_weights(devices: Sequence[str], call: float) -> list[float]:
-    """Bytes of weights that each of these ranks can hold beside a call, which needs ``call`` bytes on each."""
+    """Bytes of weights that each of these ranks can hold beside a call, which needs ``call`` bytes on each.
+
+    Of a cluster's devices nothing is known, and no limit is set.
+    """
     ranks, reserved = Counter(devices), comfy.model_management.extra_reserved_memory()
     total = comfy.model_management.get_total_memory
-    return [(total(torch.device(device)) - reserved) / ranks[device] - call for device in devices]
+    return [
+        math.inf if on_cluster(device) else (total(torch.device(device)) - reserved) / ranks[device] - call for device in devices
+    ]
 
 
 class AsyncDiffRank:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from asyncdiff_nodes.engine import AsyncDiffError, Plan, PlanError
-from asyncdiff_nodes.engine.devices import parse_devices
+from asyncdiff_nodes.engine import AsyncDiffError, DeviceError, Plan, PlanError
+from asyncdiff_nodes.engine.devices import on_cluster, resolve_devices
 
 from .settings import setting
 
@@ -31,7 +31,8 @@ class Options:
     Attributes:
         preset: ``Exact`` (every step synchronous), ``Balanced``, ``Fast``, ``Turbo``, or ``Custom``, which uses the fields from
             ``segments`` to ``branches``.
-        devices: ``auto`` for those of the settings (by default every CUDA device), or a list such as ``cuda:0, cuda:2``.
+        devices: ``auto`` for those of the settings (by default every CUDA device), a list such as ``cuda:0, cuda:2``, or
+            ``ray:auto`` for all GPUs of this machine's Ray cluster; see :mod:`asyncdiff_nodes.cluster`.
         cuts: block names where the segments begin, separated by commas; empty for automatic ones.
         segments: number of segments, 0 for as many as the devices allow.
         stride, warmup, time_shift, forecast, cooldown: see :class:`~asyncdiff_nodes.engine.Plan`.
@@ -134,9 +135,17 @@ class Options:
                     f"{found}. If it has more, start ComfyUI so that it sees them (on Windows: --cuda-device all), "
                     "or name them in AsyncDiff Options, devices"
                 )
-        elif len(names) < 2:
-            raise OneDeviceError(f"{given} names only one device: name two or more, or 'auto'")
-        return tuple(str(device) for device in parse_devices(names))
+        if remote := next((name for name in names if name.startswith("ray://")), None):
+            # what a program connects to may have it run anything: not for a workflow, or a request, to choose
+            raise DeviceError(
+                f"{given}: ComfyUI takes no address from a workflow or the settings: start it with RAY_ADDRESS={remote} in its "
+                "environment, and name ray:auto here"
+            )
+        devices = resolve_devices(names)
+        if len(devices) < 2:
+            one = "finds only one device there" if any(map(on_cluster, names)) else "names only one device"
+            raise OneDeviceError(f"{given} {one}: name two or more, or 'auto'")
+        return devices
 
 
 def _words(text: str) -> list[str]:

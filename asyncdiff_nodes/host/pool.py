@@ -15,6 +15,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from asyncdiff_nodes.engine import Placement, Plan, UnsupportedModelError, WorkerGroup
+from asyncdiff_nodes.engine.devices import on_cluster
 from asyncdiff_nodes.engine.graph import tensors_of
 from asyncdiff_nodes.engine.plan import PER_RUN
 
@@ -44,6 +45,7 @@ class Held:
         fingerprint: of the network without its weights.
         skeleton: what the ranks have, on the meta device.
         nets: the networks of the ControlNets whose weights they have.
+        memory: one per rank, but for those on a cluster.
     """
 
     group: WorkerGroup
@@ -87,6 +89,11 @@ class Held:
     def _could_have(self, slot: int, net: nn.Module) -> bool:
         """Whether ``net`` differs from the ControlNet in this slot in its weights only."""
         return outline_of(self.skeleton.control_nets[slot]) == outline_of(net)
+
+    def weight_bytes(self) -> int:
+        """Of all ranks."""
+        plan, placement = self.group.plan, self.group.placement
+        return sum(placement.weight_bytes(plan.segment_of_rank(rank)) for rank in range(plan.world_size))
 
     def weights(self, patcher: ModelPatcher, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and values of those in ``names``, as ``patcher`` and the ControlNets have them."""
@@ -180,7 +187,7 @@ class Pool:
         if not self._lock.acquire(blocking=False):
             return None
         try:
-            ranks = sum(len(held.memory) for held in self._held if not held.group.closed)
+            ranks = sum(held.group.plan.world_size for held in self._held if not held.group.closed)
             self.release()
             return ranks
         finally:
@@ -189,7 +196,7 @@ class Pool:
     def summary(self) -> list[dict[str, Any]]:
         """Devices, and bytes of the weights, of each group that is alive."""
         alive = [held for held in self._held if not held.group.closed]
-        return [{"devices": held.group.devices, "weights": sum(rank.model_size() for rank in held.memory)} for held in alive]
+        return [{"devices": held.group.devices, "weights": held.weight_bytes()} for held in alive]
 
     def _holder(self, group: WorkerGroup) -> Held:
         return next(held for held in self._held if held.group is group)
@@ -227,6 +234,8 @@ class Pool:
 
         def make_room(placement: Placement) -> None:
             for rank, device in enumerate(devices):
+                if on_cluster(device):  # its memory is not the host's to manage
+                    continue
                 size = placement.weight_bytes(plan.segment_of_rank(rank))
                 memory.append(RankMemory(torch.device(device), size, release))
             self._retired.extend(memory)  # in case the start fails

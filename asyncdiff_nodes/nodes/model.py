@@ -93,7 +93,7 @@ class AsyncDiffOptions(ReadsSettings):
                     "devices",
                     default="auto",
                     tooltip="auto: those of the settings, by default every CUDA GPU. Or a list, one per rank, such as cuda:0, "
-                    "cuda:2 (or cpu, cpu to try it).",
+                    "cuda:2 (or cpu, cpu to try it). ray:auto: every GPU of this machine's Ray cluster, see docs/ray.md.",
                 ),
                 io.Int.Input(
                     "segments",

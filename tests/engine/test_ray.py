@@ -1,13 +1,9 @@
 """The same laws with ranks that Ray places on two machines: here two nodes of one machine, on addresses of their own."""
 
 import os
-import secrets
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -17,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from ray_cluster import BOTH, HOSTS, needs_linux, ray, two_nodes, until
 
 import toys
 from asyncdiff_nodes.engine import DeadlineError, DeviceError, GroupClosedError, Plan, Simulator, WorkerError, WorkerGroup
@@ -24,71 +21,17 @@ from asyncdiff_nodes.engine.devices import resolve_devices
 from test_faults import assert_gone
 from toys import TOY, denoise, random_net
 
-with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("RAY_AUTH_MODE", "token")  # read when Ray is imported
-    ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "comfyui-asyncdiff[ray]"')
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="two nodes on one machine take addresses that only Linux has")
+pytestmark = needs_linux
 
 HERE = Path(__file__).parent
-HOSTS = ("127.0.0.2", "127.0.0.3")  # Ray replaces 127.0.0.1 by an address that others can reach
 TIMESTEPS = [900, 700, 500, 300, 200, 100]
 PLAN = Plan(warmup=2)
-BOTH = ("ray:auto/cpu",) * 2
-
-
-def until(happens, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.05)
-
-
-def listens(host, port):
-    with socket.socket() as here:
-        return here.connect_ex((host, port)) == 0
-
-
-@pytest.fixture(scope="module")
-def environment():
-    """Of all that belongs to the cluster, this program too."""
-    with socket.create_server((HOSTS[0], 0)) as free:
-        port = free.getsockname()[1]
-    return {
-        "RAY_ADDRESS": f"{HOSTS[0]}:{port}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
-    }
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster(environment):
-    """Two nodes of three cores each, started as a user does."""
-    port = environment["RAY_ADDRESS"].partition(":")[2]
-    folder = tempfile.mkdtemp(prefix="ray")
-    common = ["--num-cpus=3", "--object-store-memory=100000000", f"--temp-dir={folder}", "--disable-usage-stats", "--block"]
-    head = ["--head", f"--port={port}", "--include-dashboard=false", f"--node-ip-address={HOSTS[0]}"]
-    second = [f"--address={environment['RAY_ADDRESS']}", f"--node-ip-address={HOSTS[1]}"]
-    nodes = []
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        try:
-            for which in (head, second):
-                command = [sys.executable, "-m", "ray.scripts.scripts", "start", *which, *common]
-                nodes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT))
-                until(lambda: listens(HOSTS[0], int(port)))
-            until(lambda: resolve_devices(["ray:auto/cpu"]) == BOTH)
-            yield
-        finally:
-            ray.shutdown()
-            for node in reversed(nodes):
-                family = psutil.Process(node.pid).children(recursive=True)
-                node.terminate()
-                node.wait(20)
-                psutil.wait_procs(family, 10)
-            shutil.rmtree(folder, ignore_errors=True)
+def cluster():
+    with two_nodes(HERE, HERE.parents[1]):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from asyncdiff_nodes.host.route import attach
         (Options(preset="Ludicrous"), PlanError, "preset='Ludicrous'.*Exact, Balanced, Fast, Turbo, Custom"),
         (Options(devices="cpu,gpu"), DeviceError, "'gpu' is not a device"),
         (Options(devices="cpu,cuda:7"), DeviceError, "'cuda:7' does not exist"),
+        (Options(devices="ray://203.0.113.5:10001"), DeviceError, "takes no address from a workflow.*RAY_ADDRESS=ray://203"),
         (Options("Custom", "cpu,cpu", segments=3), PlanError, "segments=3 with stride=1 and branches=1 needs 3 devices.*are 2"),
         (Options("Custom", "cpu,cpu", stride=2), PlanError, "stride=2 with branches=1 needs 3 devices"),
         (Options("Custom", "cpu,cpu,cpu", stride=2, branches=2), PlanError, "stride=2 with branches=2 needs 6 devices"),

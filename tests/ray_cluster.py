@@ -1,0 +1,75 @@
+"""A Ray cluster of two nodes on this machine, each with an address of its own, started as a user does. Import it before Ray."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+import psutil
+import pytest
+
+HOSTS = ("127.0.0.2", "127.0.0.3")  # Ray replaces 127.0.0.1 by an address that others can reach
+BOTH = ("ray:auto/cpu",) * 2
+
+with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("RAY_AUTH_MODE", "token")  # read when Ray is imported
+    ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "comfyui-asyncdiff[ray]"')
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="two nodes on one machine take addresses that only Linux has")
+
+
+def until(happens, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.05)
+
+
+def listens(host, port):
+    with socket.socket() as here:
+        return here.connect_ex((host, port)) == 0
+
+
+@contextlib.contextmanager
+def two_nodes(*paths):
+    """Nodes of three cores, which find modules in ``paths``; this program's environment names the cluster meanwhile."""
+    from asyncdiff_nodes.engine.devices import resolve_devices
+
+    with socket.create_server((HOSTS[0], 0)) as free:
+        port = free.getsockname()[1]
+    address = f"{HOSTS[0]}:{port}"
+    environment = {
+        "RAY_ADDRESS": address,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")]),
+    }
+    folder = tempfile.mkdtemp(prefix="ray")
+    common = ["--num-cpus=3", "--object-store-memory=100000000", f"--temp-dir={folder}", "--disable-usage-stats", "--block"]
+    head = ["--head", f"--port={port}", "--include-dashboard=false", f"--node-ip-address={HOSTS[0]}"]
+    second = [f"--address={address}", f"--node-ip-address={HOSTS[1]}"]
+    nodes = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            for which in (head, second):
+                command = [sys.executable, "-m", "ray.scripts.scripts", "start", *which, *common]
+                nodes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT))
+                until(lambda: listens(HOSTS[0], port))
+            until(lambda: resolve_devices(["ray:auto/cpu"]) == BOTH)
+            yield
+        finally:
+            ray.shutdown()
+            for node in reversed(nodes):
+                family = psutil.Process(node.pid).children(recursive=True)
+                node.terminate()
+                node.wait(20)
+                psutil.wait_procs(family, 10)
+            shutil.rmtree(folder, ignore_errors=True)
