@@ -37,11 +37,14 @@ def listens(host, port):
 
 @contextlib.contextmanager
 def two_nodes(*paths):
-    """Nodes of three cores, which find modules in ``paths``; this program's environment names the cluster meanwhile."""
+    """Nodes of three cores, which find modules in ``paths``; this program's environment names the cluster meanwhile.
+
+    Yields its address for Ray Client.
+    """
     from asyncdiff_nodes.engine.devices import resolve_devices
 
-    with socket.create_server((HOSTS[0], 0)) as free:
-        port = free.getsockname()[1]
+    with socket.create_server((HOSTS[0], 0)) as free, socket.create_server((HOSTS[0], 0)) as other:
+        port, client_port = free.getsockname()[1], other.getsockname()[1]
     address = f"{HOSTS[0]}:{port}"
     environment = {
         "RAY_ADDRESS": address,
@@ -52,7 +55,13 @@ def two_nodes(*paths):
     }
     folder = tempfile.mkdtemp(prefix="ray")
     common = ["--num-cpus=3", "--object-store-memory=100000000", f"--temp-dir={folder}", "--disable-usage-stats", "--block"]
-    head = ["--head", f"--port={port}", "--include-dashboard=false", f"--node-ip-address={HOSTS[0]}"]
+    head = [
+        "--head",
+        f"--port={port}",
+        f"--ray-client-server-port={client_port}",
+        "--include-dashboard=false",
+        f"--node-ip-address={HOSTS[0]}",
+    ]
     second = [f"--address={address}", f"--node-ip-address={HOSTS[1]}"]
     nodes = []
     with pytest.MonkeyPatch.context() as patch:
@@ -64,7 +73,7 @@ def two_nodes(*paths):
                 nodes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT))
                 until(lambda: listens(HOSTS[0], port))
             until(lambda: resolve_devices(["ray:auto/cpu"]) == BOTH)
-            yield
+            yield f"ray://{HOSTS[0]}:{client_port}"
         finally:
             ray.shutdown()
             for node in reversed(nodes):
