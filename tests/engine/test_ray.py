@@ -16,7 +16,16 @@ import torch
 from ray_cluster import BOTH, HOSTS, needs_linux, ray, two_nodes, until
 
 import toys
-from asyncdiff_nodes.engine import DeadlineError, DeviceError, GroupClosedError, Plan, Simulator, WorkerError, WorkerGroup
+from asyncdiff_nodes.engine import (
+    CallRecord,
+    DeadlineError,
+    DeviceError,
+    GroupClosedError,
+    Plan,
+    Simulator,
+    WorkerError,
+    WorkerGroup,
+)
 from asyncdiff_nodes.engine.devices import resolve_devices
 from test_faults import assert_gone
 from toys import TOY, denoise, random_net
@@ -107,6 +116,11 @@ def test_weights_change_and_records_are_on_this_machine_s_clock(group, net):
     assert len(records) == 2 * len(TIMESTEPS)
     assert all(begin < record.start < record.end < time.monotonic() for record in records)
     group.load_weights(net.named_parameters())
+
+
+def test_a_record_moves_to_another_clock_as_a_whole():
+    record = CallRecord("", 0, 0, 0, True, start=1.0, end=4.0, compute=2.0, wait=1.0, bytes_sent=0, waits=((2.0, 3.0),))
+    assert record.shifted(10.0) == replace(record, start=11.0, end=14.0, waits=((12.0, 13.0),))
 
 
 def test_large_tensors_arrive_as_they_are(group, net):
