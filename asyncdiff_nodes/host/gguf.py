@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
-from importlib.util import module_from_spec
 from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
+
+from .packs import PackModule
 
 _OPTIONS = ("dequant_dtype", "patch_dtype")  # what the pack's loader sets on its class
 
@@ -21,13 +20,11 @@ class GGUF:
     """The pack's operations; see :class:`~.quantised.Operations`.
 
     Attributes:
-        module: name that the pack's module of layers has in ComfyUI's process.
-        folder: where the pack is installed.
+        source: the pack's module of layers.
         options: what its loader was set to.
     """
 
-    module: str
-    folder: str
+    source: PackModule
     options: tuple[Any, ...]
     patched = False
 
@@ -35,23 +32,19 @@ class GGUF:
     def of(cls, patcher: ModelPatcher) -> GGUF | None:
         """Those of the model; None if it has others."""
         made = type(patcher.model.model_config.custom_operations)
-        module = sys.modules[made.__module__]
-        if made.__qualname__ != "GGMLOps" or not hasattr(module, "GGMLTensor"):
+        source = PackModule.of(made)
+        if made.__qualname__ != "GGMLOps" or source is None or not hasattr(source.load(), "GGMLTensor"):
             return None
-        folder = module.__file__.replace("\\", "/").rpartition("/")[0]
-        return cls(module.__name__, folder, tuple(getattr(made.Linear, name) for name in _OPTIONS))
+        return cls(source, tuple(getattr(made.Linear, name) for name in _OPTIONS))
 
     def classes(self) -> type:
-        """The pack's own class. In a rank the module is imported under its name here, without the nodes of the pack."""
-        if self.module not in sys.modules:
-            package = self.module.rpartition(".")[0]
-            spec = ModuleSpec(package, None, is_package=True)
-            spec.submodule_search_locations.append(self.folder)
-            sys.modules[package] = module_from_spec(spec)
-            made = importlib.import_module(self.module).GGMLOps
+        """The pack's own class; in a rank with the options of its loader in ComfyUI's process."""
+        first = self.source.package not in sys.modules
+        made = self.source.load().GGMLOps
+        if first:
             for name, value in zip(_OPTIONS, self.options, strict=True):
                 setattr(made.Linear, name, value)
-        return sys.modules[self.module].GGMLOps
+        return made
 
     def state(self, layer: nn.Module) -> dict[str, torch.Tensor]:
         """Its weights; those in the state dict are for the host's estimate of memory."""
@@ -59,11 +52,11 @@ class GGUF:
 
     def pieces(self, weight: torch.Tensor) -> tuple[Any, dict[str, torch.Tensor]] | None:
         """The bytes of the file."""
-        if not isinstance(weight, sys.modules[self.module].GGMLTensor):
+        if not isinstance(weight, self.source.load().GGMLTensor):
             return None
         return (weight.tensor_type, tuple(weight.tensor_shape)), {"data": weight.as_subclass(torch.Tensor)}
 
     def whole(self, settings: Any, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         """The pack's tensor of these bytes."""
         kind, shape = settings
-        return sys.modules[self.module].GGMLTensor(tensors["data"], tensor_type=kind, tensor_shape=torch.Size(shape))
+        return self.source.load().GGMLTensor(tensors["data"], tensor_type=kind, tensor_shape=torch.Size(shape))

@@ -1,0 +1,371 @@
+"""One run of the host's sampler on a worker group, from the first call to whatever ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import comfy.model_management
+import comfy.sampler_helpers
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from asyncdiff_nodes.engine import (
+    AsyncDiffError,
+    CallRecord,
+    DeadlineError,
+    GroupClosedError,
+    NoiseLevels,
+    Plan,
+    PlanError,
+    ScheduleError,
+    UnsupportedModelError,
+    WorkerError,
+    WorkerGroup,
+)
+
+from .balance import Balance
+from .branches import affordable, items_per_call
+from .control import ControlNets, complete, take
+from .live import Progress
+from .memory import room_for_weights
+from .options import ALWAYS, OneDeviceError, Options
+from .patches import call_obstacle, identity, obstacle, shippable
+from .pool import POOL
+from .rehearsal import rehearse
+from .report import RunRecord, publish
+
+log = logging.getLogger(__name__)
+
+_FAILURES = (WorkerError, DeadlineError)  # of the ranks
+
+
+class Sampling:
+    """One run of the host's sampler on a worker group.
+
+    Args:
+        guider: the host's GUIDER.
+        sampler: the host's SAMPLER.
+        sigmas: its schedule, [steps + 1].
+
+    Attributes:
+        group: None while, and wherever, the host computes the network itself.
+    """
+
+    def __init__(self, options: Options, guider: Any, sampler: Any, sigmas: torch.Tensor) -> None:
+        self.group: WorkerGroup | None = None
+        self._options = options
+        self._guider, self._patcher = guider, guider.model_patcher
+        self._sampler, self._sigmas = sampler, sigmas
+        self._plan: Plan | None = None
+        self._balance: Balance | None = None
+        self._calls = 0  # of each stream, as far as is known
+        self._nets: ControlNets | None = None  # that the ranks compute
+        self._slots: list[int] = []  # where they have them
+        self._acquire: Callable[[], WorkerGroup]
+        self._begin: Callable[[WorkerGroup], None] | None = None  # None before the run has begun
+        self._restarted = False
+        self._finite = True  # as far as is known
+        self._left = ""  # why the host goes on without the ranks
+        self._patches: dict[str, int] = {}  # those of its calls -> a number for each
+        self._loaded_here = False
+        self._changes = contextlib.ExitStack()  # of the host's objects, for this sampling
+        self._progress = Progress(steps=len(sigmas) - 1)
+        self._notes = self._progress.notes
+
+    def prepare(
+        self,
+        patcher: ModelPatcher,
+        noise_shape: Sequence[int],
+        conds: dict[str, Any],
+        model_options: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> tuple[Any, Any, list[Any]] | None:
+        """Get a group ready, and the host's other models. None: the host's own path, for the reason that was noted."""
+        if reason := obstacle(patcher, model_options or {}):
+            return self._note(reason)
+        steps = len(self._sigmas) - 1
+        if not steps:
+            return self._note("there is no step to sample")
+        try:
+            items = items_per_call(self._guider, conds, model_options or {}, noise_shape[0])
+            plan, devices = self._options.resolve(items)
+            helpers = comfy.sampler_helpers
+            others, extra = helpers.get_additional_models(conds, patcher.model_dtype())
+            others += helpers.get_additional_models_from_model_options(model_options)
+            others += patcher.get_nested_additional_models()
+            nets = ControlNets(conds if self._options.control_nets == "shared" else {}, patcher, model_options or {})
+            others = [other for other in others if not any(other is net for net in nets.patchers)]
+            need, least = (size + extra for size in helpers.estimate_memory(patcher, noise_shape, conds))
+            networks = [patcher, *nets.patchers]
+            if plan.branches > 1 and not self._options.branches and not affordable(networks, plan, devices, least):
+                plan, devices = self._options.resolve(items, branching=False)
+
+            def load(ranks: list[Any]) -> None:
+                comfy.model_management.load_models_gpu([*others, *ranks], memory_required=need, minimum_memory_required=least)
+
+            balance = Balance(patcher, plan, noise_shape, devices, room_for_weights(devices, least / plan.branches))
+            poll = comfy.model_management.throw_exception_if_processing_interrupted
+            acquire = functools.partial(POOL.acquire, patcher, nets.networks, plan, devices, noise_shape, load, poll, balance)
+            self._acquire, self._nets = acquire, nets
+            self._with_ranks(self._enter)
+        except OneDeviceError as error:
+            return self._note(str(error))
+        except UnsupportedModelError as error:
+            return self._note(f"this model cannot be split: {error}")
+        except _FAILURES as error:
+            return self._give_up(error)
+        self._prepare_model(patcher)
+        sampling = patcher.get_model_object("model_sampling")
+        calls = rehearse(self._sampler, self._sigmas, patcher)
+        levels = _levels(sampling, calls, rest=float(self._sigmas[-1]))
+        plan = _in_calls(plan, len(calls) / steps)
+        wanted = self._options.preset == "Custom" and self._options.speedup
+        if wanted:
+            try:
+                plan = self.group.placement.within(self._options.speedup, plan, len(calls), levels)
+            except PlanError as error:
+                self._note(str(error))
+                plan = replace(plan, warmup=1)
+        here = plan.at(levels)
+        if plan.segments > 1 and not wanted and len(calls) <= here.warmup + here.cooldown < ALWAYS:
+            self._note(
+                f"all of these {steps} steps are exact, so none is much faster: a warm-up of {here.warmup} and a cool-down of "
+                f"{here.cooldown} leave none between them. Take more steps, or a shorter warm-up with the preset Fast or Custom"
+            )
+        self._plan, self._balance, self._calls = plan, balance, len(calls) - here.cooldown
+
+        def begin(group: WorkerGroup) -> None:
+            group.begin(sampling.timestep(calls), plan, self._on_record, levels)
+            self._progress.sampling(group, plan, len(calls))
+
+        def begin_balanced() -> None:
+            if placement := balance.better(self.group, self._calls - here.warmup, running=False):
+                POOL.move(self.group, placement, patcher)
+            begin(self.group)
+
+        self._begin = begin
+        try:
+            self._with_ranks(begin_balanced)
+        except _FAILURES as error:
+            return self._give_up(error)
+        for note in nets.notes:
+            self._note(note)
+        self._changes.enter_context(nets.recorded())
+        return patcher.model, conds, others
+
+    def call(self, given: dict[str, Any], network: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """One call of the network with these arguments, the latent first; by the group if that can be."""
+        x, options = next(iter(given.values())), given.get("transformer_options") or {}
+        control = given.get("control")
+        nets = take(control)
+
+        def by_host(reason: str) -> torch.Tensor:
+            self._note(reason)
+            self._load_here(x)
+            complete(control, nets)  # in the dictionary that the network is called with
+            return network()
+
+        if reason := self._left or call_obstacle(options):
+            return by_host(reason)
+        if not all(net.fits(x, given["timesteps"]) for net in nets):
+            return by_host("a ControlNet is given another latent than the model")
+        shipped = shippable(options)
+        given["transformer_options"] = shipped
+        window = getattr(options.get("context_window"), "index_list", None)
+        # the same prompt under a guidance patch, a control net that starts in mid-run, a window of frames: streams of their own
+        patches = self._patches.setdefault(identity(shipped), len(self._patches))
+        outline = _outline(control), tuple(net.net for net in nets)
+        stream = (tuple(options.get("uuids", ())), tuple(x.shape), outline, patches, repr(window))
+        self._progress.call(stream)
+        if self._plan.branches > len(x):
+            self._note(
+                "the host evaluates these prompts one after the other, so there is nothing to divide and only the first of "
+                f"{self._plan.branches} branches works: AsyncDiff Options, Custom, branches=1 uses all devices"
+            )
+
+        def by_ranks() -> torch.Tensor:
+            self._rebalance()
+            if nets:
+                given["nets"] = {self._slots[net.net]: net.to_send(self._plan.microbatches > 1) for net in nets}
+            try:
+                return self.group(stream=stream, **given)
+            except ScheduleError:
+                self._do_without_schedule()
+                return self.group(stream=stream, **given)
+
+        try:
+            result = self._with_ranks(by_ranks)
+            if self._finite and not self.group.finite:
+                self._explain_nan(x, given)
+            return result
+        except UnsupportedModelError as error:
+            return by_host(f"this call cannot be split: {error}")
+        except GroupClosedError:
+            self._left = "ComfyUI took the ranks' memory back in mid-run; going on without them"
+        except _FAILURES as error:
+            self._left = f"{_brief(error)}: going on without them"
+            POOL.bury()
+        return by_host(self._left)
+
+    def close(self) -> None:
+        """However it ended: leave the host's objects as they were."""
+        self._changes.close()
+
+    def finish(self) -> None:
+        """The sampling went well: publish what is known about it."""
+        try:
+            left = RunRecord(tuple(self._notes), self._plan)
+            record = left if self._left else RunRecord.of(self.group, self._plan, self._notes)
+        except AsyncDiffError as error:  # the picture is done: it must not be lost for a report
+            self._note(f"there is no report on this run: {error}")
+            record = RunRecord(tuple(self._notes), self._plan)
+        publish(record)
+        if self._balance is not None:
+            self._balance.finish()
+        self._progress.enter("done")
+
+    def fail(self, error: BaseException) -> None:
+        """The sampling was cancelled or went wrong."""
+        cancelled = isinstance(error, comfy.model_management.InterruptProcessingException)
+        if not cancelled:
+            self._notes.append(str(error))
+        self._progress.enter("cancelled" if cancelled else "failed")
+
+    @property
+    def _on_record(self) -> Callable[[CallRecord], None]:
+        progress, balance = self._progress, self._balance  # not self: the group would keep the model alive
+
+        def tell(record: CallRecord) -> None:
+            progress.add(record)
+            balance.add(record)
+
+        return tell
+
+    def _rebalance(self) -> None:
+        """Once the ranks have told how fast they are: have the blocks change their ranks, if that pays in what is left."""
+        if self.group.closed or not self._balance.learnt(self._plan):
+            return
+        placement = self._balance.better(self.group, self._calls - self._progress.posted, running=True)
+        if placement is None:
+            return
+        log.info("AsyncDiff: dividing the work anew, at %s", ", ".join(placement.cuts))
+        POOL.move(self.group, placement, self._patcher)
+
+    def _with_ranks(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` returns. Where the ranks fail at it others do it, once per sampling, unless the user wants none.
+
+        Of what the first ranks did since the call that fails nothing is used: a stream's next call is its first on the others,
+        as if the sampling began there.
+        """
+        try:
+            return work()
+        except _FAILURES as error:
+            log.warning("AsyncDiff: the ranks failed", exc_info=error)
+            if self._restarted or self._options.on_failure != "restart":
+                raise
+            self._restarted = True
+            self._notes.append(f"{_brief(error)}: others have taken their place")
+        self._enter()
+        return work()
+
+    def _enter(self) -> None:
+        """Get a group, and have it begin at the call that is due, if the run goes on already."""
+        self.group = self._acquire()
+        self._slots = POOL.slots(self.group, self._nets.networks)
+        if self._begin is not None:
+            self._begin(self.group)
+
+    def _give_up(self, error: AsyncDiffError) -> None:
+        """The ranks failed before the first call."""
+        self.group = None
+        POOL.bury()
+        self._note(_brief(error))
+
+    def _explain_nan(self, x: torch.Tensor, given: dict[str, Any]) -> None:
+        """The ranks' results have NaN or infinity: say where these come from, once per sampling."""
+        self._finite, step = False, self._progress.posted
+        if not x.isfinite().all():
+            return self._note(f"the latent of step {step} has NaN or infinity, before the network is called")
+        block = self.group.origin_of_nan(**given)
+        self._begin(self.group)
+        where = "though not if it is computed synchronously"
+        if block is not None:
+            placement = self.group.placement
+            index = placement.graph.names.index(block)
+            where = f"from block {block} on, on {self.group.devices[placement.segments[index]]}"
+        self._note(
+            f"the network's result in step {step} has NaN or infinity, {where}: see whether another precision helps "
+            "(ComfyUI's --force-fp32, or ModelComputeDtype), and whether a LoRA or patch does it"
+        )
+
+    def _do_without_schedule(self) -> None:
+        """The calls are not those that were announced: only the sampler knows which there are (dpm_adaptive, another pack's)."""
+        without = "nothing is computed ahead" if self._plan.stride == 1 else f"stride={self._plan.stride} is not possible"
+        self._note(f"which calls of the network this sampler makes is not known beforehand: {without}")
+        plan = self._plan = replace(self._plan, stride=1, forecast=0)
+
+        def begin(group: WorkerGroup) -> None:
+            group.begin(plan=plan, on_record=self._on_record)
+            self._progress.sampling(group, plan)
+
+        self._begin = begin
+        begin(self.group)
+
+    def _prepare_model(self, patcher: ModelPatcher) -> None:
+        """What loading would have done to the rest of the model: other nodes' object patches, and small parts to the device."""
+        patcher.model_patches_to(patcher.load_device)
+        patcher.model_patches_to(patcher.model_dtype())
+        patcher.unpatch_model(patcher.offload_device, unpatch_weights=False)
+        patcher.patch_model(load_weights=False)
+        for child in patcher.model.children():
+            if child is not patcher.model.diffusion_model:
+                child.to(patcher.load_device)
+
+    def _load_here(self, x: torch.Tensor) -> None:
+        """Have the host load the network after all."""
+        if not self._loaded_here:
+            need = self._patcher.memory_required(list(x.shape))
+            patchers = list(dict.fromkeys([self._patcher, *self._nets.patchers]))
+            comfy.model_management.load_models_gpu(patchers, memory_required=need)
+            self._loaded_here = True
+
+    def _note(self, text: str) -> None:
+        if text not in self._notes:
+            self._notes.append(text)
+            self._progress.enter("sampling" if self.group else "usual")
+            log.warning("AsyncDiff: %s%s", "" if self.group else "not used, ComfyUI samples as usual: ", text)
+
+
+def _brief(error: AsyncDiffError) -> str:
+    """Its first line: what there is more is a rank's traceback, and in the log."""
+    return str(error).partition("\n")[0]
+
+
+def _levels(sampling: Any, sigmas: torch.Tensor, rest: float) -> NoiseLevels | None:
+    """Of calls at ``sigmas`` [calls]; None if they make no sense, which is the sampler's to say."""
+    scales = sampling.calculate_input(sigmas, torch.ones_like(sigmas))
+    try:
+        return NoiseLevels(tuple(sigmas.tolist()), tuple(scales.tolist()), rest)
+    except ValueError:
+        return None
+
+
+def _in_calls(plan: Plan, calls_per_step: float) -> Plan:
+    """``plan``, whose warm-up counts steps, for a sampler that makes so many calls per step."""
+    if calls_per_step == 1:
+        return plan
+    warmup = math.ceil(plan.warmup * calls_per_step)
+    return replace(plan, warmup=warmup + (1 - warmup) % plan.stride)  # see Plan: one more than a multiple of the stride
+
+
+def _outline(control: dict[str, Any] | None) -> str:
+    """Which control residuals there are: a net that starts or stops in mid-run begins new streams."""
+    if control is None:
+        return ""
+    return str({name: [item is not None for item in items] for name, items in control.items()})
