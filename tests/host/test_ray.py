@@ -24,6 +24,8 @@ def cluster():
 
 
 def test_a_picture_is_exact_and_then_asynchronous(sd15, prompts):
+    POOL.release()  # of tests before
+
     def sample(model):
         return nodes.KSampler().sample(model, 5, 6, 7.0, "euler", "normal", *prompts, small.latent())[0]["samples"]
 
