@@ -107,7 +107,8 @@ def drawn(count: int, seed: int) -> list[Fault]:
     rng = random.Random(seed)
     pairs = PAIRS[:count] + rng.choices(PAIRS, _OFTEN, k=max(0, count - len(PAIRS)))
     rng.shuffle(pairs)
-    return [Fault.drawn(kind, phase, rng) for kind, phase in pairs]
+    # one plan after the other, since each has ranks of its own to start
+    return sorted((Fault.drawn(kind, phase, rng) for kind, phase in pairs), key=lambda fault: fault.plan)
 
 
 @dataclass
