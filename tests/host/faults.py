@@ -52,23 +52,21 @@ LATE = 90.0  # seconds that a picture with a fault may take on two busy cores: t
 TOLERANCE = 1e-5  # of a picture that was begun in the middle, whose latent is rounded when it is scaled
 
 _ENDS = ("sigkill", "sigsegv", "exit_0", "exception", "out_of_memory")
+_SIGNALS = ("sigkill", "sigsegv", "sigterm", "sigstop")
 _STAYS = ("suspended", "slower", "clock_jumps")  # after these the ranks go on
 _CALLS = ("warm-up", "asynchronous", "stride pair")
-# (kinds, phases, how often)
+# (kinds, phases, how often): less often what takes another start or a long wait
 TABLE = (
-    (_ENDS, ("spawn", "weights"), 4),
+    (_ENDS, ("spawn", "weights"), 2),
     (("pipe_closed", *_ENDS), _CALLS, 8),
-    (("hangs",), ("weights",), 1),
-    (("hangs",), (*_CALLS, "shutdown"), 2),
-    (_STAYS, _CALLS, 6),
-    (("sigkill", "sigsegv", "exit_0", "exception", "out_of_memory", "suspended"), ("shutdown",), 3),
-    (("sigkill", "sigsegv", "sigterm", "sigstop"), ("between prompts",), 5),
-    (("sigkill", "sigsegv", "sigterm", "sigstop"), ("any time",), 8),
-    (("folder_vanishes",), ("any time",), 5),
-    (("no_temporary_folder", "disk_full"), ("spawn",), 4),
-    (("parent_killed",), ("any time",), 6),
+    (("hangs",), ("weights", *_CALLS, "shutdown"), 1),
+    (_STAYS, _CALLS, 14),
+    (("suspended", *_ENDS), ("shutdown",), 2),
+    (_SIGNALS, ("between prompts",), 5),
+    (_SIGNALS, ("any time",), 3),
+    (("folder_vanishes", "parent_killed"), ("any time",), 2),
+    (("no_temporary_folder", "disk_full"), ("spawn",), 2),
 )
-
 PAIRS = [(kind, phase) for kinds, phases, _ in TABLE for kind in kinds for phase in phases]
 _OFTEN = [weight for kinds, phases, weight in TABLE for _ in kinds for _ in phases]
 
