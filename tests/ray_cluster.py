@@ -1,10 +1,12 @@
 """A Ray cluster of two nodes on this machine, each with an address of its own, started as a user does. Import it before Ray."""
 
 import contextlib
+import ctypes
 import os
 import secrets
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -13,6 +15,7 @@ import time
 import psutil
 import pytest
 
+CLONE_NEWNET, SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x40000000, 0x8913, 0x8914, 1  # Linux
 HOSTS = ("127.0.0.2", "127.0.0.3")  # Ray replaces 127.0.0.1 by an address that others can reach
 BOTH = ("ray:auto/cpu",) * 2
 
@@ -36,11 +39,40 @@ def listens(host, port):
 
 
 @contextlib.contextmanager
+def private_network():
+    """This thread, and what it starts, have a network of their own meanwhile, in which there is loopback alone.
+
+    Ray listens on all addresses of a machine, and no test may open a port that another machine can reach.
+    """
+    import fcntl  # not on Windows, where this file is imported, too
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open("/proc/thread-self/ns/net") as before:
+        if libc.unshare(CLONE_NEWNET):
+            why = os.strerror(ctypes.get_errno())
+            pytest.skip(f"no network of its own for Ray, which listens on all addresses ({why}): run as root")
+        try:
+            with socket.socket() as any_socket:  # loopback is there, but down
+                request = struct.pack("16sh14x", b"lo", 0)
+                (flags,) = struct.unpack_from("16xh", fcntl.ioctl(any_socket, SIOCGIFFLAGS, request))
+                fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", flags | IFF_UP))
+            yield
+        finally:
+            assert libc.setns(before.fileno(), CLONE_NEWNET) == 0
+
+
+@contextlib.contextmanager
 def two_nodes(*paths):
     """Nodes of three cores, which find modules in ``paths``; this program's environment names the cluster meanwhile.
 
     Yields its address for Ray Client.
     """
+    with private_network(), _two_nodes(*paths) as client_address:
+        yield client_address
+
+
+@contextlib.contextmanager
+def _two_nodes(*paths):
     from asyncdiff_nodes.engine.devices import resolve_devices
 
     with socket.create_server((HOSTS[0], 0)) as free, socket.create_server((HOSTS[0], 0)) as other:
