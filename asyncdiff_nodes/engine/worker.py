@@ -73,10 +73,12 @@ def main(index: int, conn: Connection, death: Connection, folder: str) -> None:
         while rank.handle(*wire.receive(conn)):
             pass
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the parent closed the group
+        shutil.rmtree(folder, ignore_errors=True)  # the parent closed the group, or is gone and cannot do it
     except BaseException as error:
-        with contextlib.suppress(OSError):
+        try:
             wire.send(conn, last_words(error))
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)  # not sys.exit: links with a dead peer would hang in their destructors
     os._exit(0)
 

@@ -341,7 +341,10 @@ class Chaos:
         ours = {held.group._ranks._folder for held in POOL._held}
         temporary = [path for path in (*self._temporary.iterdir(), *self._another.iterdir()) if str(path) not in ours]
         kept = [path for path in self._user.rglob("*") if path.is_file() and path.name != "block_times.json"]
-        return len(temporary) + len(kept) + len(_shared_memory() - self._shared)
+        leaked = len(temporary) + len(kept) + len(_shared_memory() - self._shared)
+        for path in temporary:  # counted once
+            shutil.rmtree(path)
+        return leaked
 
 
 def _shared_memory() -> set[str]:
