@@ -1,6 +1,7 @@
 """Nothing waits for ever, nothing survives its parent, and the next group works."""
 
 import gc
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,7 +16,8 @@ import pytest
 import torch
 
 import toys
-from asyncdiff_nodes.engine import DeadlineError, GroupClosedError, Plan, WorkerError, WorkerGroup
+from asyncdiff_nodes.engine import DeadlineError, GroupClosedError, Plan, WorkerError, WorkerGroup, wire, worker
+from asyncdiff_nodes.engine.processes import _hidden_main
 from toys import TOY
 
 HERE = Path(__file__).parent
@@ -296,6 +298,22 @@ def test_a_killed_parent_leaves_neither_ranks_nor_files(tmp_path):
     process.wait()
     assert_gone(pids, within=5.0)
     assert [path.name for path in tmp_path.iterdir()] == ["program.py"]
+
+
+def test_a_rank_whose_parent_is_gone_before_it_is_heard_removes_the_folder(tmp_path):
+    """Whichever of its two threads learns of it first."""
+    folder = tmp_path / "rendezvous"
+    folder.mkdir()
+    context = multiprocessing.get_context("spawn")
+    (conn, child_conn), (child_death, death) = wire.pipe(context), context.Pipe(duplex=False)
+    rank = context.Process(target=worker.main, args=(0, child_conn, child_death, str(folder)))
+    with _hidden_main():
+        rank.start()
+    for end in (conn, child_conn, child_death, death):
+        end.close()
+    rank.join(60)
+    assert rank.exitcode is not None
+    assert not folder.exists()
 
 
 @needs_posix
