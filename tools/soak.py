@@ -1,10 +1,9 @@
-"""Queue thousands of small prompts in one ComfyUI, look at every picture, and write docs/data/soak.json and docs/images/soak.png.
+"""Queue thousands of small prompts in one ComfyUI, look at every picture, and write FILE, and beside it a graph of memory.
 
 python tools/soak.py [--prompts 2000] [--seed 1] [FILE]
 
 Models, LoRA strengths, sizes, plans and seeds change from prompt to prompt, as drawn by a seed, and some prompts are cancelled.
-A picture must be the one that the same settings gave before, bit for bit; where the plan is exact, that of KSampler. Then
-python tools/tables.py for the page that shows it.
+A picture must be the one that the same settings gave before, bit for bit; where the plan is exact, that of KSampler.
 """
 
 from __future__ import annotations
