@@ -317,13 +317,14 @@ class Chaos:
     def _judge(self, fault: Fault, picture: torch.Tensor) -> tuple[str, bool]:
         """How it ended, and whether the picture is one that may come of that."""
         record = last_run()
-        if not record.notes:
+        notes = [note for note in record.notes if "there is no report" not in note]  # the picture was done
+        if not notes:
             return "undisturbed", torch.equal(picture, self._pictures[fault.plan, "restart", 0])
-        if record.stats is None:
+        if record.plan is None or any("going on without" in note for note in notes):
             how, on_failure, calls = "finished by ComfyUI", "finish", range(STEPS)
         else:  # with stride, not every call is told about
-            how, on_failure = "restarted", "restart"
-            calls = range(STEPS) if fault.plan == "stride" else [STEPS - len(record.stats.calls)]
+            how, on_failure, told = "restarted", "restart", record.stats is not None and fault.plan != "stride"
+            calls = [STEPS - len(record.stats.calls)] if told else range(STEPS)
         expected = [self._pictures[fault.plan, on_failure, call] for call in calls]
         return how, any((picture - right).abs().max() <= TOLERANCE * right.abs().max() for right in expected)
 
