@@ -30,7 +30,7 @@ class Ranks(ABC):
         self._poll = poll
         self._closing = threading.Event()
         self._lost: tuple[int, Any] | None = None  # the first rank that failed, and its last words
-        self._failure: Exception | None = None
+        self._failure = ""  # text: an error holds the frames that it went through, and these the group
 
     @property
     @abstractmethod
@@ -98,8 +98,8 @@ class Ranks(ABC):
             self._fail(self._explain(rank, header))
 
     def _check_open(self) -> None:
-        if self._failure is not None:
-            raise GroupClosedError(f"this worker group has failed before ({self._failure}): start a new one") from self._failure
+        if self._failure:
+            raise GroupClosedError(f"this worker group has failed before ({self._failure}): start a new one")
         if self._closing.is_set():
             raise GroupClosedError("this worker group is closed: start a new one")
 
@@ -115,7 +115,7 @@ class Ranks(ABC):
             )
 
     def _fail(self, error: Exception) -> None:
-        self._failure = error
+        self._failure = str(error).partition("\n")[0]
         self.close(grace=0)
         raise error
 

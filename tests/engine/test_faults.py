@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import psutil
@@ -153,6 +154,24 @@ def test_group_that_is_not_ready_in_time_leaves_nothing_behind(folder):
     with pytest.raises(DeadlineError, match=r"waited too long for ranks \[0, 1\] to start"):
         group(start_timeout=0.2)
     assert {child.pid for child in psutil.Process().children()} <= before
+
+
+def test_failures_leave_no_descriptor_open_and_no_group_in_memory(folder):
+    def fail():
+        with pytest.raises(DeadlineError):
+            group(start_timeout=0.2)
+        g = group(call_timeout=3.0, seconds=20.0)
+        with pytest.raises(DeadlineError):
+            call(g)
+        groups.append(weakref.ref(g))
+
+    groups, descriptors = [], []
+    for _ in range(3):
+        fail()
+        gc.collect()
+        descriptors.append(psutil.Process().num_fds() if os.name == "posix" else psutil.Process().num_handles())
+    assert descriptors[0] == descriptors[1] == descriptors[2]
+    assert not any(ref() for ref in groups)
 
 
 def test_rank_that_fails_while_its_weights_are_on_their_way_says_why_at_once(folder):
