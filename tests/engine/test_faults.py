@@ -161,7 +161,7 @@ def test_failures_leave_no_descriptor_open_and_no_group_in_memory(folder):
         with pytest.raises(DeadlineError):
             group(start_timeout=0.2)
         g = group(call_timeout=3.0, seconds=20.0)
-        with pytest.raises(DeadlineError):
+        with pytest.raises((DeadlineError, WorkerError)):  # of the parent, or of the rank that waits for the other one
             call(g)
         groups.append(weakref.ref(g))
 
