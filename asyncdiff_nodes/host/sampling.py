@@ -338,7 +338,7 @@ class Sampling:
     def _note(self, text: str) -> None:
         if text not in self._notes:
             self._notes.append(text)
-            self._progress.enter("sampling" if self.group else "usual")
+            self._progress.enter(self._progress.phase if self.group else "usual")
             log.warning("AsyncDiff: %s%s", "" if self.group else "not used, ComfyUI samples as usual: ", text)
 
 

@@ -137,6 +137,7 @@ class Chaos:
         for path in (self._orders, self._temporary, self._another, self._user):
             path.mkdir()
         self._process = psutil.Process()
+        self._strangers = {child.pid for child in self._process.children(recursive=True)}
         self._shared = _shared_memory()
         self._others: list[psutil.Process] = []  # of another host that was killed
         self._model = small.model("sd15", seed=9)
@@ -332,7 +333,8 @@ class Chaos:
         """Processes that are nobody's, zombies included; those of a killed parent have five seconds to notice."""
         ours = {pid for held in POOL._held for pid in held.group.pids}
         tracker = multiprocessing.resource_tracker._resource_tracker._pid
-        children = [child for child in self._process.children(recursive=True) if child.pid not in {*ours, tracker}]
+        known = {*ours, *self._strangers, tracker}
+        children = [child for child in self._process.children(recursive=True) if child.pid not in known]
         _, left = psutil.wait_procs([*self._others, *children], timeout=5.0)
         self._others.clear()
         return len(left)

@@ -52,4 +52,5 @@ def test_chinese(chinese):
         "加速目标",
         "分支数",
         "ControlNet",
+        "失败时",
     ]
