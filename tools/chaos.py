@@ -8,7 +8,6 @@ mounted for it. About five seconds a fault on two cores. Then python tools/table
 
 from __future__ import annotations
 
-import argparse
 import collections
 import json
 import statistics
@@ -29,12 +28,8 @@ def main() -> None:
     """Have the host's Python break things, and count."""
     from asyncdiff_nodes.cli.report import write_json
 
-    parser = argparse.ArgumentParser(description="Inject faults into ranks and see what is left.")
-    parser.add_argument("--faults", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("file", nargs="?", default=str(within_host.ROOT / "docs" / "data" / "faults.json"))
-    given = parser.parse_args()
-    found = within_host.found_by(__file__, str(given.faults), str(given.seed))
+    given = within_host.asked("Inject faults into ranks and see what is left.", "faults", 500, "faults.json")
+    found = within_host.found_by(__file__, str(given.count), str(given.seed))
     groups: dict[tuple[str, str], list[dict[str, Any]]] = collections.defaultdict(list)
     for fault in found["faults"]:
         groups[fault["phase"], fault["kind"]].append(fault)
@@ -48,7 +43,7 @@ def main() -> None:
         "failed": [fault for fault in found["faults"] if any(fault[what] for what in COUNTED)],
         "memory": [state["memory"] for state in found["states"]],
     }
-    write_json(given.file, result, f"python tools/chaos.py --faults {given.faults} --seed {given.seed}")
+    write_json(given.file, result, f"python tools/chaos.py --faults {given.count} --seed {given.seed}")
     print(f"{result['total']}\n{result['growth']}\nwritten: {given.file}")
 
 

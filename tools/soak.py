@@ -8,7 +8,6 @@ A picture must be the one that the same settings gave before, bit for bit; where
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -68,19 +67,15 @@ def main() -> None:
     """Have the host's Python queue them, and draw what became of its memory."""
     from asyncdiff_nodes.cli.report import write_json
 
-    parser = argparse.ArgumentParser(description="Queue small prompts by the thousand.")
-    parser.add_argument("--prompts", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("file", nargs="?", default=str(within_host.ROOT / "docs" / "data" / "soak.json"))
-    given = parser.parse_args()
-    found = within_host.found_by(__file__, str(given.prompts), str(given.seed))
+    given = within_host.asked("Queue small prompts by the thousand.", "prompts", 2000, "soak.json")
+    found = within_host.found_by(__file__, str(given.count), str(given.seed))
     states = found.pop("states")
     tenth = max(1, len(states) // 10)
     early, late = states[tenth : 2 * tenth], states[-tenth:]  # in the first tenth, memory is still being filled
     growth = {what: statistics.median(s[what] for s in late) - statistics.median(s[what] for s in early) for what in early[0]}
     memory = [round(state["memory"] / 2**20, 1) for state in states]
     result = {"seed": given.seed, **found, "growth": growth, "every": EVERY, "memory_mib": memory}
-    write_json(given.file, result, f"python tools/soak.py --prompts {given.prompts} --seed {given.seed}")
+    write_json(given.file, result, f"python tools/soak.py --prompts {given.count} --seed {given.seed}")
     draw(memory, Path(given.file).with_suffix(".png"))
     print(f"{found}\n{growth}\nwritten: {given.file}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -12,6 +13,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+
+def asked(description: str, what: str, count: int, file: str) -> argparse.Namespace:
+    """The arguments of a tool that does something many times: how often, the seed, and the file for what it found."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(f"--{what}", type=int, default=count, dest="count")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("file", nargs="?", default=str(ROOT / "docs" / "data" / file))
+    return parser.parse_args()
 
 
 def found_by(script: str, *arguments: str) -> Any:

@@ -234,6 +234,7 @@ class WorkerGroup:
         It is a run of its own: :meth:`begin` starts the next.
         """
         self._run = Run(self._run.number + 1, replace(self.plan, warmup=1, stride=1, forecast=0, cooldown=0), checked=True)
+        self._on_record = None  # of no interest to whoever follows the run
         self._start_run()
         self(*args, **kwargs)
         found = {name for rank in self.stats().ranks for record in rank.records for name in record.not_finite}

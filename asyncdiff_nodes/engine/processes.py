@@ -137,9 +137,10 @@ class Processes(Ranks):
             rank = dead[0]
         self._processes[rank].join(timeout=1)
         code = self._processes[rank].exitcode
-        how = "closed its pipe" if code is None else f"exited with code {code}"
         if code is not None and code < 0:
             how = f"was killed by signal {-code}"
+        else:
+            how = "closed its pipe" if code is None else f"exited with code {code}"
         return WorkerError(f"rank {rank} (process {self._processes[rank].pid}) {how}; all ranks were stopped", rank)
 
     def _read(self) -> None:

@@ -113,7 +113,7 @@ class Sampling:
             poll = comfy.model_management.throw_exception_if_processing_interrupted
             acquire = functools.partial(POOL.acquire, patcher, nets.networks, plan, devices, noise_shape, load, poll, balance)
             self._acquire, self._nets = acquire, nets
-            self._with_ranks(self._enter)
+            self._with_ranks(lambda: None)
         except OneDeviceError as error:
             return self._note(str(error))
         except UnsupportedModelError as error:
@@ -258,12 +258,14 @@ class Sampling:
         POOL.move(self.group, placement, self._patcher)
 
     def _with_ranks(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` returns. Where the ranks fail at it others do it, once per sampling, unless the user wants none.
+        """What ``work`` returns, with ranks. Where these fail others do it, once per sampling, unless the user wants none.
 
         Of what the first ranks did since the call that fails nothing is used: a stream's next call is its first on the others,
         as if the sampling began there.
         """
         try:
+            if self.group is None:
+                self._enter()
             return work()
         except _FAILURES as error:
             log.warning("AsyncDiff: the ranks failed", exc_info=error)

@@ -107,9 +107,10 @@ def fingerprint_of(patcher: ModelPatcher) -> str:
     """Equal for models whose networks differ in their weights only.
 
     Raises:
-        UnsupportedModelError: layers of classes that a rank cannot have.
+        UnsupportedModelError: no block list for its class; layers of classes that a rank cannot have.
     """
     live = patcher.model.diffusion_model
+    find_family(live)
     config = sorted(patcher.model.model_config.unet_config.items(), key=str)
     operations = quantised.operations_of(patcher)
     classes = _classes_of(live, operations)

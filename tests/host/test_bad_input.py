@@ -50,7 +50,7 @@ def outcome(model, prompts, latent, steps=3, cfg=4.0, sampler="euler", scheduler
     return run[0]["samples"]
 
 
-NORMAL = torch.zeros(1, 4, 16, 16)
+NORMAL, NORMAL_SIZE = torch.zeros(1, 4, 16, 16), 100.0  # a latent, and how large its numbers become
 ASKED = {
     "one step": {"steps": 1},
     "no step": {"steps": 0},
@@ -80,6 +80,7 @@ def test_a_strange_request_ends_as_with_ksampler_and_the_next_is_right(sd15, pro
         assert isinstance(found, Exception), found
     else:
         assert not isinstance(found, Exception), found
-        assert torch.allclose(found, expected, rtol=0.05, atol=0.05, equal_nan=True) or preset == "Balanced"
-        assert found.shape == expected.shape and torch.equal(found.isfinite(), expected.isfinite())
+        assert found.shape == expected.shape
+        near = 0.0 if preset == "Exact" else 1e-3  # two branches, so that only rounding differs
+        assert torch.allclose(found, expected, rtol=near, atol=near * NORMAL_SIZE, equal_nan=True)
     assert torch.equal(outcome(attach(sd15, Options("Exact", "cpu,cpu")), prompts, NORMAL), outcome(sd15, prompts, NORMAL))

@@ -9,7 +9,7 @@ import small
 import torch
 from simulated import simulated
 
-from asyncdiff_nodes.host import route
+from asyncdiff_nodes.host import sampling
 from asyncdiff_nodes.host.options import Options
 from asyncdiff_nodes.host.pool import POOL
 from asyncdiff_nodes.host.report import last_run
@@ -134,7 +134,7 @@ def test_devices_get_no_more_weights_than_they_have_room_for(monkeypatch):
     model, placed = small.model("flux"), []
     whole = model.model_size()
     for limit in (whole, 0.6 * whole):
-        monkeypatch.setattr(route, "room_for_weights", lambda devices, call, limit=limit: [limit] * len(devices))
+        monkeypatch.setattr(sampling, "room_for_weights", lambda devices, call, limit=limit: [limit] * len(devices))
         found = sampled(attach(model, Options("Exact", "cpu,cpu")), "flux")
         placed.append([sum(rank.weights.values()) for rank in last_run().stats.ranks])
         POOL.release()
@@ -171,6 +171,7 @@ def test_a_network_that_is_built_in_an_unknown_way_is_sampled_as_usual():
     def without(net, *_):
         return net.parameters_of_another_version
 
+    POOL.release()  # another test's network of this kind
     changed = replace(FAMILIES["comfy.Flux"], example_inputs=without)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FAMILIES, "comfy.Flux", changed)

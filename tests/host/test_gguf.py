@@ -1,8 +1,5 @@
 """Models that the pack ComfyUI-GGUF has loaded from a file: the ranks have its layers, and the bytes of the file."""
 
-import asyncio
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import comfy.ops
@@ -10,6 +7,7 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import nodes
+import packs
 import pytest
 import small
 import torch
@@ -21,13 +19,11 @@ from asyncdiff_nodes.host.pool import POOL
 from asyncdiff_nodes.host.report import last_run
 from asyncdiff_nodes.host.route import attach
 
-HOST = Path(os.environ.get("ASYNCDIFF_HOST_UNDER_TEST", "."))
-PLACES = (HOST / "custom_nodes" / "ComfyUI-GGUF", HOST.parent / "packs" / "ComfyUI-GGUF")
-PACK = next((place for place in PLACES if place.exists()), None)
+NAME = "ComfyUI-GGUF"
 if not hasattr(comfy.utils, "detect_layer_quantization"):
     pytest.skip("this ComfyUI takes FLUX.1 at its true width only", allow_module_level=True)
 gguf = pytest.importorskip("gguf")
-pytestmark = pytest.mark.skipif(PACK is None, reason=f"no pack in {' or '.join(map(str, PLACES))}")
+pytestmark = packs.needs(NAME)
 
 EXACT = Options("Exact", "cpu,cpu")
 SHAPE = {"hidden_size": 256, "axes_dim": [16, 56, 56], "mlp_ratio": 4.0}  # by which the host knows the heads' width
@@ -38,8 +34,7 @@ def loaders(tmp_path_factory):
     """The pack's nodes, as the host imports it, and the folder that they load from."""
     folder = tmp_path_factory.mktemp("unet")
     folder_paths.add_model_folder_path("unet", str(folder))
-    assert asyncio.run(nodes.load_custom_node(str(PACK)))
-    return folder, nodes.NODE_CLASS_MAPPINGS
+    return folder, packs.loaded(packs.place_of(NAME))
 
 
 def network(**where):

@@ -1,15 +1,8 @@
-"""ComfyUI_IPAdapter_plus: its attention to images is computed by the ranks that have the blocks. Adapters have random weights.
+"""ComfyUI_IPAdapter_plus: its attention to images is computed by the ranks that have the blocks. Adapters have random weights."""
 
-The pack is looked for in ``$ASYNCDIFF_PACKS``, in the host's ``custom_nodes``, and in ``packs`` beside the host.
-"""
-
-import asyncio
-import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import nodes
+import packs
 import pytest
 import small
 import torch
@@ -23,11 +16,7 @@ from asyncdiff_nodes.host.route import attach
 from test_branches import assert_halved, ksampler
 
 NAME = "ComfyUI_IPAdapter_plus"
-HOST = Path(nodes.__file__).resolve().parent
-PACKS = [*map(Path, filter(None, [os.environ.get("ASYNCDIFF_PACKS")])), HOST / "custom_nodes", HOST.parent / "packs"]
-PACK = next((path / NAME for path in PACKS if (path / NAME).is_dir()), None)
-
-pytestmark = pytest.mark.skipif(PACK is None, reason=f"no {NAME}: set ASYNCDIFF_PACKS to the folder that it lies in")
+pytestmark = packs.needs(NAME)
 
 # the pack counts on the true layouts of blocks: these have them, with few channels
 _LAYOUTS = {
@@ -56,16 +45,9 @@ def layouts():
         del small.VARIANTS[name], small.ALL[name]
 
 
-def loaded(folder):
-    """The pack's nodes, loaded as the host loads a pack."""
-    with ThreadPoolExecutor(1) as thread:  # this one may have a browser's loop
-        assert thread.submit(asyncio.run, nodes.load_custom_node(str(folder))).result()
-    return nodes.NODE_CLASS_MAPPINGS
-
-
 @pytest.fixture(scope="module")
 def pack():
-    return loaded(PACK)
+    return packs.loaded(packs.place_of(NAME))
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +220,7 @@ def test_other_code_is_the_hosts(pack, model, prompts, tmp_path):
     foreign = applied(pack, model)
     patch = foreign.model_options["transformer_options"]["patches_replace"]["attn2"]["output", 3]
     patch.add(lambda out, *_, **__: out * 0.1, **patch.kwargs[0])
-    other = applied(loaded(shutil.copytree(PACK, tmp_path / "another_pack")), model)
+    other = applied(packs.loaded(shutil.copytree(packs.place_of(NAME), tmp_path / "another_pack")), model)
     for patched in (foreign, other):
         expected = ksampler(patched, *prompts)
         assert torch.equal(ksampler(attach(patched, Options("Exact", "cpu,cpu")), *prompts), expected)
