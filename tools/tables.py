@@ -163,6 +163,27 @@ def faults(name: str) -> str:
     return "\n".join(lines)
 
 
+def soak(name: str) -> str:
+    """What came of the prompts, and what grew."""
+    found = json.loads((ROOT / "docs" / "data" / f"{name}.json").read_text(encoding="utf-8"))
+    counts = ("prompts", "settings", "pictures", "cancelled", "mismatches", "failed", "orphans")
+    grown = {**found["growth"], "memory, MiB": round(found["growth"]["memory"] / 2**20, 1)}
+    del grown["memory"]
+    lines = [f"| {' | '.join(counts)} |", "|" + "---:|" * len(counts), f"| {' | '.join(str(found[it]) for it in counts)} |", ""]
+    lines += [f"| growth of {' | '.join(grown)} |", "|" + "---:|" * len(grown), f"| {' | '.join(map(str, grown.values()))} |"]
+    return "\n".join(lines)
+
+
+def compatibility(name: str) -> str:
+    """What the fast tests came to with each set of versions."""
+    what = ("passed", "failed", "skipped")
+    lines = ["| tests | Python | PyTorch | passed | failed | skipped |", "|---|---|---|" + "---:|" * len(what)]
+    for row in rows_of(name):
+        tests = f"in ComfyUI {row['comfyui']}" if row["comfyui"] else "engine"
+        lines.append(f"| {tests} | {row['python']} | {row['torch']} | {' | '.join(str(row[it]) for it in what)} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "short": short,
     "full": full,
@@ -172,6 +193,8 @@ TABLES = {
     "plans": plans,
     "control_nets": control_nets,
     "faults": faults,
+    "soak": soak,
+    "compatibility": compatibility,
 }
 MARKED = re.compile(r"(<!-- table (\w+) of ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -283,9 +283,16 @@ class WorkerGroup:
         for stream in self._streams.values():
             stream.move(placement)
 
-    def stats(self) -> RunStats:
-        """Telemetry of the last run, from all ranks."""
-        deadline = time.monotonic() + self._call_timeout
+    def stats(self, timeout: float | None = None) -> RunStats:
+        """Telemetry of the last run, from all ranks, once they are done with it.
+
+        Args:
+            timeout: seconds; by default those of a call.
+
+        Raises:
+            WorkerError, DeadlineError: as for a call.
+        """
+        deadline = time.monotonic() + (self._call_timeout if timeout is None else timeout)
         token = object.__hash__(object())
         for rank in range(self.plan.world_size):
             self._ranks.send(rank, ("report", token), deadline=deadline)

@@ -32,11 +32,11 @@ class RunRecord:
     stats: RunStats | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, group: WorkerGroup | None, plan: Plan | None, notes: Sequence[str]) -> RunRecord:
-        """The record of the run that ``group`` (None: the host) has just finished."""
+    def of(cls, group: WorkerGroup | None, plan: Plan | None, notes: Sequence[str], timeout: float) -> RunRecord:
+        """The record of the run that ``group`` (None: the host) has just finished; waits for it ``timeout`` seconds at most."""
         if group is None:
             return cls(tuple(notes))
-        return cls(tuple(notes), plan, group.placement, group.stats())
+        return cls(tuple(notes), plan, group.placement, group.stats(timeout))
 
     @property
     def line(self) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -43,6 +44,7 @@ from .report import RunRecord, publish
 log = logging.getLogger(__name__)
 
 _FAILURES = (WorkerError, DeadlineError)  # of the ranks
+_REPORT_GRACE = 5.0  # seconds
 
 
 class Sampling:
@@ -74,6 +76,7 @@ class Sampling:
         self._left = ""  # why the host goes on without the ranks
         self._patches: dict[str, int] = {}  # those of its calls -> a number for each
         self._loaded_here = False
+        self._started = time.monotonic()
         self._changes = contextlib.ExitStack()  # of the host's objects, for this sampling
         self._progress = Progress(steps=len(sigmas) - 1)
         self._notes = self._progress.notes
@@ -221,9 +224,11 @@ class Sampling:
         """The sampling went well: publish what is known about it."""
         try:
             left = RunRecord(tuple(self._notes), self._plan)
-            record = left if self._left else RunRecord.of(self.group, self._plan, self._notes)
+            rest = _REPORT_GRACE + time.monotonic() - self._started  # what is worked ahead takes no longer than all before it
+            record = left if self._left else RunRecord.of(self.group, self._plan, self._notes, rest)
         except AsyncDiffError as error:  # the picture is done: it must not be lost for a report
-            self._note(f"there is no report on this run: {error}")
+            self._note(f"there is no report on this run: {_brief(error)}")
+            POOL.bury()
             record = RunRecord(tuple(self._notes), self._plan)
         publish(record)
         if self._balance is not None:

@@ -140,12 +140,16 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
 
 
 def model(
-    kind: str = "sd15", seed: int = 0, dtype: torch.dtype = torch.float32, channels: int = 64
+    kind: str = "sd15",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    channels: int = 64,
+    compute: torch.dtype = torch.float32,
 ) -> comfy.model_patcher.ModelPatcher:
     """A MODEL."""
     config_class, model_class, model_type, _ = ALL[kind]
     config = getattr(comfy.supported_models, config_class)(unet_config(kind, channels))
-    config.set_inference_dtype(dtype, None if dtype is torch.float32 else torch.float32)
+    config.set_inference_dtype(dtype, None if dtype is compute else compute)
     video = {"image_to_video": True} if kind == "wan_i2v" else {}
     base = getattr(comfy.model_base, model_class)(config, model_type=model_type, **video)
     if kind.endswith("inpaint"):

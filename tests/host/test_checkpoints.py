@@ -2,6 +2,7 @@
 
 import threading
 import time
+import traceback
 
 import comfy.sd
 import comfy.utils
@@ -11,6 +12,8 @@ import pytest
 import small
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from asyncdiff_nodes.host.options import Options
@@ -52,6 +55,58 @@ def test_detected_by_the_host(tmp_path, name):
     expected = sample(model)
     assert torch.equal(sample(attach(model, EXACT)), expected)
     assert last_run().stats is not None
+
+
+def _damaged(weights, damage):
+    """What a broken download, or another program, has made of a file; the names are drawn by position."""
+    weights, names = dict(weights), list(weights)
+    for kind, place in damage:
+        name = names[place % len(names)]
+        if name not in weights:
+            continue
+        value = weights.pop(name)
+        if kind == "shorter":
+            weights[name] = value[: max(1, len(value) // 2)].clone()
+        elif kind == "turned":
+            weights[name] = value.transpose(0, -1).contiguous()
+        elif kind == "flat":
+            weights[name] = value.reshape(-1).clone()
+        elif kind == "nan":
+            weights[name] = torch.full_like(value, float("nan"))
+        elif kind == "renamed":
+            weights[f"{name}.old"] = value
+    return weights
+
+
+@pytest.fixture(scope="module")
+def whole_file(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("models") / "whole.safetensors")
+    checkpoint(path, FILES["SD15"])
+    return comfy.utils.load_torch_file(path)
+
+
+KINDS_OF_DAMAGE = st.sampled_from(["missing", "shorter", "turned", "flat", "nan", "renamed"])
+
+
+@pytest.mark.slow
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damage=st.lists(st.tuples(KINDS_OF_DAMAGE, st.integers(0, 999)), min_size=1, max_size=3))
+def test_a_damaged_file_is_what_the_host_makes_of_it(whole_file, tmp_path, damage):
+    """Its loader's error; or its picture, bit for bit, from what memory holds in place of missing weights."""
+    path = str(tmp_path / "damaged.safetensors")
+    save_file(_damaged(whole_file, damage), path)
+    try:
+        model = comfy.sd.load_diffusion_model(path)
+    except Exception as error:  # before there is a model that could be routed
+        assert "asyncdiff" not in "".join(traceback.format_exception(error))
+        return
+    prompts = small.conditioning("sd15", 1), small.conditioning("sd15", 2)
+
+    def sample(m):
+        return nodes.KSampler().sample(m, 5, 2, 7.0, "euler", "normal", *prompts, small.latent())[0]["samples"]
+
+    expected = sample(model)
+    assert torch.equal(sample(attach(model, EXACT)).nan_to_num(123.0), expected.nan_to_num(123.0))
 
 
 def test_scaled_weights_are_refused_by_name_where_their_scales_are_the_layers_own(tmp_path):

@@ -139,6 +139,17 @@ def test_a_rank_that_hangs_is_replaced_when_its_deadline_is_over(sd15, prompts, 
     POOL.release()
 
 
+def test_a_rank_that_hangs_when_the_picture_is_done_does_not_keep_it_waiting(sd15, prompts):
+    expected, model = sample(sd15, prompts), attach(sd15, EXACT)
+    POOL.release()
+    begin = time.monotonic()
+    assert torch.equal(sample(model, prompts, killing(0, STEPS - 1, signal.SIGSTOP)), expected)
+    assert time.monotonic() - begin < 60
+    assert "no report on this run: waited too long for the telemetry" in last_run().notes[0]
+    assert not POOL.summary()
+    assert torch.equal(sample(model, prompts), expected) and not last_run().notes
+
+
 def test_a_rank_that_fails_whenever_it_starts_leaves_the_picture_to_comfyui(sd15, prompts, monkeypatch):
     expected = sample(sd15, prompts)
     POOL.release()

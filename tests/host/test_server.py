@@ -126,6 +126,13 @@ def test_ksampler_advanced_and_its_twin_in_two_stages_give_identical_latents(pag
     assert_exact(page, saved(graph(kind, **stages)), ranked=("routed_first", "routed"))
 
 
+def test_a_prompt_of_a_version_without_the_later_options_runs(page):
+    """As a program has saved it, which knows no defaults."""
+    nodes, then = twins(), ("preset", "devices", "segments", "stride", "warmup", "time_shift", "forecast", "cuts")
+    nodes["options"]["inputs"] = {name: value for name, value in nodes["options"]["inputs"].items() if name in then}
+    assert_exact(page, nodes)
+
+
 def test_other_samplers_on_the_model_node_give_identical_latents(page):
     def custom(name: str, model: str) -> Graph:
         guider = node("CFGGuider", model=[model, 0], positive=["source", 1], negative=["source", 2], cfg=5.0)

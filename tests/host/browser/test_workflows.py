@@ -106,6 +106,18 @@ def test_the_server_accepts_what_the_page_makes_of_it(frontend, server, infos, n
     stop(server, accepted(server, prompt))
 
 
+@pytest.mark.parametrize("count", [8, 11])
+def test_options_that_came_after_a_workflow_was_saved_have_their_defaults(frontend, count):
+    saved = read("asyncdiff_sd15")
+    (options,) = (node for node in saved["nodes"] if node["type"] == "AsyncDiffOptions")
+    frontend.load(saved)
+    expected = frontend.prompt()
+    options["widgets_values"], options["inputs"] = options["widgets_values"][:count], options["inputs"][:count]
+    frontend.load(saved)
+    assert frontend.page.evaluate(COMPLAINTS) == {"unknown": [], "marked": [], "shown": []}
+    assert frontend.prompt() == expected
+
+
 @pytest.mark.parametrize("name", RUN)
 def test_it_runs_on_two_ranks(frontend, server, name):
     frontend.load(WORKFLOWS[name])
