@@ -84,6 +84,7 @@ def test_synchronous_run_is_the_pipelines_own_and_the_unet_comes_back(pipe):
     assert torch.equal(run(pipe), expected)
 
 
+@pytest.mark.slow
 def test_asynchronous_stride_run_begins_anew_each_time_and_follows_another_scheduler(pipe):
     plan = Plan(segments=2, stride=2, warmup=1)
 
@@ -174,7 +175,7 @@ def wan():
     return pipe, {**embeds, "height": 32, "width": 32, "num_frames": 5}, {"cond", "uncond"}
 
 
-@pytest.mark.parametrize("make, dtype", [(flux, torch.bfloat16), (wan, torch.float32)])
+@pytest.mark.parametrize("make, dtype", [(flux, torch.bfloat16), pytest.param(wan, torch.float32, marks=pytest.mark.slow)])
 def test_flow_matching_pipelines(make, dtype):
     """In bfloat16 a timestep has three digits."""
     pipe, given, streams = make()

@@ -1,5 +1,6 @@
 """What a release consists of: one version in every place, what is installed, what the registry's archive holds."""
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -28,6 +29,37 @@ def test_torch_is_never_installed():
     required = re.findall(r"^[\w-]+", read("requirements.txt"), re.MULTILINE)
     assert "diffusers" in required
     assert not [name for name in required if name.startswith(("torch", "xformers", "nvidia"))]
+
+
+def test_nothing_needs_what_only_some_systems_have():
+    """Windows and macOS: their modules, and calls of ``os`` and ``signal``, but where both ways are there and tested."""
+    modules = {"resource", "fcntl", "pwd", "grp", "termios", "tty", "msvcrt", "winreg", "_winapi"}
+    calls = {
+        "fork",
+        "forkpty",
+        "getuid",
+        "geteuid",
+        "killpg",
+        "setsid",
+        "mkfifo",
+        "readv",
+        "writev",
+        "uname",
+        "sched_getaffinity",
+    }
+    calls |= {"SIGKILL", "SIGSTOP", "SIGCONT", "SIGHUP", "SIGALRM", "SIGUSR1", "pthread_kill"}
+    found, started = set(), set()
+    for path in (ROOT / "asyncdiff_nodes").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                found |= {(path.name, name) for name in names if name in modules}
+            elif isinstance(node, ast.Attribute) and node.attr in calls:
+                found.add((path.name, node.attr))
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get_context":
+                started.add(ast.literal_eval(node.args[0]))
+    assert found == {("wire.py", "readv")}  # tests/engine/test_wire.py
+    assert started == {"spawn"}
 
 
 def test_the_archive_holds_what_runs():

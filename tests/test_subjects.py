@@ -52,6 +52,7 @@ def run(tmp_path, *argv):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_compare_of_a_folder(folder, tmp_path):
     result = run(
         tmp_path, "compare", "--model", str(folder), "--runs", "dpmpp_2m:7:2", "--plans", "2,1,2,1",

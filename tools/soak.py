@@ -139,6 +139,7 @@ def inside(file: str, count: int, seed: int) -> None:
                 told["cancelled" if run.of("execution_interrupted") else "failed"] += 1
             page.events.clear()
             if told["prompts"] % EVERY == 0:
+                server.post("/history", {"clear": True})  # the host keeps all prompts there
                 states.append(
                     {
                         "memory": process.memory_info().rss,

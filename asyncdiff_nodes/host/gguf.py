@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
+from . import lora
 from .packs import PackModule
 
 _OPTIONS = ("dequant_dtype", "patch_dtype")  # what the pack's loader sets on its class
@@ -26,7 +28,7 @@ class GGUF:
 
     source: PackModule
     options: tuple[Any, ...]
-    patched = False
+    patch_dtype = torch.float32
 
     @classmethod
     def of(cls, patcher: ModelPatcher) -> GGUF | None:
@@ -50,13 +52,20 @@ class GGUF:
         """Its weights; those in the state dict are for the host's estimate of memory."""
         return {name: weight.to("meta") for name, weight in layer.named_parameters(recurse=False)}
 
-    def pieces(self, weight: torch.Tensor) -> tuple[Any, dict[str, torch.Tensor]] | None:
-        """The bytes of the file."""
+    def carries(self, weight: torch.Tensor) -> bool:
+        """Where it is quantised."""
+        pack = self.source.load()
+        return isinstance(weight, pack.GGMLTensor) and pack.is_quantized(weight)
+
+    def pieces(self, weight: torch.Tensor, patches: Sequence[Any] = ()) -> tuple[Any, dict[str, torch.Tensor]] | None:
+        """The bytes of the file, and patches as tensors."""
         if not isinstance(weight, self.source.load().GGMLTensor):
             return None
-        return (weight.tensor_type, tuple(weight.tensor_shape)), {"data": weight.as_subclass(torch.Tensor)}
+        carried, tensors = lora.take_apart(patches if self.carries(weight) else ())
+        return (weight.tensor_type, tuple(weight.tensor_shape), carried), {"data": weight.as_subclass(torch.Tensor), **tensors}
 
     def whole(self, settings: Any, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The pack's tensor of these bytes."""
-        kind, shape = settings
-        return self.source.load().GGMLTensor(tensors["data"], tensor_type=kind, tensor_shape=torch.Size(shape))
+        """The pack's tensor of these bytes, with these patches."""
+        kind, shape, carried = settings
+        patches = [(lora.put_together(carried, tensors), "weight")]
+        return self.source.load().GGMLTensor(tensors["data"], tensor_type=kind, tensor_shape=torch.Size(shape), patches=patches)

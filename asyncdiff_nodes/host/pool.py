@@ -21,9 +21,10 @@ from asyncdiff_nodes.engine.plan import PER_RUN
 
 from .balance import Balance
 from .memory import RankMemory
+from .quantised import changed_by_patches
 from .settings import setting
 from .skeleton import family_of, fingerprint_of, outline_of, skeleton_of
-from .weights import net_prefix, patched_names, weights_of
+from .weights import net_prefix, patches_of, weights_of
 from .worker import HostSettings
 
 log = logging.getLogger(__name__)
@@ -266,7 +267,7 @@ class Pool:
             for rank in memory:
                 rank.forget()
             raise
-        model, patched = weakref.ref(patcher.model), patched_names(patcher)
+        model, patched = weakref.ref(patcher.model), frozenset(patches_of(patcher))
         refs = list(map(weakref.ref, nets))
         held = Held(group, model, patcher.patches_uuid, patched, fingerprint_of(patcher), skeleton, refs, memory)
         started.append(weakref.ref(held))
@@ -275,11 +276,11 @@ class Pool:
 
     def _update(self, held: Held, patcher: ModelPatcher, nets: Sequence[nn.Module]) -> None:
         """Send the weights in which model and ControlNets differ from what the ranks have."""
-        patched, names = patched_names(patcher), frozenset()
+        patched, names = frozenset(patches_of(patcher)), frozenset()
         if held.model() is not patcher.model:
             names = frozenset(name for name, _ in tensors_of(patcher.model.diffusion_model))
         elif held.version != patcher.patches_uuid:
-            names = held.patched | patched
+            names = changed_by_patches(held.skeleton, held.patched | patched)
         for slot, net in zip(held.slots(nets), nets, strict=True):
             if held.nets[slot]() is not net:
                 held.nets[slot] = weakref.ref(net)

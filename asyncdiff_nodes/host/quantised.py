@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -14,9 +14,13 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from asyncdiff_nodes.engine.graph import tensors_of
+
+from . import lora
 from .gguf import GGUF
 
 _PARTS = "_parts"  # ends the name of what holds a weight's parts
+Patches = Mapping[str, Sequence[Any]]  # name of a weight -> the patches on it, as the host keeps them
 Pieces = tuple[Any, dict[str, torch.Tensor]]  # settings of a quantised tensor, and the plain tensors that it is made of
 
 
@@ -24,10 +28,10 @@ class Operations(Protocol):
     """How a process gets at layer classes that cannot be imported. Plain data: it is compared, and sent to the ranks.
 
     Attributes:
-        patched: whether patches (LoRA) become part of a weight when it is loaded, rather than of each call.
+        patch_dtype: the precision in which patches (LoRA) become part of a weight; None for the host's choice.
     """
 
-    patched: bool
+    patch_dtype: torch.dtype | None
 
     def classes(self) -> type:
         """The class that has these layer classes as members, the same one each time."""
@@ -35,8 +39,11 @@ class Operations(Protocol):
     def state(self, layer: nn.Module) -> dict[str, torch.Tensor]:
         """What such a layer is loaded from, weights on the meta device."""
 
-    def pieces(self, weight: torch.Tensor) -> Pieces | None:
-        """``weight`` taken apart; None if it is a plain tensor."""
+    def carries(self, weight: torch.Tensor) -> bool:
+        """Whether ``weight`` carries its patches along, which are then added in every call."""
+
+    def pieces(self, weight: torch.Tensor, patches: Sequence[Any] = ()) -> Pieces | None:
+        """``weight``, and the ``patches`` that it carries along, taken apart; None if it is a plain tensor."""
 
     def whole(self, settings: Any, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         """The tensor that :meth:`pieces` took apart."""
@@ -55,7 +62,7 @@ class MixedPrecision:
 
     settings: tuple[tuple[str, Any], ...]
     compute_dtype: torch.dtype | None
-    patched = True
+    patch_dtype = None
 
     @classmethod
     def of(cls, patcher: ModelPatcher) -> MixedPrecision | None:
@@ -74,7 +81,11 @@ class MixedPrecision:
         """See :class:`Operations`; ``comfy_quant``, text that is read when it is loaded, has its values."""
         return {key: value if key == "comfy_quant" else value.to("meta") for key, value in layer.state_dict().items()}
 
-    def pieces(self, weight: torch.Tensor) -> Pieces | None:
+    def carries(self, weight: torch.Tensor) -> bool:
+        """See :class:`Operations`."""
+        return False
+
+    def pieces(self, weight: torch.Tensor, patches: Sequence[Any] = ()) -> Pieces | None:
         """See :class:`Operations`."""
         if not is_traceable_wrapper_subclass(weight):
             return None
@@ -113,26 +124,28 @@ def states(network: nn.Module, operations: Operations) -> Iterator[tuple[str, di
             yield name, operations.state(layer)
 
 
-def outline(network: nn.Module, operations: Operations) -> list[Any]:
-    """Equal for networks that are quantised in the same way."""
+def outline(network: nn.Module, operations: Operations, patches: Patches) -> list[Any]:
+    """Equal for networks that are quantised, and patched, in the same way."""
 
-    def described(value: torch.Tensor) -> Any:
+    def described(name: str, value: torch.Tensor) -> Any:
         if not value.is_meta:
             return value.tolist()
-        pieces = operations.pieces(value)
-        return tuple(value.shape), value.dtype, pieces and pieces[0]
+        settings, tensors = operations.pieces(value, patches.get(name, ())) or (None, {})
+        layouts = [(part, tuple(tensor.shape), tensor.dtype) for part, tensor in tensors.items()]
+        return tuple(value.shape), value.dtype, settings, layouts
 
-    return [(name, {key: described(value) for key, value in state.items()}) for name, state in states(network, operations)]
+    found = states(network, operations)
+    return [(name, {key: described(f"{name}.{key}", value) for key, value in state.items()}) for name, state in found]
 
 
-def take_apart(network: nn.Module, operations: Operations) -> None:
+def take_apart(network: nn.Module, operations: Operations, patches: Patches) -> None:
     """Have the layers of these classes, on the meta device, keep their quantised weights in :class:`Parts`."""
-    for layer in list(network.modules()):
+    for prefix, layer in list(network.named_modules()):
         if not made_by(operations, type(layer)):
             continue
         layer.__class__ = _layer_class(operations, type(layer).__name__)
         for name, weight in list(layer.named_parameters(recurse=False)):
-            if pieces := operations.pieces(weight):
+            if pieces := operations.pieces(weight, patches.get(f"{prefix}.{name}", ())):
                 del layer._parameters[name]
                 layer.add_module(name + _PARTS, Parts(operations, weight, *pieces))
 
@@ -143,12 +156,25 @@ def whole_name(name: str) -> str:
     return owner.removesuffix(_PARTS) if owner.endswith(_PARTS) else name
 
 
-def part_of(skeleton: nn.Module, name: str, weight: torch.Tensor) -> torch.Tensor:
-    """What the tensor of this name in ``skeleton`` is of ``weight``: all of it, or a part."""
+def part_of(skeleton: nn.Module, name: str, weight: torch.Tensor, patches: Sequence[Any]) -> torch.Tensor:
+    """What the tensor of this name in ``skeleton`` is of ``weight`` with its ``patches``: all of it, or a part."""
     owner, _, leaf = name.rpartition(".")
     holder = skeleton.get_submodule(owner)
-    pieces = holder.operations.pieces(weight) if isinstance(holder, Parts) else None
+    pieces = holder.operations.pieces(weight, patches) if isinstance(holder, Parts) else None
     return weight if pieces is None else pieces[1][leaf]
+
+
+def changed_by_patches(skeleton: nn.Module, names: Collection[str]) -> frozenset[str]:
+    """Of the weights in ``names``, the tensors of ``skeleton`` that change with their patches: those carried along, or all."""
+    found: dict[str, list[str]] = {}
+    for name, _ in tensors_of(skeleton):
+        if (whole := whole_name(name)) in names:
+            found.setdefault(whole, []).append(name)
+    changed: set[str] = set()
+    for parts in found.values():
+        carried = [name for name in parts if name.rpartition(".")[2].startswith(lora.TENSOR)]
+        changed.update(carried or parts)
+    return frozenset(changed)
 
 
 class Parts(nn.Module):
@@ -164,7 +190,7 @@ class Parts(nn.Module):
         self.operations = operations
         self._shape, self._dtype, self._settings = tuple(weight.shape), weight.dtype, settings
         for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
+            self.register_buffer(name, tensor.to("meta"))
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

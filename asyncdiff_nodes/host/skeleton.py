@@ -21,7 +21,7 @@ from . import quantised
 from .controlled import ControlledUNet, ControlNetOnMeta
 from .parts import divide
 from .quantised import Operations
-from .weights import patched_names
+from .weights import patches_of
 
 
 def skeleton_of(patcher: ModelPatcher, nets: Sequence[nn.Module] = ()) -> nn.Module:
@@ -37,8 +37,6 @@ def skeleton_of(patcher: ModelPatcher, nets: Sequence[nn.Module] = ()) -> nn.Mod
     live = patcher.model.diffusion_model
     find_family(live)
     operations = quantised.operations_of(patcher)
-    if operations is not None and not operations.patched and patched_names(patcher):
-        raise UnsupportedModelError("a LoRA or another patch is on its quantised weights, which add it in every call")
 
     def build(classes: type) -> nn.Module:
         return type(live)(**patcher.model.model_config.unet_config, device="meta", operations=classes)
@@ -49,7 +47,7 @@ def skeleton_of(patcher: ModelPatcher, nets: Sequence[nn.Module] = ()) -> nn.Mod
             if hasattr(module, "comfy_cast_weights"):
                 module.comfy_cast_weights = module.comfy_force_cast_weights = True
     if operations is not None:
-        quantised.take_apart(rebuilt, operations)
+        quantised.take_apart(rebuilt, operations, patches_of(patcher))
     return ControlledUNet.of(rebuilt, [net_skeleton(net, patcher) for net in nets]) if nets else rebuilt
 
 
@@ -114,7 +112,7 @@ def fingerprint_of(patcher: ModelPatcher) -> str:
     config = sorted(patcher.model.model_config.unet_config.items(), key=str)
     operations = quantised.operations_of(patcher)
     classes = _classes_of(live, operations)
-    layers = (operations, quantised.outline(live, operations)) if operations else classes
+    layers = (operations, quantised.outline(live, operations, patches_of(patcher))) if operations else classes
     return repr((type(live), layers, patcher.force_cast_weights, config))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import comfy.float
 import comfy.lora
@@ -16,7 +17,7 @@ from torch import nn
 from asyncdiff_nodes.engine import UnsupportedModelError
 from asyncdiff_nodes.engine.graph import tensors_of
 
-from .quantised import part_of, whole_name
+from .quantised import Operations, operations_of, part_of, whole_name
 
 PREFIX = "diffusion_model."
 _string_to_seed = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed  # moved after 0.3
@@ -27,9 +28,9 @@ def net_prefix(slot: int) -> str:
     return f"control_nets.{slot}."
 
 
-def patched_names(patcher: ModelPatcher) -> frozenset[str]:
-    """Names, without prefix, of the diffusion model's weights that carry a patch."""
-    return frozenset(key.removeprefix(PREFIX) for key in patcher.patches if key.startswith(PREFIX))
+def patches_of(patcher: ModelPatcher) -> dict[str, Sequence[Any]]:
+    """Name, without prefix, of each of the diffusion model's weights that has patches, and these."""
+    return {key.removeprefix(PREFIX): patches for key, patches in patcher.patches.items() if key.startswith(PREFIX)}
 
 
 def weights_of(
@@ -38,7 +39,7 @@ def weights_of(
     names: Collection[str] | None = None,
     nets: Sequence[nn.Module | None] = (),
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and value of every tensor of ``skeleton``, or of those that are, or are parts of, the weights in ``names``.
+    """Name and value of every tensor of ``skeleton``, or of those that are in ``names``, or are parts of weights there.
 
     The values are what the host would have loaded: patches are applied on its device and in its precision, then rounded to the
     weight's dtype, or quantised again. Nothing of the model is changed, whether it is loaded or not.
@@ -52,16 +53,16 @@ def weights_of(
     live = {}
     for slot, net in enumerate(nets):
         live |= {net_prefix(slot) + name: tensor for name, tensor in tensors_of(net or skeleton.control_nets[slot])}
-    wanted = names if names is None else set(map(whole_name, names))
+    operations = operations_of(patcher)
+    patches = {} if operations is None else patches_of(patcher)
     wholes: dict[str, dict[str, torch.Tensor]] = {}
     for name, meta in tensors_of(skeleton):
-        wholes.setdefault(whole_name(name), {})[name] = meta
+        if names is None or name in names or whole_name(name) in names:
+            wholes.setdefault(whole_name(name), {})[name] = meta
     for name, metas in wholes.items():
-        if wanted is not None and name not in wanted:
-            continue
-        weight = _filled(live[name]) if name in live else _loaded(patcher, PREFIX + name)
+        weight = _filled(live[name]) if name in live else _loaded(patcher, PREFIX + name, operations)
         for part, meta in metas.items():
-            value = part_of(skeleton, part, weight)
+            value = part_of(skeleton, part, weight, patches.get(name, ()))
             if type(value) not in (torch.Tensor, nn.Parameter):
                 raise UnsupportedModelError(f"its weight {name} is a {type(value).__name__}, which a rank cannot take")
             if value.shape != meta.shape:
@@ -69,7 +70,7 @@ def weights_of(
             yield part, value.detach().to(meta.dtype)
 
 
-def _loaded(patcher: ModelPatcher, key: str) -> torch.Tensor:
+def _loaded(patcher: ModelPatcher, key: str, operations: Operations | None) -> torch.Tensor:
     """The weight ``key`` of the model as the host would load it."""
     value, set_weight, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
     if key in patcher.backup:  # it is loaded
@@ -77,10 +78,12 @@ def _loaded(patcher: ModelPatcher, key: str) -> torch.Tensor:
     if key in patcher.hook_backup:
         value = patcher.hook_backup[key][0]
     value = _filled(value)
-    if key not in patcher.patches:
+    if key not in patcher.patches or (operations and operations.carries(value)):
         return value
     device, dtype = patcher.load_device, value.dtype
-    compute_dtype = getattr(comfy.model_management, "lora_compute_dtype", lambda _: torch.float32)(device)
+    compute_dtype = operations and operations.patch_dtype
+    if compute_dtype is None:
+        compute_dtype = getattr(comfy.model_management, "lora_compute_dtype", lambda _: torch.float32)(device)
     value = comfy.model_management.cast_to_device(value, device, compute_dtype, copy=True)
     if convert is not None:
         value = convert(value, inplace=True)

@@ -80,6 +80,7 @@ def test_what_cannot_follow_in_parts_is_computed_whole(block, plan):
         assert torch.equal(group(x, 980, **kwargs), net(x, 980, **kwargs))
 
 
+@pytest.mark.slow
 def test_unet_in_micro_batches(start):
     unet = golden.unet("sd15")
     plan = Plan(segments=3, warmup=2, cooldown=1, microbatches=2)

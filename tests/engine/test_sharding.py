@@ -73,6 +73,7 @@ def check_bytes(stats, graph, plan, owners, calls):
     assert all(r.call == plan.warmup - 1 and not r.synchronous for r in ahead) and bool(ahead) == bool(plan.forecast)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15_N3_S2_W3_noshift_T12_dealias"])
 def test_unet_with_replicas(name, golden_group):
     plan = golden.plan_of(name)

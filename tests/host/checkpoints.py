@@ -8,8 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
-# SDXL is known by the depths of all its transformers, and has two text encoders: no file of a few hundred MB is taken for it
-NOT_SMALL = {"sd_xl_base_1.0.safetensors", "sd_xl_refiner_1.0.safetensors"}
+# SDXL is known by the depths of all its transformers, and has two text encoders: no file of a few hundred MB is taken for it.
+# Those of FLUX.1 and Wan have billions of parameters.
+NOT_SMALL = {
+    "sd_xl_base_1.0.safetensors",
+    "sd_xl_refiner_1.0.safetensors",
+    "flux1-dev-fp8.safetensors",
+    "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+}
 
 
 def named(workflow: Path) -> set[tuple[str, str]]:

@@ -72,7 +72,7 @@ ASKED = {
 
 
 @pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
-@pytest.mark.parametrize("preset", ["Exact", "Balanced"])
+@pytest.mark.parametrize("preset", ["Exact", pytest.param("Balanced", marks=pytest.mark.slow)])
 def test_a_strange_request_ends_as_with_ksampler_and_the_next_is_right(sd15, prompts, preset, asked):
     model = attach(sd15, Options(preset, "cpu,cpu"))
     expected, found = (outcome(it, prompts, **{"latent": NORMAL, **asked}) for it in (sd15, model))

@@ -61,6 +61,7 @@ def test_blocks_move_to_the_faster_rank_in_mid_run_and_the_next_group_starts_so(
     assert last_run().placement.cuts != place(first.graph, first.plan).cuts
 
 
+@pytest.mark.slow
 def test_a_group_that_is_there_moves_before_the_next_run(measured, sd15, prompts, monkeypatch):
     """And synchronous runs are exact, wherever the blocks are."""
     options = Options(**REUSE)

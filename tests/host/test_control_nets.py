@@ -78,7 +78,14 @@ def test_synchronous_calls_are_the_hosts_bit_by_bit(kind):
 
 
 @pytest.mark.parametrize(
-    "options", [replace(AHEAD[0], forecast=False), *AHEAD, Options("Turbo", "cpu,cpu,cpu")], ids=["reuse", "2", "3", "turbo"]
+    "options",
+    [
+        replace(AHEAD[0], forecast=False),
+        pytest.param(AHEAD[0], marks=pytest.mark.slow),
+        AHEAD[1],
+        pytest.param(Options("Turbo", "cpu,cpu,cpu"), marks=pytest.mark.slow),
+    ],
+    ids=["reuse", "2", "3", "turbo"],
 )
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_asynchronous_calls_equal_the_simulator(options, count, sd15, prompts):
@@ -103,6 +110,7 @@ def pids():
     return {rank.pid for rank in last_run().stats.ranks}
 
 
+@pytest.mark.slow
 def test_one_group_serves_samplings_with_and_without_other_nets_and_strengths(sd15, prompts):
     """As a workflow does that samples twice, or whose user tries things."""
     net, other = small.control_net(), small.control_net(seed=8)
@@ -142,6 +150,7 @@ def test_another_model_does_not_get_the_cuts_of_a_network_with_nets(prompts):
     assert not pids() & ranks
 
 
+@pytest.mark.slow
 def test_several_nets_in_a_chain(sd15, prompts):
     """Residuals are added up in the chain's order, whichever net the ranks got first; one may be there twice."""
     nets = [small.control_net(seed=seed) for seed in (3, 4, 5)]
@@ -168,6 +177,7 @@ def deep(monkeypatch):
     return small.model("sd15")
 
 
+@pytest.mark.slow
 def test_what_the_host_computes_itself_comes_first(deep, prompts):
     """T2I-Adapters, whose features do not change from step to step."""
     network = adapter.Adapter(channels=[64, 128, 256, 256], nums_rb=2, cin=192, ksize=1, sk=True, use_conv=False, xl=False)
@@ -259,6 +269,7 @@ def test_what_cannot_be_shared_is_the_hosts_by_name(on_model, on_net, reason, sd
     assert reason in note and note.startswith("ComfyUI computes a ControlNet before each step: ") and last_run().stats.records
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_its_ranks(sd15, prompts):
     """The host took their memory back: it then needs the ControlNet itself."""
     given = controlled(prompts, small.control_net())

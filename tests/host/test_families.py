@@ -200,7 +200,7 @@ def test_a_variant_with_blocks_of_its_own_is_sampled_as_usual():
     assert "cannot be split: no block list for a " in last_run().notes[0] and "Variant" in last_run().notes[0]
 
 
-@pytest.mark.parametrize("kind", ["sd3", "svd", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("wan", "z_image"))])
+@pytest.mark.parametrize("kind", ["sd3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("svd", "wan", "z_image"))])
 def test_two_devices_halve_the_prompts_of_cfg(kind):
     model = small.model(kind)
     found = sampled(attach(model, Options("Balanced", "cpu,cpu")), kind, cfg=5.0)

@@ -107,6 +107,7 @@ def test_asynchronous_steps_are_the_simulators(load, ranks):
     assert (found - stock).abs().max() > 0 and (found - expected).abs().max() <= 0.01 * (found - stock).abs().max()
 
 
+@pytest.mark.slow
 def test_a_group_serves_files_that_are_quantised_alike(load):
     assert_exact(load("Q4_0"))
     pids = POOL._held[-1].group.pids
@@ -123,13 +124,45 @@ def test_options_of_the_loader(load):
     load("Q4_0")  # the options are those of the loader that ran last
 
 
-def test_lora_is_sampled_as_usual(load):
-    model = load("Q4_0")
-    plain = assert_exact(model)
+def adapted(model, strength, seed=4):
     unquantised = SimpleNamespace(model=SimpleNamespace(diffusion_model=network(device="meta")))
-    changed = comfy.sd.load_lora_for_models(model, None, small.lora(unquantised), 0.8, 0)[0]
-    stock = sampled(changed)
-    assert not torch.equal(stock, plain)
-    assert torch.equal(sampled(attach(changed, EXACT)), stock)
-    assert "a LoRA or another patch is on its quantised weights" in last_run().notes[0]
+    return comfy.sd.load_lora_for_models(model, None, small.lora(unquantised, seed), strength, 0)[0]
+
+
+def test_lora(load):
+    """The pack adds it in every call. Ranks are sent the LoRA alone while they have one of these sizes."""
+    model = load("Q4_0")
+    plain, found = assert_exact(model), []
+    for strength in (0.8, 0.3):
+        found.append(assert_exact(adapted(model, strength)))
+    pids = POOL._held[-1].group.pids
+    found.append(assert_exact(adapted(model, 0.3, seed=5)))
+    assert POOL._held[-1].group.pids == pids
+    assert len({tuple(latent.flatten().tolist()) for latent in (plain, *found)}) == 4
+    twice = adapted(adapted(model, 0.8), 0.5, seed=5)
+    assert_exact(twice)
+    held = [name for rank in last_run().stats.ranks for name in rank.weights if ".patch" in name]
+    assert held and len(held) == len(set(held)), "each rank has the LoRA of its own blocks"
     assert torch.equal(assert_exact(model), plain)
+
+
+@pytest.mark.slow
+def test_lora_where_segments_work_ahead(load):
+    model = adapted(load("Q4_0"), 0.8)
+    stock = assert_exact(model, steps=8)
+    found = sampled(attach(model, Options("Custom", "cpu,cpu", segments=2, branches=1, warmup=3)), 8)
+    oracle, simulator = simulated(model, last_run().plan, "euler")
+    with simulator:
+        expected = sampled(oracle, 8)
+    assert (found - stock).abs().max() > 0 and (found - expected).abs().max() <= 0.01 * (found - stock).abs().max()
+
+
+def test_patches_of_another_kind_are_the_hosts_by_name(load):
+    model = load("Q4_0")
+    changed = model.clone()
+    key = ("diffusion_model.double_blocks.0.img_attn.qkv.weight", None, lambda change: 0.5 * change)
+    change = torch.randn(768, 256, generator=torch.Generator().manual_seed(1)) * 0.05
+    assert changed.add_patches({key: (change,)}, 0.5)
+    stock = sampled(changed)
+    assert torch.equal(sampled(attach(changed, EXACT)), stock) and not torch.equal(stock, sampled(model))
+    assert "a patch on its quantised weights has a function, which a rank cannot take" in last_run().notes[0]

@@ -113,13 +113,17 @@ def assert_exact(model, sample, devices):
     return expected
 
 
-@pytest.mark.parametrize(("case", "devices"), [*((case, "cpu,cpu") for case in CASES), ("some steps", "cpu,cpu,cpu")])
+@pytest.mark.parametrize(
+    ("case", "devices"),
+    [*((case, "cpu,cpu") for case in CASES), pytest.param("some steps", "cpu,cpu,cpu", marks=pytest.mark.slow)],
+)
 def test_settings(pack, model, prompts, case, devices):
     patched = applied(pack, model, **CASES[case])
     found = assert_exact(patched, lambda m: ksampler(m, *prompts), devices)
     assert (found - ksampler(model, *prompts)).abs().max() > 1e-3, "the image matters"
 
 
+@pytest.mark.slow
 def test_two_images_and_batches(pack, model, prompts):
     """Two adapters on one block; an image and a mask for each latent of a batch."""
     twice = applied(pack, applied(pack, model), adapter(seed=8), weight=0.5, attn_mask=mask())
@@ -202,6 +206,7 @@ def test_halves_of_cfg(pack, model, prompts):
     assert_halved(each, lambda m: ksampler(m, *prompts, batch=2))
 
 
+@pytest.mark.slow
 def test_latents_of_one_prompt_are_not_parted(pack, model, prompts):
     """Each has an image of its own."""
     each = applied(pack, model, node="IPAdapterEmbedsBatch", images=2)

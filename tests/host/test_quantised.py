@@ -160,7 +160,7 @@ def formats(*fast):
     return [form if form in fast else pytest.param(form, marks=pytest.mark.slow) for form in FORMATS if form in QUANT_ALGOS]
 
 
-@pytest.mark.parametrize("form", ["scaled", *formats("nvfp4")])
+@pytest.mark.parametrize("form", ["scaled", *formats()])
 def test_lora(tmp_path, form):
     """The host quantises what a LoRA changes again; the running ranks are sent that."""
     model = load(tmp_path, "flux", scaled if form == "scaled" else by_layer(form))
@@ -185,6 +185,7 @@ def test_activations_that_a_quantised_layer_takes_in(tmp_path):
     assert_exact(load(tmp_path, "wan", by_layer("int8_tensorwise")), "wan")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", ["in the file", "by a node"])
 def test_products_in_full_precision(tmp_path, chosen):
     settings = {"full_precision_matrix_mult": True} if chosen == "in the file" else {}
