@@ -1,18 +1,19 @@
 """Run the fast tests with other versions of Python, PyTorch and ComfyUI, and write FILE.
 
-python tools/compatibility.py [--comfyui FOLDER ...] [FILE]
+python tools/compatibility.py [--comfyui FOLDER ...] [--collect] [FILE]
 
 The engine's tests by nox (``noxfile.py``), with each Python that is installed; the host's in each FOLDER, by its own Python or
-that in ``$COMFYUI_PYTHON``. Needs ``pip install nox``. Then python tools/tables.py for the page.
+that in ``$COMFYUI_PYTHON``. Each run leaves a report in out/compatibility; with ``--collect`` these are all that is read. Needs
+``pip install nox``. Then python tools/tables.py for the page.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -27,44 +28,49 @@ VERSIONS = (
 )
 
 
-def row(comfyui: str, python: str, torch: str, report: Path) -> dict[str, Any]:
-    """What the tests with these versions came to, by pytest's own report."""
+def run(hosts: Sequence[Path]) -> None:
+    """All of them, one after the other; the versions are in the reports' names."""
+    subprocess.run([sys.executable, "-m", "nox", "--reuse-existing-virtualenvs"], cwd=ROOT, check=False)
+    for comfyui in hosts:
+        ask = [find_python(comfyui), "-c", VERSIONS]
+        told = subprocess.run(ask, cwd=comfyui, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+        report = REPORTS / f"{'-'.join(['comfyui', *told])}.xml"
+        command = [sys.executable, "tests/host/run.py", "-m", "not slow", f"--junitxml={report}"]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, "COMFYUI_PATH": str(comfyui)}, check=False)
+
+
+def row(report: Path) -> dict[str, Any]:
+    """What the tests of one run came to, by pytest's own report."""
+    what, *versions = report.stem.split("-")
     (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
-    count = {what: int(suite.get(what)) for what in ("tests", "failures", "errors", "skipped")}
+    count = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
     failed = count["failures"] + count["errors"]
-    passed = count["tests"] - failed - count["skipped"]
-    seconds = round(float(suite.get("time")))
     return {
-        "comfyui": comfyui,
-        "python": python,
-        "torch": torch,
-        "passed": passed,
+        "comfyui": versions.pop(0) if what == "comfyui" else "",
+        "python": versions[0],
+        "torch": versions[1],
+        "passed": count["tests"] - failed - count["skipped"],
         "failed": failed,
         "skipped": count["skipped"],
-        "seconds": seconds,
+        "seconds": round(float(suite.get("time"))),
     }
 
 
+def age(row: dict[str, Any]) -> list[list[int]]:
+    """To sort by."""
+    return [[int(part) for part in row[what].split(".") if part] for what in ("comfyui", "python")]
+
+
 def main() -> None:
-    """Run them all, one after the other."""
+    """Run them, unless they have been run, and collect."""
     parser = argparse.ArgumentParser(description="Run the tests with other versions.")
     parser.add_argument("--comfyui", nargs="*", default=[], type=Path)
+    parser.add_argument("--collect", action="store_true")
     parser.add_argument("file", nargs="?", default=str(ROOT / "docs" / "data" / "compatibility.json"))
     given = parser.parse_args()
-    shutil.rmtree(REPORTS, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "nox", "--reuse-existing-virtualenvs"], cwd=ROOT, check=False)
-    rows = [row("", *report.stem.split("-")[1:], report) for report in REPORTS.glob("engine-*.xml")]
-    for comfyui in given.comfyui:
-        told = subprocess.run(
-            [find_python(comfyui), "-c", VERSIONS], cwd=comfyui, capture_output=True, text=True, check=True, timeout=60
-        )
-        report = REPORTS / f"{comfyui.name}.xml"
-        command = [sys.executable, "tests/host/run.py", "-m", "not slow", f"--junitxml={report}"]
-        subprocess.run(command, cwd=ROOT, env={**os.environ, "COMFYUI_PATH": str(comfyui)}, check=False)
-        rows.append(row(*told.stdout.split(), report))
-    rows.sort(
-        key=lambda row: [[int(part) for part in row[it].partition("+")[0].split(".") if part] for it in ("comfyui", "python")]
-    )
+    if not given.collect:
+        run(given.comfyui)
+    rows = sorted(map(row, REPORTS.glob("*.xml")), key=age)
     write_json(given.file, {"rows": rows}, "python tools/compatibility.py --comfyui FOLDER ...")
 
 

@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -286,7 +287,7 @@ def test_listens_on_loopback_only_and_keeps_its_files_private(folder):
             assert private == list(folder.rglob("*"))
 
 
-def script(tmp_path, body):
+def script(tmp_path, body, before=()):
     """Start a program of its own, without a ``__main__`` guard; returns it and its first line of output."""
     path = tmp_path / "program.py"
     head = f"""
@@ -301,7 +302,7 @@ def script(tmp_path, body):
         x, kwargs = toys.inputs(0)
         """
     path.write_text(textwrap.dedent(head) + body, encoding="utf-8")
-    process = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([*before, sys.executable, path], stdout=subprocess.PIPE, text=True, start_new_session=True)
     pids = [int(word) for word in process.stdout.readline().split()]
     assert len(pids) == 2
     return process, pids
@@ -343,6 +344,18 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path):
     assert process.wait(timeout=15) != 0
     assert_gone(pids)
     assert [path.name for path in tmp_path.iterdir()] == ["program.py"]
+
+
+def test_full_shared_memory_does_not_matter(tmp_path):
+    """Nothing of ours is there: tensors go through pipes and links."""
+    own = ["unshare", "--mount", "--map-root-user"]
+    if shutil.which("unshare") is None or subprocess.run([*own, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no mount of its own can be had here")
+    fill = 'mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 4096 /dev/zero > /dev/shm/full && exec "$@"'
+    process, pids = script(tmp_path, "print(group(x, 10, **kwargs).shape, flush=True)\n", [*own, "sh", "-c", fill, "sh"])
+    assert process.stdout.read().startswith("torch.Size([2, 4, 8, 8])")
+    assert process.wait(timeout=30) == 0
+    assert_gone(pids)
 
 
 def test_program_without_a_guard_works_and_ends_by_itself(tmp_path):
