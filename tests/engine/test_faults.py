@@ -128,7 +128,7 @@ def test_rank_that_stops_while_large_inputs_are_on_their_way_misses_the_deadline
     os.kill(g.pids[0], signal.SIGSTOP)
     begin, pids = time.monotonic(), g.pids
     x, kwargs = toys.inputs(0)
-    with pytest.raises(DeadlineError):
+    with pytest.raises((DeadlineError, WorkerError)):  # of the parent, or of the rank that waits for the other one
         g(x.repeat(1, 1, 100, 100), 10, **kwargs)
     assert time.monotonic() - begin < 10.0
     assert_gone(pids, within=0.5)
