@@ -85,7 +85,7 @@ def _two_nodes(*paths):
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")]),
     }
-    folder = tempfile.mkdtemp(prefix="ray")
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # the paths of its sockets have room for 107 characters
     common = ["--num-cpus=3", "--object-store-memory=100000000", f"--temp-dir={folder}", "--disable-usage-stats", "--block"]
     head = [
         "--head",
