@@ -49,7 +49,14 @@ class RankActor:
         host = ray.util.get_node_ip_address()
         listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         port = listener.getsockname()[1]
-        self._store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+        self._store = dist.TCPStore(
+            host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+            use_libuv=False,  # which takes no listener with PyTorch 2.6
+        )
         return host, port
 
     def tell(self, message: Parcel) -> Sequence[Parcel]:
