@@ -11,6 +11,7 @@ import os
 import queue
 import shutil
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -31,21 +32,27 @@ _START_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
-def _hidden_main() -> Iterator[None]:
-    """Keep spawn from importing the program's main module again in the child.
+def _spawning() -> Iterator[None]:
+    """What spawn must not take from this process.
 
-    A worker needs nothing of it, and running it again would start a second server (a host's main.py), or start workers
-    without end (a script without a ``__main__`` guard).
+    The main module, which it would import again in the child: a worker needs nothing of it, and running it again would start
+    a second server (a host's main.py), or start workers without end (a script without a ``__main__`` guard).
+
+    The order of ``sys.path``: a host and its packs put folders in front, when the standard library is long imported. In the
+    child it is not, and a ``logging.py`` in one of them would take its place: the standard library goes first.
     """
-    main = sys.modules["__main__"]
+    main, path = sys.modules["__main__"], sys.path[:]
     hidden = {name: main.__dict__[name] for name in ("__file__", "__spec__") if name in main.__dict__}
+    standard = {os.path.dirname(os.__file__), sysconfig.get_config_var("DESTSHARED")}
     with _START_LOCK:
         main.__dict__.pop("__file__", None)
         main.__spec__ = None
+        sys.path.sort(key=lambda folder: folder not in standard)
         try:
             yield
         finally:
             main.__dict__.update(hidden)
+            sys.path[:] = path
 
 
 class Processes(Ranks):
@@ -80,7 +87,7 @@ class Processes(Ranks):
                     name=f"asyncdiff-rank-{rank}",
                     daemon=True,
                 )
-                with _hidden_main():
+                with _spawning():
                     process.start()
                 self._processes.append(process)
                 child_conn.close()  # so that end-of-file is seen when the child is gone

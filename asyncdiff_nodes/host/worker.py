@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +10,10 @@ from typing import Any
 class HostSettings:
     """The host's command line, for a worker process.
 
-    A worker starts with the parent's ``sys.path`` but with default flags, and these choose the attention, the precisions and
-    the memory policy at import.
+    A worker finds the parent's modules but starts with default flags, and these choose the attention, the precisions and the
+    memory policy at import.
     """
 
-    path: tuple[str, ...]
     flags: dict[str, Any]
 
     @classmethod
@@ -23,11 +21,10 @@ class HostSettings:
         """Those of this process."""
         from comfy.cli_args import args
 
-        return cls(tuple(sys.path), dict(vars(args)))
+        return cls(dict(vars(args)))
 
     def __call__(self) -> None:
         """Apply them, before ``comfy.model_management`` is imported."""
-        sys.path[:] = self.path
         from comfy.cli_args import args
 
         vars(args).update(self.flags)

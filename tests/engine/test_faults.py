@@ -19,7 +19,7 @@ import torch
 
 import toys
 from asyncdiff_nodes.engine import DeadlineError, GroupClosedError, Plan, WorkerError, WorkerGroup, wire, worker
-from asyncdiff_nodes.engine.processes import _hidden_main
+from asyncdiff_nodes.engine.processes import _spawning
 from toys import TOY
 
 HERE = Path(__file__).parent
@@ -327,13 +327,25 @@ def test_a_rank_whose_parent_is_gone_before_it_is_heard_removes_the_folder(tmp_p
     context = multiprocessing.get_context("spawn")
     (conn, child_conn), (child_death, death) = wire.pipe(context), context.Pipe(duplex=False)
     rank = context.Process(target=worker.main, args=(0, child_conn, child_death, str(folder)))
-    with _hidden_main():
+    with _spawning():
         rank.start()
     for end in (conn, child_conn, child_death, death):
         end.close()
     rank.join(60)
     assert rank.exitcode is not None
     assert not folder.exists()
+
+
+def test_a_folder_put_first_does_not_hide_the_standard_library(folder, tmp_path_factory, monkeypatch):
+    """ComfyUI and its packs do so; the parent has imported its own long before."""
+    first = tmp_path_factory.mktemp("first")
+    for module in ("logging", "math"):
+        (first / f"{module}.py").write_text("raise ImportError('not the module that was meant')\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(first))
+    before = sys.path[:]
+    with group() as g:
+        call(g)
+    assert sys.path == before
 
 
 @needs_posix
