@@ -71,6 +71,19 @@ def full(name: str) -> str:
     return "\n".join(lines)
 
 
+def compressions(name: str) -> str:
+    """PSNR and bytes with values that cross whole, and with fewer bytes."""
+    lines = ["| sampler, steps | pairs | plan N,S,W + C | whole | half | int8 |", "|---|---:|---|---:|---:|---:|"]
+    for run, _, rows in cases(name):
+        ours = rows["ours"]
+        cells = (
+            f"{r['psnr']:.1f} ± {r['psnr_ci'][1] - r['psnr']:.1f}, {r['mib_per_call']:.3f} MiB"
+            for r in (rows[m] for m in ("ours", "ours-half", "ours-int8"))
+        )
+        lines.append(f"| {run} | {ours['pairs']} | {ours['plan']} + {ours['cooldown']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def sets(name: str) -> str:
     """Kernel distances, of runs with enough pairs."""
     lines = [
@@ -187,6 +200,7 @@ def compatibility(name: str) -> str:
 TABLES = {
     "short": short,
     "full": full,
+    "compressions": compressions,
     "sets": sets,
     "speed": speed,
     "coverage": coverage,

@@ -24,6 +24,7 @@ from skimage.metrics import structural_similarity
 
 from asyncdiff_nodes.diffusers import SCHEDULERS
 from asyncdiff_nodes.engine import Plan, PlanError, Simulator, place
+from asyncdiff_nodes.engine.compression import COMPRESSIONS
 from asyncdiff_nodes.engine.devices import parse_devices
 
 from .demo import equal_cost, psnr
@@ -35,6 +36,8 @@ METHODS = {
     "published": "published",
     "ours": "AsyncDiff here",
     "ours-fast": "here, fast cuts",
+    "ours-half": "here, half",
+    "ours-int8": "here, int8",
     "fewer-steps": "fewer steps",
 }
 
@@ -50,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs",
         default="ddim:50,ddim:20,dpmpp_2m:20,euler_a:20,heun:10:16",
         help="sampler:steps or sampler:steps:pairs, comma-separated",
+    )
+    parser.add_argument(
+        "--compression",
+        nargs="+",
+        choices=[how for how in COMPRESSIONS if how != "none"],
+        default=[],
+        help="also our plans with values that cross compressed in asynchronous calls",
     )
     parser.add_argument("--model", default="demo", help=HELP)
     parser.add_argument("--pairs", type=positive, default=64, help="pictures; the demo models' prompts are of their training set")
@@ -103,6 +113,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             placements = {method: place(graph, variant) for method, variant in variants.items()}
             if placements["ours-fast"].starts == placements["ours"].starts:
                 del variants["ours-fast"]  # there is nothing to make fresh
+            variants |= {f"ours-{how}": replace(plan, compression=how) for how in arguments.compression}
+            placements |= {method: place(graph, variant) for method, variant in variants.items() if method not in placements}
             for method, variant in variants.items():
                 placement = placements[method]
                 row = {"method": method, **of, "cooldown": variant.at(levels).cooldown, "cost": placement.cost(calls, levels)}

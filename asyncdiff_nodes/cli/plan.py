@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from asyncdiff_nodes.engine import Placement, Plan, PlanError, find_family, place, slowest, trace
+from asyncdiff_nodes.engine.compression import COMPRESSIONS
 
 from .report import console, positive
 from .zoo import NAMES, PUBLISHED_CUTS, find_model
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fresh-skips", action=argparse.BooleanOptionalAction, default=True, help="working ahead, compute full-size blocks anew"
     )
+    parser.add_argument("--compression", choices=COMPRESSIONS, default="none", help="of what crosses in asynchronous calls")
     parser.add_argument("--speeds", default=None, help="relative device speeds, such as 1,0.6; default: equal")
 
 
@@ -39,7 +41,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     skeleton = model.skeleton(torch.float16)
     family = find_family(skeleton)
     cuts = tuple(c.strip() for c in arguments.cuts.split(",")) if arguments.cuts else None
-    knobs = {name: getattr(arguments, name) for name in ("segments", "stride", "forecast", "fresh_skips", "branches")}
+    names = ("segments", "stride", "forecast", "fresh_skips", "branches", "compression")
+    knobs = {name: getattr(arguments, name) for name in names}
     plan = Plan(cuts=cuts, **knobs)
     inputs = family.example_inputs(skeleton, model.latent_size(arguments.size), 2)
     graph = trace(skeleton, family, *family.parts(*inputs, plan.branches)[0])
@@ -65,7 +68,7 @@ def describe(placement: Placement, speeds: Sequence[float] | None = None) -> dic
         blocks = [graph.blocks[i] for i in placement.owned(segment)]
         received = placement.incoming(segment)
         sent = sum(
-            graph.blocks[i].output_bytes
+            placement.crossing_bytes(i)
             for rank in range(plan.branch_size)
             for i in placement.incoming(plan.segment_of_rank(rank))
             if placement.segments[i] == segment

@@ -47,6 +47,7 @@ class CallMessage:
         why: it is synchronous: "warm-up", "move", "cool-down", or "" where it is not.
         ahead: the call is no call of the caller's; see :func:`~.schedule.calls_ahead`.
         parts: of its batch, that the rank is to compute one after the other.
+        compression: of the values that cross in it.
         timed: its record is to say how long each block took.
         checked: its record is to say which blocks NaN or infinity come from.
         leaves, structure, positional: as in :class:`~.inputs.Inputs`.
@@ -63,6 +64,7 @@ class CallMessage:
     computes: bool
     ahead: bool
     parts: int
+    compression: str
     timed: bool
     checked: bool
     targets: tuple[int, ...]
@@ -221,6 +223,7 @@ class Stream:
             computes=computes,
             ahead=call.kind is Kind.AHEAD,
             parts=parts,
+            compression="none" if call.kind is Kind.SYNCHRONOUS else self._run.plan.compression,
             timed=parts == 1 and self._timed(call),
             checked=self._run.checked,
             targets=call.targets,

@@ -266,15 +266,17 @@ class _Clock:
 
     def _link(self, sender: int, receiver: int) -> Process:
         free = 0.0
-        blocks, link = self._placement.graph.blocks, self._costs.link
+        placement, link = self._placement, self._costs.link
         carried = [block for block, source in self._sources[receiver].items() if source == sender]
         for n, part in enumerate(self._all_parts):
             if not self._works(part, sender):
                 continue
+            whole = part.kind is Kind.SYNCHRONOUS
             for micro, block in itertools.product(range(self._micro[n]), carried):
+                size = placement.graph.blocks[block].output_bytes if whole else placement.crossing_bytes(block)
                 made = yield "made", n, micro, block, sender
                 begun = yield "begun", n, receiver
-                free = max(free, made, begun) + blocks[block].output_bytes / self._micro[n] / link.bandwidth
+                free = max(free, made, begun) + size / self._micro[n] / link.bandwidth
                 self._happens(("there", n, micro, block, receiver), free + link.latency)
             self._happens(("through", n, (sender, receiver)), free)
 

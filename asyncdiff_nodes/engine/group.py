@@ -307,7 +307,8 @@ class WorkerGroup:
         # of the branches that the first stream was divided among
         first = next((stream for _, stream in self._streams), None)
         graphs = [state.graph for (_, stream), state in self._streams.items() if stream == first] or [self.placement.graph]
-        planned = sum(Placement(graph, self.plan, self.placement.starts).bytes_per_call for graph in graphs)
+        plan = replace(self.plan, compression=self._run.plan.compression)
+        planned = sum(Placement(graph, plan, self.placement.starts).bytes_per_call for graph in graphs)
         return RunStats(planned, tuple(reports[rank].having(self._records) for rank in sorted(reports)))
 
     def close(self) -> None:

@@ -7,13 +7,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from .compression import COMPRESSIONS, compressed
 from .errors import PlanError
 from .graph import BlockGraph
 from .lookahead import NoiseLevels
 from .partition import Arcs, best_starts
 
 MAX_STRIDE = 4
-PER_RUN = ("warmup", "cooldown", "time_shift", "microbatches")  # what any run of a group may have otherwise than the group
+# what any run of a group may have otherwise than the group
+PER_RUN = ("warmup", "cooldown", "time_shift", "microbatches", "compression")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Plan:
         microbatches: M, parts of the batch of a synchronous call that follow each other through the segments, so that these work
             at the same time there, too (GPipe, arXiv 1811.06965). The result is the model's for each part by itself: bit by bit
             that for the whole batch only with 1.
+        compression: of the values that cross in asynchronous calls: none, half or int8; see :mod:`.compression`.
     """
 
     segments: int = 2
@@ -55,6 +58,7 @@ class Plan:
     cooldown: int = 0
     branches: int = 1
     microbatches: int = 1
+    compression: str = "none"
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -73,6 +77,8 @@ class Plan:
                 raise PlanError(f"{name}={value} is out of range: choose {low} " + ("or more" if high is None else f"to {high}"))
         if self.segments == 1 and self.stride > 1:
             raise PlanError(f"stride={self.stride} with segments=1: take 2 segments or more, or stride 1")
+        if self.compression not in COMPRESSIONS:
+            raise PlanError(f"compression={self.compression!r}: choose one of {', '.join(COMPRESSIONS)}")
         for name in ("time_shift", "fresh_skips"):
             if not isinstance(getattr(self, name), bool):
                 raise PlanError(f"{name} must be True or False, not {getattr(self, name)!r}")
@@ -239,12 +245,16 @@ class Placement(Mapping[str, int]):
         return self.graph.glue_bytes + sum(self.graph.blocks[i].weight_bytes for i in self.owned(segment))
 
     def received_bytes(self, segment: int) -> int:
-        """Bytes that one rank of ``segment`` receives per computing call."""
-        return sum(self.graph.blocks[i].output_bytes for i in self.incoming(segment))
+        """Bytes that one rank of ``segment`` receives per asynchronous call; without compression, per computing call."""
+        return sum(self.crossing_bytes(i) for i in self.incoming(segment))
+
+    def crossing_bytes(self, block: int) -> int:
+        """Bytes in which the output of a block reaches one rank in an asynchronous call."""
+        return sum(compressed(meta, self.plan.compression).nbytes for meta in self.graph.blocks[block].outputs)
 
     @property
     def bytes_per_call(self) -> int:
-        """Bytes that all ranks of a branch together send per computing call (which serves ``stride`` steps)."""
+        """Bytes that all ranks of a branch together send per asynchronous call (which serves ``stride`` steps)."""
         return sum(self.received_bytes(self.plan.segment_of_rank(rank)) for rank in range(self.plan.branch_size))
 
 

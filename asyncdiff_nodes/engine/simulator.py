@@ -6,6 +6,7 @@ come from dictionaries. Tests use it as their oracle; quality measurements use i
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,8 +16,9 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from .batch import concatenated
+from .compression import Decoder, Encoder
 from .family import Family, find_family
-from .graph import meta_copy, trace
+from .graph import TensorMeta, meta_copy, trace
 from .inputs import Inputs, join
 from .lookahead import NoiseLevels, Outlook
 from .plan import Placement, Plan, place
@@ -88,6 +90,7 @@ class Simulator:
 
     def _branch(self, key: tuple[int, Hashable], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         plan, state = self._run_plan, self._streams.setdefault(key, {"k": 0, "history": [], "results": {}})
+        state.setdefault("codecs", defaultdict(lambda: (Encoder(), Decoder())))
         inputs = Inputs.take(args, kwargs, self.family.timestep)
         ahead = bool(plan.forecast and self._levels is not None and plan.segments > 1)
         if ahead:
@@ -129,7 +132,7 @@ class Simulator:
                 if rank in results:
                     state["results"][results[rank]] = output
                 if rank < plan.segments:
-                    kept |= self._own(segment, fresh)
+                    kept |= self._crossed(state, self._own(segment, fresh))
         if call.computes:
             state["history"] = self._stale = [*self._stale, (call.targets, kept)]
         for part in calls_ahead(now, call.index, total):
@@ -137,7 +140,7 @@ class Simulator:
             self._stale.append((part.targets, kept))
             for segment, (target, index) in enumerate(zip(part.targets, part.timestep_indices, strict=True)):
                 self._reads = target
-                kept |= self._own(segment, run(segment, target, index)[1])
+                kept |= self._crossed(state, self._own(segment, run(segment, target, index)[1]))
         del state["history"][: -2 * plan.segments]
         source = plan.warmup - 1 if call.kind is Kind.REPEATED else call.index
         state["k"], state["last_t"] = state["k"] + 1, inputs.timestep
@@ -146,6 +149,21 @@ class Simulator:
     def _own(self, segment: int, values: dict[str, Any]) -> dict[str, Any]:
         """Those that others read of this segment."""
         return {name: value for name, value in values.items() if self.placement[name] == segment}
+
+    def _crossed(self, state: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+        """What others get of these values of an asynchronous call."""
+
+        def decoded(name: str, number: int, leaf: torch.Tensor) -> torch.Tensor:
+            encode, decoder = state["codecs"][name, number]
+            meta, how = TensorMeta.of(leaf), self._run_plan.compression
+            _, decode = decoder.expect(meta, how)
+            return decode(encode(leaf, meta, how)[0])
+
+        crossed = {}
+        for name, value in values.items():
+            leaves, structure = flatten(value)
+            crossed[name] = unflatten([decoded(name, number, leaf) for number, leaf in enumerate(leaves)], structure)
+        return crossed
 
     def _wrapped(self, name: str, forward: Any) -> Any:
         index, placement = self.placement.graph.names.index(name), self.placement

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -14,6 +14,7 @@ from torch import nn
 
 from .batch import Arguments, concatenated
 from .calls import CallMessage
+from .compression import Decoder, Encoder
 from .finite import origins
 from .graph import TensorMeta, tensors_of
 from .profile import block_marks
@@ -50,10 +51,13 @@ class _Stream:
 
     Attributes:
         layouts: of the outputs of all blocks, for the whole batch.
+        encoders, decoders: of what crosses, by block and number of the tensor in its output.
     """
 
     def __init__(self, share: Share) -> None:
         self.layouts: dict[str, Layout] = {}
+        self.encoders: defaultdict[tuple[str, int], Encoder] = defaultdict(Encoder)
+        self.decoders: defaultdict[tuple[str, int], Decoder] = defaultdict(Decoder)
         # what a segment works ahead for is read as many batches later as there are segments between
         self.inboxes = {name: Inbox(share.segment - sender) for name, sender in share.sources.items()}
 
@@ -208,7 +212,7 @@ class SplitModel:
         for part in parts:  # on each link in the order in which they are sent
             for name, sender in self._share.sources.items():
                 if sender < len(message.targets):
-                    arrival = self._arrival(sender, part.layouts[name][0])
+                    arrival = self._arrival(sender, name, part)
                     if not whole:
                         arrival = part.values[name] = cache(arrival)
                     coming.setdefault(name, []).append(arrival)
@@ -217,14 +221,18 @@ class SplitModel:
             stream.inboxes[name].expect(message.targets[self._share.sources[name]], arrival)
         return parts
 
-    def _arrival(self, sender: int, metas: Sequence[TensorMeta]) -> Arrival:
-        coming = [self._transport.receive(self._share.first + sender, meta) for meta in metas]
+    def _arrival(self, sender: int, name: str, part: _Part) -> Arrival:
+        coming, decoders = [], []
+        for number, meta in enumerate(part.layouts[name][0]):
+            layout, decode = part.stream.decoders[name, number].expect(meta, part.message.compression)
+            coming.append(self._transport.receive(self._share.first + sender, layout))
+            decoders.append(decode)
 
         def wait() -> tuple[torch.Tensor, ...]:
             start = self._watch.mark()
-            values = tuple(value.wait() for value in coming)
+            values = [value.wait() for value in coming]
             self._waits.append((start, self._watch.mark()))
-            return values
+            return tuple(decode(value) for decode, value in zip(decoders, values, strict=True))
 
         return wait
 
@@ -246,13 +254,15 @@ class SplitModel:
         return self._placeholders[meta]
 
     def _produced(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
-        for leaf, meta in zip(flatten(output)[0], self._now.layouts[name][0], strict=True):
+        now = self._now
+        for number, (leaf, meta) in enumerate(zip(flatten(output)[0], now.layouts[name][0], strict=True)):
             if tuple(leaf.shape) != meta.shape or leaf.dtype != meta.dtype:
                 raise RuntimeError(
                     f"block {name} returned {leaf.dtype} {tuple(leaf.shape)}, but the trace says {meta.dtype} {meta.shape}"
                 )
+            value, layout = now.stream.encoders[name, number](leaf, meta, now.message.compression)
             for receiver in self._share.sinks[name]:
-                self._transport.send(self._share.first + receiver, leaf, meta)
+                self._transport.send(self._share.first + receiver, value, layout)
 
 
 def _part_of(layouts: dict[str, Layout], items: int, batch: int) -> dict[str, Layout]:

@@ -100,7 +100,8 @@ class RunStats:
     """Telemetry of the last run of a group.
 
     Attributes:
-        planned_bytes: bytes that the plan says all ranks send per computing call, for the inputs of the last call.
+        planned_bytes: bytes that the plan says all ranks send per asynchronous call, for the inputs of the last call; without
+            compression, per computing call.
         ranks: one report per rank.
     """
 

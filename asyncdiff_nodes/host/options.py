@@ -42,6 +42,7 @@ class Options:
             each call.
         on_failure: when a rank dies or hangs. ``restart``: others take over at the step that it was in, once per sampling;
             ``finish``, and after that: the host goes on by itself.
+        compression: see :class:`~asyncdiff_nodes.engine.Plan`.
     """
 
     preset: str = "Balanced"
@@ -57,6 +58,7 @@ class Options:
     branches: int = 0
     control_nets: str = "shared"
     on_failure: str = "restart"
+    compression: str = "none"
 
     def resolve(self, items: int = 1, branching: bool = True) -> tuple[Plan, tuple[str, ...]]:
         """The plan, and one device per rank.
@@ -77,7 +79,7 @@ class Options:
             raise PlanError(f"on_failure={self.on_failure!r}: choose one of {', '.join(ON_FAILURE)}")
         devices = self._devices()
         count = len(devices)
-        knobs: dict[str, Any] = {"cuts": tuple(_words(self.cuts)) or None}
+        knobs: dict[str, Any] = {"cuts": tuple(_words(self.cuts)) or None, "compression": self.compression}
         branches = self._branches(count, 2 if branching and items % 2 == 0 else 1)
         each = count // branches
         if self.preset == "Custom":

@@ -66,6 +66,8 @@ class RunRecord:
         warmup = "every step synchronous" if plan.warmup >= ALWAYS else f"warm-up {plan.warmup}"
         stale = "working ahead" if plan.forecast else "reuse"
         how = f"stride {plan.stride}, {warmup}, {stale}" + (", time shift" if plan.time_shift else "")
+        fewer = plan.compression != "none"
+        how += f", {plan.compression} between ranks" if fewer else ""
         lines[:0] = [
             f"Plan: {_in_words(plan)}, " + (how if plan.segments > 1 else "each with the whole network: nothing is stale"),
             f"Calls: {len(calls)} on {len(streams)} stream(s); synchronous: {_synchronous(calls)}",
@@ -74,7 +76,10 @@ class RunRecord:
             whole = timing.sequential_seconds
             gain = f"; its segments one after the other {whole:.3f} s: {timing.speedup:.2f}x" if whole else ""
             lines.append(f"Step: {timing.step_seconds:.3f} s asynchronous{gain}")
-        lines.append(f"Sent between ranks: {_mib(self.stats.bytes_per_call)} per call; planned {_mib(self.stats.planned_bytes)}")
+        lines.append(
+            f"Sent between ranks: {_mib(self.stats.bytes_per_call)} per call; planned {_mib(self.stats.planned_bytes)}"
+            + (" in asynchronous ones" if fewer else "")
+        )
         lines += [self._rank_line(rank, timing) for rank in self.stats.ranks]
         drifts: dict[int, list[float]] = {}
         for call in calls:

@@ -175,6 +175,16 @@ def _option_widgets() -> list[io.Input]:
             tooltip="When a worker process dies, runs out of memory or hangs. restart: others take over at that step, "
             "with a new warm-up, and if these fail, too, ComfyUI. finish: ComfyUI does the rest, on one device.",
         ),
+        advanced(
+            io.Combo.Input(
+                "compression",
+                options=["none", "half", "int8"],
+                default="none",
+                tooltip="Fewer bytes between devices in parallel steps, where links are slow (between machines, or old PCIe). "
+                "half: 16 bits per number, of use where the model computes in 32. int8: 8 bits for what changed since the "
+                "step before. Exact steps stay exact.",
+            )
+        ),
     ]
 
 

@@ -135,6 +135,7 @@ def options(preset: str = "Exact", devices: str = "cpu,cpu", **changes: Any) -> 
         "branches": 0,
         "control_nets": "shared",
         "on_failure": "restart",
+        "compression": "none",
     }
     return node("AsyncDiffOptions", preset=preset, devices=devices, **rest | changes)
 

@@ -70,3 +70,23 @@ def test_same_seed_same_picture():
         nodes.KSampler().sample(model, 5, 8, 4.0, "euler", "normal", *prompts, small.latent())[0]["samples"] for _ in range(2)
     )
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("how", ["int8", pytest.param("half", marks=pytest.mark.slow)])
+def test_compression_needs_no_other_workers_and_hardly_changes_the_picture(how):
+    model, options = small.model("sd15"), Options("Custom", "cpu,cpu", segments=2)
+    prompts = small.conditioning("sd15", 1), small.conditioning("sd15", 2)
+
+    def sample(m):
+        return nodes.KSampler().sample(m, 5, 8, 4.0, "euler", "normal", *prompts, small.latent())[0]["samples"]
+
+    whole, before = sample(attach(model, options)), last_run().stats
+    fewer = replace(options, compression=how)
+    found, record = sample(attach(model, fewer)), last_run()
+    assert [rank.pid for rank in record.stats.ranks] == [rank.pid for rank in before.ranks]
+    assert record.stats.planned_bytes < (0.6 if how == "half" else 0.35) * before.planned_bytes
+    assert f"{how} between ranks" in record.text() and "in asynchronous ones" in record.text()
+    assert 1e-7 < (found - whole).abs().max() < 1e-4 * whole.abs().max()
+    oracle, simulator = simulated(model, fewer.resolve(items=2)[0], "euler")
+    with simulator:
+        assert (found - sample(oracle)).abs().max() <= 1e-5

@@ -25,6 +25,7 @@ WIDGETS = {
     "branches": st.integers(-1, 5),
     "control_nets": st.sampled_from(["shared", "fresh", "stale"]),
     "on_failure": st.sampled_from(["restart", "finish", "panic"]),
+    "compression": st.sampled_from(["none", "half", "int8", "zip"]),
 }
 
 

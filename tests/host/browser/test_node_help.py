@@ -53,4 +53,5 @@ def test_chinese(chinese):
         "分支数",
         "ControlNet",
         "失败时",
+        "压缩",
     ]

@@ -89,7 +89,8 @@ def test_the_page_shows_it_without_complaint_and_saves_it_unchanged(frontend, na
     again = frontend.serialize()
     assert again["links"] == saved["links"]
     for kind in ("type", "title", "pos", "size", "widgets_values"):
-        assert {node["id"]: node.get(kind) for node in again["nodes"]} == {node["id"]: node.get(kind) for node in saved["nodes"]}
+        mine, theirs = ({node["id"]: node.get(kind) or None for node in each["nodes"]} for each in (saved, again))
+        assert theirs == mine  # for nothing, older pages write nothing in another way
     counts = {str(node["id"]): len(node.get("widgets_values") or []) for node in saved["nodes"] if "AsyncDiff" in node["type"]}
     assert frontend.page.evaluate(WIDGETS) == counts
 
