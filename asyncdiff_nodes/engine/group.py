@@ -51,6 +51,8 @@ class WorkerGroup:
         family: how to split this kind of model; found by its class if ``None``.
         example_inputs: ``(args, kwargs)`` of a typical call, for automatic cuts; the family's own if ``None``.
         weights: name and value of every parameter and buffer, in place of the module's own; each is read once, when it is sent.
+        compile: arguments of ``torch.compile`` for the blocks of each rank, which are then compiled in its first calls, each for
+            itself; without CUDA graphs, whose outputs the next call overwrites. Results then differ by rounding.
         prepare: picklable; called in every rank before the model's classes are imported.
         on_placed: called with the placement before anything is on the devices, for example to make room there.
         start_timeout, call_timeout: seconds until all ranks must be ready, and until a call must be answered.
@@ -80,6 +82,7 @@ class WorkerGroup:
         family: Family | None = None,
         example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
         weights: Iterable[tuple[str, torch.Tensor]] | None = None,
+        compile: Mapping[str, Any] | None = None,
         prepare: Callable[[], None] | None = None,
         on_placed: Callable[[Placement], None] | None = None,
         start_timeout: float = 300.0,
@@ -129,7 +132,7 @@ class WorkerGroup:
                 on_placed(self.placement)
             threads = threads_per_rank or max(1, torch.get_num_threads() // plan.world_size)
             deadline = time.monotonic() + start_timeout
-            self._boot(skeleton, prepare, threads, deadline)
+            self._boot(skeleton, compile, prepare, threads, deadline)
             self._send_weights(weights, deadline)
             self._connect(deadline)
         except BaseException:
@@ -333,7 +336,14 @@ class WorkerGroup:
 
     # -- start -------------------------------------------------------------------------------------------------------
 
-    def _boot(self, skeleton: bytes, prepare: Callable[[], None] | None, threads: int, deadline: float) -> None:
+    def _boot(
+        self,
+        skeleton: bytes,
+        compile: Mapping[str, Any] | None,
+        prepare: Callable[[], None] | None,
+        threads: int,
+        deadline: float,
+    ) -> None:
         plan = self.plan
         places, rendezvous = self._ranks.meet(deadline)
         for share in map(self._share, range(plan.world_size)):
@@ -342,6 +352,7 @@ class WorkerGroup:
                 places=places,
                 rendezvous=rendezvous,
                 skeleton=skeleton,
+                compile=compile,
                 prepare=prepare,
                 threads=threads,
                 numerics=backends.snapshot(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -123,6 +123,15 @@ class SplitModel:
     def missing(self) -> list[str]:
         """Names of parameters and buffers that no value was loaded for."""
         return [name for name, tensor in tensors_of(self._module) if tensor.is_meta]
+
+    def compile(self, how: Mapping[str, Any]) -> None:
+        """Have each own block compiled when it is next called, by ``torch.compile`` with these arguments."""
+        # blocks of one class share their code, and torch gives up on code that it has compiled so many times
+        dynamo = torch._dynamo.config
+        dynamo.cache_size_limit = max(dynamo.cache_size_limit, 2 * len(self._share.owned))
+        for name in self._share.owned:
+            block = self._module.get_submodule(name)
+            block.forward = torch.compile(block.forward, **how)  # not the block: its hooks send and measure
 
     def reset(self) -> None:
         """Forget every stream and record. Values on their way are received first, to keep the links in step."""

@@ -13,7 +13,7 @@ import shutil
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -37,6 +37,7 @@ class Boot:
     Attributes:
         places, rendezvous: of all ranks of the group.
         skeleton: the pickled module tree on the meta device.
+        compile: as of the group.
         prepare: called before the skeleton is unpickled.
         timestep, sample: position and keyword of each in its forward.
         divide: as in :class:`~.family.Family`.
@@ -47,6 +48,7 @@ class Boot:
     places: tuple[Place, ...]
     rendezvous: Rendezvous
     skeleton: bytes
+    compile: Mapping[str, Any] | None
     prepare: Callable[[], None] | None
     threads: int
     numerics: dict[str, Any]
@@ -161,6 +163,8 @@ class Rank:
         """All weights are in: link up with the other ranks and tell the parent."""
         if missing := self._model.missing():
             raise RuntimeError(f"no value was received for {missing[:5]}")
+        if self._boot.compile is not None:
+            self._model.compile(self._boot.compile)
         self._transport.open(pairs)
         self._send(("ready", self._transport.bandwidth))
 

@@ -33,8 +33,6 @@ def obstacle(patcher: ModelPatcher, model_options: dict[str, Any]) -> str | None
             return f"another node computes the weight {key} anew in every call"
     if patcher.injections:
         return f"another node injects modules into the model: {', '.join(map(str, patcher.injections))}"
-    if any("compile" in str(key) for keys in patcher.wrappers.values() for key in keys):
-        return "the model is compiled (torch.compile)"
     if any(patcher.hook_patches.values()):
         return "weight hooks (scheduled or masked LoRA) change the model's weights between its calls"
     return call_obstacle(model_options.get("transformer_options", {}))

@@ -20,6 +20,7 @@ from asyncdiff_nodes.engine.graph import tensors_of
 from asyncdiff_nodes.engine.plan import PER_RUN
 
 from .balance import Balance
+from .compiled import compile_arguments
 from .memory import RankMemory
 from .quantised import changed_by_patches
 from .settings import setting
@@ -243,6 +244,7 @@ class Pool:
             load(memory)
             log.info("AsyncDiff: starting %d ranks on %s", plan.world_size, ", ".join(devices))
 
+        compiled = compile_arguments(patcher)
         try:
             inputs = family.example_inputs(skeleton, tuple(shape[2:]), 2 * shape[0])
         except (AttributeError, KeyError) as error:
@@ -257,10 +259,11 @@ class Pool:
                 family=family,
                 example_inputs=inputs,
                 weights=weights_of(patcher, skeleton, nets=nets),
+                compile=compiled,
                 prepare=HostSettings.current(),
                 on_placed=make_room,
                 start_timeout=_START_TIMEOUT,
-                call_timeout=_CALL_TIMEOUT,
+                call_timeout=_START_TIMEOUT if compiled else _CALL_TIMEOUT,  # the first calls compile
                 poll=poll,
             )
         except BaseException:

@@ -32,6 +32,7 @@ from asyncdiff_nodes.engine import (
 
 from .balance import Balance
 from .branches import affordable, items_per_call
+from .compiled import without_compiled_network
 from .control import ControlNets, complete, take
 from .live import Progress
 from .memory import room_for_weights
@@ -160,6 +161,7 @@ class Sampling:
         for note in nets.notes:
             self._note(note)
         self._changes.enter_context(nets.recorded())
+        without_compiled_network(model_options)
         return patcher.model, conds, others
 
     def call(self, given: dict[str, Any], network: Callable[[], torch.Tensor]) -> torch.Tensor:

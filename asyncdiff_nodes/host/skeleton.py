@@ -18,6 +18,7 @@ from asyncdiff_nodes.engine import Family, UnsupportedModelError, find_family
 from asyncdiff_nodes.engine.graph import tensors_of
 
 from . import quantised
+from .compiled import compile_arguments
 from .controlled import ControlledUNet, ControlNetOnMeta
 from .parts import divide
 from .quantised import Operations
@@ -105,7 +106,8 @@ def fingerprint_of(patcher: ModelPatcher) -> str:
     """Equal for models whose networks differ in their weights only.
 
     Raises:
-        UnsupportedModelError: no block list for its class; layers of classes that a rank cannot have.
+        UnsupportedModelError: no block list for its class; layers of classes that a rank cannot have; see also
+            :func:`~.compiled.compile_arguments`.
     """
     live = patcher.model.diffusion_model
     find_family(live)
@@ -113,7 +115,7 @@ def fingerprint_of(patcher: ModelPatcher) -> str:
     operations = quantised.operations_of(patcher)
     classes = _classes_of(live, operations)
     layers = (operations, quantised.outline(live, operations, patches_of(patcher))) if operations else classes
-    return repr((type(live), layers, patcher.force_cast_weights, config))
+    return repr((type(live), layers, patcher.force_cast_weights, config, compile_arguments(patcher)))
 
 
 def outline_of(net: nn.Module) -> Any:

@@ -62,6 +62,14 @@ class Throttled(ToyBlock):
         return output
 
 
+class Telltale(ToyBlock):
+    """Adds one where it is compiled."""
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor) -> Any:
+        output = super().forward(x, emb, context)
+        return output + 1 if torch.compiler.is_compiling() else output
+
+
 class Unloadable(ToyBlock):
     """Cannot be unpickled in a worker process."""
 

@@ -39,8 +39,8 @@ EXACT = Options(preset="Exact", devices="cpu,cpu")
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "comfyui.md"
 
 
-def compiled(model):
-    return small.node(nodes_torch_compile.TorchCompileModel, model, "eager")
+def compiled(backend):
+    return lambda model: small.node(nodes_torch_compile.TorchCompileModel, model, backend)
 
 
 def replaced_module(model):
@@ -115,7 +115,8 @@ ROWS = {
         lambda m: small.node(nodes_model_downscale.PatchModelAddDownscale, m, 1, 2.0, 0.0, 0.35, True, "bicubic", "bicubic"),
         "nodes_model_downscale",
     ),
-    "TorchCompileModel": (compiled, "torch.compile"),
+    "TorchCompileModel": (compiled("eager"), ROUTED),
+    "TorchCompileModel, CUDA graphs": (compiled("cudagraphs"), "compiled (torch.compile) with CUDA graphs"),
     "replaced network modules": (replaced_module, "another node replaced diffusion_model.out"),
     "injected modules": (injected, "another node injects modules into the model: motion"),
     "layers of another pack's classes": (layers_of_another_pack, "a worker process cannot rebuild these"),
@@ -141,6 +142,7 @@ SLOW = (
     "PerturbedAttentionGuidance",
     "TomePatchModel",
     "TorchCompileModel",
+    "TorchCompileModel, CUDA graphs",
 )
 
 
@@ -219,3 +221,16 @@ def test_table_in_the_docs():
     verdicts = {name: "routed" if reason is ROUTED else "as usual" for name, (_, reason) in ROWS.items()}
     missing = {name: verdict for name, verdict in verdicts.items() if rows.get(name) != verdict}
     assert not missing
+
+
+@pytest.mark.slow
+def test_the_ranks_compile_their_blocks_once(sd15, prompts):
+    """Not for each step: what a block is told of the sampling must not count as news."""
+    model = attach(compiled("inductor")(sd15), Options("Custom", "cpu,cpu", segments=2, warmup=2))
+    expected, found = sample(attach(sd15, EXACT), prompts, steps=8), sample(model, prompts, steps=8)
+    record = last_run()
+    assert not record.notes
+    assert 0 < (found - expected).abs().max() < 1e-3 * expected.abs().max()
+    seconds = {rank: [r.compute for r in record.stats.records if r.rank == rank] for rank in (0, 1)}
+    for times in seconds.values():
+        assert max(times[4:]) < 0.1 * max(times), "compiled in the first calls only"
