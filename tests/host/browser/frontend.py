@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 from playwright.sync_api import Browser, BrowserType, ConsoleMessage
 
 from asyncdiff_nodes.cli.comfyui import PACK, Server
@@ -54,6 +55,12 @@ class Frontend:
         """Load the page, for the first time or again, until the graph can be used."""
         self.page.goto(f"{self.server.url}/")
         self.page.wait_for_function("window.app?.graph && window.app.extensionManager?.workflow?.activeWorkflow", timeout=60_000)
+
+    def needs(self, *version: int) -> None:
+        """Skip the test where the page is older than this."""
+        own = self.page.evaluate("window.__COMFYUI_FRONTEND_VERSION__")
+        if tuple(map(int, own.split("."))) < version:
+            pytest.skip(f"the page of this ComfyUI, {own}, is too old for it")
 
     def load(self, workflow: Path | dict[str, Any]) -> None:
         """Show a workflow in UI form."""

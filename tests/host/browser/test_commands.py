@@ -170,6 +170,7 @@ def test_selection_in_an_open_subgraph(frontend):
 
 
 def test_menus(frontend, renderer):
+    frontend.needs(1, 28)  # before, it asks no pack for entries
     page = frontend.page
     show(frontend, "nodes-1.27.10")
     frontend.execute("Comfy.Canvas.FitView")

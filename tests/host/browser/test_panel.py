@@ -216,6 +216,8 @@ def test_it_is_legible_in_every_theme(frontend, panel, theme):
 
 @pytest.mark.parametrize("nodes2", [False, True], ids=["classic canvas", "Nodes 2.0"])
 def test_the_sampler_shows_previews_and_a_line_of_its_own(frontend, nodes2):
+    if nodes2:
+        frontend.needs(1, 28)  # before, Nodes 2.0 show no lines
     frontend.page.evaluate("async on => { await window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on) }", nodes2)
     demo(frontend, 8)
     frontend.page.evaluate("""() => {

@@ -60,6 +60,11 @@ def read(name):
     return json.loads(WORKFLOWS[name].read_text(encoding="utf-8"))
 
 
+def of_nodes(workflow, kind):
+    """By node; for nothing, older pages write nothing in another way."""
+    return {node["id"]: node.get(kind) or None for node in workflow["nodes"]}
+
+
 def accepted(server, prompt, client="asyncdiff"):
     """The id of a prompt in which the server finds no fault, not even in a part of it."""
     answer = server.post("/prompt", {"prompt": prompt, "client_id": client})
@@ -88,11 +93,18 @@ def test_the_page_shows_it_without_complaint_and_saves_it_unchanged(frontend, na
     assert frontend.page.evaluate(COMPLAINTS) == {"unknown": [], "marked": [], "shown": []}
     again = frontend.serialize()
     assert again["links"] == saved["links"]
-    for kind in ("type", "title", "pos", "size", "widgets_values"):
-        mine, theirs = ({node["id"]: node.get(kind) or None for node in each["nodes"]} for each in (saved, again))
-        assert theirs == mine  # for nothing, older pages write nothing in another way
+    for kind in ("type", "title", "pos", "widgets_values"):
+        assert of_nodes(again, kind) == of_nodes(saved, kind)
     counts = {str(node["id"]): len(node.get("widgets_values") or []) for node in saved["nodes"] if "AsyncDiff" in node["type"]}
     assert frontend.page.evaluate(WIDGETS) == counts
+
+
+@each
+def test_the_page_keeps_the_sizes_of_nodes(frontend, name):
+    frontend.needs(1, 28)  # before, it chose them itself
+    saved = read(name)
+    frontend.load(saved)
+    assert of_nodes(frontend.serialize(), "size") == of_nodes(saved, "size")
 
 
 @each
