@@ -77,7 +77,8 @@ class Decoder:
     """A receiver's end; see :class:`Encoder`."""
 
     def __init__(self) -> None:
-        self._expected, self._known = 0, None
+        self._begun = False
+        self._known: torch.Tensor | None = None
 
     def expect(self, meta: TensorMeta, how: str) -> tuple[TensorMeta, Callable[[torch.Tensor], torch.Tensor]]:
         """Of the next value, of layout ``meta``: the layout in which it comes, and what makes it of that, in order."""
@@ -86,8 +87,10 @@ class Decoder:
             return meta, lambda value: value
         if how == "half":
             return layout, lambda packed: unpack(packed, meta, how).to(meta.dtype)
-        self._expected += 1
-        return (meta, self._first) if self._expected == 1 else (layout, lambda packed: self._changed(packed, meta))
+        if not self._begun:
+            self._begun = True
+            return meta, self._first
+        return layout, lambda packed: self._changed(packed, meta)
 
     def _first(self, value: torch.Tensor) -> torch.Tensor:
         self._known = value

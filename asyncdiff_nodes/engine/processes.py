@@ -41,10 +41,10 @@ def _spawning() -> Iterator[None]:
     The order of ``sys.path``: a host and its packs put folders in front, when the standard library is long imported. In the
     child it is not, and a ``logging.py`` in one of them would take its place: the standard library goes first.
     """
-    main, path = sys.modules["__main__"], sys.path[:]
-    hidden = {name: main.__dict__[name] for name in ("__file__", "__spec__") if name in main.__dict__}
     standard = {os.path.dirname(os.__file__), sysconfig.get_config_var("DESTSHARED")}
     with _START_LOCK:
+        main, path = sys.modules["__main__"], sys.path[:]
+        hidden = {name: main.__dict__[name] for name in ("__file__", "__spec__") if name in main.__dict__}
         main.__dict__.pop("__file__", None)
         main.__spec__ = None
         sys.path.sort(key=lambda folder: folder not in standard)

@@ -89,8 +89,8 @@ class Simulator:
         return unflatten(concatenated(leaves), structure)
 
     def _branch(self, key: tuple[int, Hashable], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        plan, state = self._run_plan, self._streams.setdefault(key, {"k": 0, "history": [], "results": {}})
-        state.setdefault("codecs", defaultdict(lambda: (Encoder(), Decoder())))
+        plan, codecs = self._run_plan, defaultdict(lambda: (Encoder(), Decoder()))
+        state = self._streams.setdefault(key, {"k": 0, "history": [], "results": {}, "codecs": codecs})
         inputs = Inputs.take(args, kwargs, self.family.timestep)
         ahead = bool(plan.forecast and self._levels is not None and plan.segments > 1)
         if ahead:
