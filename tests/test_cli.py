@@ -144,18 +144,21 @@ def test_doctor_finds_this_machine(tmp_path, capsys):
 
 def test_compare_puts_the_published_method_and_fewer_steps_beside_ours(tmp_path):
     page = tmp_path / "page.html"
-    arguments = ("--plans", "2,1,1,1", "--runs", "ddim:8:8", "--html", str(page))
+    arguments = ("--plans", "2,1,1,1", "--runs", "ddim:8:8", "--compression", "half", "int8", "--html", str(page))
     status, result = run(tmp_path, "compare", *arguments)
     assert status == 0
     text = page.read_text()
-    assert text.count("data:image/png;base64,") == 1 + 5 and "asyncdiff compare --plans 2,1,1,1 --runs ddim:8:8" in text
+    assert text.count("data:image/png;base64,") == 1 + 7 and "asyncdiff compare --plans 2,1,1,1 --runs ddim:8:8" in text
     rows = {row["method"]: row for row in result["rows"]}
-    assert list(rows) == ["sequential", "published", "ours", "ours-fast", "fewer-steps"]
+    assert list(rows) == ["sequential", "published", "ours", "ours-fast", "ours-half", "ours-int8", "fewer-steps"]
     assert (rows["sequential"]["psnr"], rows["sequential"]["ssim"]) == (100, 1)
     for row in list(rows.values())[1:]:
         assert (row["plan"], row["sampler"], row["steps"], row["pairs"]) == ("2,1,1", "ddim", 8, 8)
         assert row["psnr_ci"][0] < row["psnr"] < row["psnr_ci"][1]
         assert 5 < row["psnr"] < 60 and 0 < row["ssim"] < 1 and row["kernel_distance"] != rows["sequential"]["kernel_distance"]
+    for method, most in (("ours-half", 0.51), ("ours-int8", 0.26)):
+        assert abs(rows[method]["psnr"] - rows["ours"]["psnr"]) < 0.2 and rows[method]["psnr"] != rows["ours"]["psnr"]
+        assert rows[method]["mib_per_call"] < most * rows["ours"]["mib_per_call"]
     _, planned = run(tmp_path, "plan", "--model", "demo")
     # the leap is the last call but one; on top comes what the first segment works ahead
     assert (rows["ours"]["cooldown"], rows["published"]["cooldown"]) == (2, 0)
