@@ -24,7 +24,8 @@ from diffusers import (
 )
 from torch import nn
 
-from asyncdiff_nodes.engine import NoiseLevels, Plan, RunStats, ScheduleError, WorkerGroup
+from asyncdiff_nodes.engine import BlockTimes, NoiseLevels, Plan, RunStats, ScheduleError, WorkerGroup, better, pause
+from asyncdiff_nodes.engine.graph import tensors_of
 from asyncdiff_nodes.engine.inputs import Inputs
 
 _DPMPP_2M = {"algorithm_type": "dpmsolver++", "solver_order": 2}
@@ -115,6 +116,29 @@ class RoutedDenoiser(nn.Module):
     def stats(self) -> RunStats:
         """Telemetry of the last run."""
         return self.group.stats()
+
+    def rebalance(self, room: Sequence[float] | None = None) -> bool:
+        """Have blocks change their ranks if the last run's block times say that this pays; returns whether they did.
+
+        For unequal devices, and slow links between machines. An asynchronous picture depends on the cuts, so the next one of the
+        same seed may differ a little: call it before the pictures that count.
+
+        Args:
+            room: bytes of weights that each device can hold.
+
+        Raises:
+            WorkerError, DeadlineError: the move failed; the group is closed.
+        """
+        group, records = self.group, self.stats().records
+        ranks = [f"{device} {rank}" for rank, device in enumerate(group.devices)]
+        alike = [record for record in records if record.stream == records[0].stream]  # others may be of another shape
+        times = BlockTimes.of(alike, ranks, pause(alike, group.plan))
+        known = times.estimate(group.placement.graph, ranks, group.devices)
+        placement = known and better(group.placement, *known, times.pause, room, group.bandwidth)
+        if placement is None:
+            return False
+        group.move(placement, lambda names: ((name, tensor) for name, tensor in tensors_of(self.original) if name in names))
+        return True
 
 
 def is_flow(scheduler: Any) -> bool:

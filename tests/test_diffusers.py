@@ -24,7 +24,7 @@ from diffusers import (
 )
 
 from asyncdiff_nodes.diffusers import accelerate, noise_levels
-from asyncdiff_nodes.engine import Plan, Simulator
+from asyncdiff_nodes.engine import Plan, Simulator, find_family, meta_copy, place, trace
 
 STEPS = 6
 
@@ -117,6 +117,30 @@ def test_asynchronous_stride_run_begins_anew_each_time_and_follows_another_sched
             assert torch.isfinite(run(pipe)).all()
         finally:
             pipe.scheduler = before
+
+
+def test_blocks_move_to_where_the_measured_times_say(pipe):
+    expected = run(pipe)
+    blocks = len(place(trace_of(pipe.unet), Plan()))
+    lopsided = [1000.0] + [1.0] * (blocks - 1)  # what the planner is told, so that one rank gets a single block
+    with accelerate(pipe, Plan(warmup=STEPS), threads_per_rank=1, costs=lopsided) as routed:
+        assert not routed.rebalance(), "nothing is known yet"
+        assert torch.equal(run(pipe), expected)
+        before = routed.group.placement.starts
+        assert routed.rebalance()
+        assert routed.group.placement.starts != before
+        assert torch.equal(run(pipe), expected)
+        weights = [sum(rank.weights.values()) for rank in routed.stats().ranks]
+        assert weights == [routed.group.placement.weight_bytes(segment) for segment in (0, 1)]
+    with accelerate(pipe, Plan(warmup=STEPS, cuts=("conv_in", "mid_block")), threads_per_rank=1) as routed:
+        run(pipe)
+        assert not routed.rebalance(), "the cuts were chosen"
+
+
+def trace_of(unet):
+    family = find_family(unet)
+    skeleton = meta_copy(unet)
+    return trace(skeleton, family, *family.example_inputs(skeleton, None, 2))
 
 
 def test_a_pipeline_without_a_unet_is_refused():
