@@ -90,7 +90,7 @@ def test_nothing_is_made_larger_and_whole_numbers_stay():
         assert torch.equal(crossed([value, value], "int8")[0][1], value)
 
 
-@pytest.mark.parametrize("how", ["half", "int8"])
+@pytest.mark.parametrize("how", ["int8", pytest.param("half", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("plan", toys.PLANS, ids=toys.label)
 def test_group_computes_what_the_simulator_does(plan, how, toy_group):
     """Synchronous calls whole, asynchronous ones compressed, with the bytes that the plan says."""
