@@ -288,7 +288,7 @@ def test_listens_on_loopback_only_and_keeps_its_files_private(folder):
 
 
 def script(tmp_path, body, before=()):
-    """Start a program of its own, without a ``__main__`` guard; returns it and its first line of output."""
+    """Start a program of its own, without a ``__main__`` guard; returns it and its ranks' process ids."""
     path = tmp_path / "program.py"
     head = f"""
         import signal, sys, tempfile
@@ -303,7 +303,8 @@ def script(tmp_path, body, before=()):
         """
     path.write_text(textwrap.dedent(head) + body, encoding="utf-8")
     process = subprocess.Popen([*before, sys.executable, path], stdout=subprocess.PIPE, text=True, start_new_session=True)
-    pids = [int(word) for word in process.stdout.readline().split()]
+    told = next(line for line in process.stdout if not line.startswith("[Gloo]"))  # PyTorch 2.8 tells of its links
+    pids = [int(word) for word in told.split()]
     assert len(pids) == 2
     return process, pids
 
@@ -365,14 +366,14 @@ def test_full_shared_memory_does_not_matter(tmp_path):
         pytest.skip("no mount of its own can be had here")
     fill = 'mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 4096 /dev/zero > /dev/shm/full && exec "$@"'
     process, pids = script(tmp_path, "print(group(x, 10, **kwargs).shape, flush=True)\n", [*own, "sh", "-c", fill, "sh"])
-    assert process.stdout.read().startswith("torch.Size([2, 4, 8, 8])")
+    assert "torch.Size([2, 4, 8, 8])" in process.stdout.read()
     assert process.wait(timeout=30) == 0
     assert_gone(pids)
 
 
 def test_program_without_a_guard_works_and_ends_by_itself(tmp_path):
     process, pids = script(tmp_path, "print(group(x, 10, **kwargs).shape, flush=True)\n")
-    assert process.stdout.read().startswith("torch.Size([2, 4, 8, 8])")
+    assert "torch.Size([2, 4, 8, 8])" in process.stdout.read()
     assert process.wait(timeout=30) == 0
     assert_gone(pids)
     assert [path.name for path in tmp_path.iterdir()] == ["program.py"]
