@@ -318,7 +318,7 @@ def test_a_killed_parent_leaves_neither_ranks_nor_files(tmp_path):
     process.kill()
     process.wait()
     assert_gone(pids, within=5.0)
-    assert [path.name for path in tmp_path.iterdir()] == ["program.py"]
+    assert not list(tmp_path.glob("asyncdiff-*"))  # PyTorch 2.8 has a folder of its own, and no time to remove it
 
 
 def test_a_rank_whose_parent_is_gone_before_it_is_heard_removes_the_folder(tmp_path):
