@@ -3,13 +3,14 @@
 python tools/compatibility.py [--comfyui FOLDER ...] [--collect] [FILE]
 
 The engine's tests by nox (``noxfile.py``), with each Python that is installed; the host's in each FOLDER, by its own Python or
-that in ``$COMFYUI_PYTHON``. Each run leaves a report in out/compatibility; with ``--collect`` these are all that is read. Needs
-``pip install nox``. Then python tools/tables.py for the page.
+that in ``$COMFYUI_PYTHON``. Each run leaves a report in out/compatibility; with ``--collect`` nothing else is run. What FILE has
+of versions without a report stays. Needs ``pip install nox``. Then python tools/tables.py for the page.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from asyncdiff_nodes.cli.comfyui import find_python
 from asyncdiff_nodes.cli.report import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
+VERSIONED = ("comfyui", "python", "torch")
 REPORTS = ROOT / "out" / "compatibility"
 VERSIONS = (
     "import comfyui_version, platform, torch; print(comfyui_version.__version__, platform.python_version(), torch.__version__)"
@@ -39,7 +41,7 @@ def run(hosts: Sequence[Path]) -> None:
         subprocess.run(command, cwd=ROOT, env={**os.environ, "COMFYUI_PATH": str(comfyui)}, check=False)
 
 
-def row(report: Path) -> dict[str, Any]:
+def row_of(report: Path) -> dict[str, Any]:
     """What the tests of one run came to, by pytest's own report."""
     what, *versions = report.stem.split("-")
     (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
@@ -70,8 +72,10 @@ def main() -> None:
     given = parser.parse_args()
     if not given.collect:
         run(given.comfyui)
-    rows = sorted(map(row, REPORTS.glob("*.xml")), key=age)
-    write_json(given.file, {"rows": rows}, "python tools/compatibility.py --comfyui FOLDER ...")
+    file = Path(given.file)
+    before = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    latest = {tuple(row[what] for what in VERSIONED): row for row in [*before, *map(row_of, REPORTS.glob("*.xml"))]}
+    write_json(given.file, {"rows": sorted(latest.values(), key=age)}, "python tools/compatibility.py --comfyui FOLDER ...")
 
 
 if __name__ == "__main__":
