@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from asyncdiff_nodes.engine.trees import flatten
 
@@ -33,6 +34,8 @@ def obstacle(patcher: ModelPatcher, model_options: dict[str, Any]) -> str | None
             return f"another node computes the weight {key} anew in every call"
     if patcher.injections:
         return f"another node injects modules into the model: {', '.join(map(str, patcher.injections))}"
+    if any("compile" in str(key) and key != COMPILE_KEY for keys in patcher.wrappers.values() for key in keys):
+        return "another pack compiles the model in a way of its own"
     if any(patcher.hook_patches.values()):
         return "weight hooks (scheduled or masked LoRA) change the model's weights between its calls"
     return call_obstacle(model_options.get("transformer_options", {}))

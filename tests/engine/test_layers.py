@@ -1,5 +1,6 @@
 """The engine stands on torch and the standard library alone, and importing it does nothing."""
 
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,9 @@ def test_importing_the_engine_imports_nothing_else_and_starts_nothing():
     )
     new = set(out.split()) - set(sys.stdlib_module_names)
     assert "asyncdiff_nodes" in new
-    assert new <= {"asyncdiff_nodes", "torch", "triton"}  # which torch's CUDA builds bring, and import by themselves
+    brought = any(requirement.startswith("triton") for requirement in importlib.metadata.requires("torch"))
+    # which torch imports by itself where its build brings it
+    assert new <= {"asyncdiff_nodes", "torch", *(["triton"] if brought else [])}
 
 
 def test_a_worker_imports_no_other_layer_and_not_torch_s_compiler():

@@ -56,11 +56,15 @@ class Frontend:
         self.page.goto(f"{self.server.url}/")
         self.page.wait_for_function("window.app?.graph && window.app.extensionManager?.workflow?.activeWorkflow", timeout=60_000)
 
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Of the page."""
+        return tuple(map(int, self.page.evaluate("window.__COMFYUI_FRONTEND_VERSION__").split(".")))
+
     def needs(self, *version: int) -> None:
         """Skip the test where the page is older than this."""
-        own = self.page.evaluate("window.__COMFYUI_FRONTEND_VERSION__")
-        if tuple(map(int, own.split("."))) < version:
-            pytest.skip(f"the page of this ComfyUI, {own}, is too old for it")
+        if self.version < version:
+            pytest.skip(f"the page of this ComfyUI, {self.version}, is too old for it")
 
     def load(self, workflow: Path | dict[str, Any]) -> None:
         """Show a workflow in UI form."""

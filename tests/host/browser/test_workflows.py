@@ -61,8 +61,8 @@ def read(name):
 
 
 def of_nodes(workflow, kind):
-    """By node; for nothing, older pages write nothing in another way."""
-    return {node["id"]: node.get(kind) or None for node in workflow["nodes"]}
+    """By node."""
+    return {node["id"]: node.get(kind) for node in workflow["nodes"]}
 
 
 def accepted(server, prompt, client="asyncdiff"):
@@ -93,6 +93,9 @@ def test_the_page_shows_it_without_complaint_and_saves_it_unchanged(frontend, na
     assert frontend.page.evaluate(COMPLAINTS) == {"unknown": [], "marked": [], "shown": []}
     again = frontend.serialize()
     assert again["links"] == saved["links"]
+    if frontend.version < (1, 48):
+        for node in saved["nodes"]:
+            node.setdefault("widgets_values", [])  # as these pages write that there are none
     for kind in ("type", "title", "pos", "widgets_values"):
         assert of_nodes(again, kind) == of_nodes(saved, kind)
     counts = {str(node["id"]): len(node.get("widgets_values") or []) for node in saved["nodes"] if "AsyncDiff" in node["type"]}
