@@ -67,7 +67,7 @@ def test_plans_of_every_model(tmp_path, monkeypatch, names):
 def test_plan_of_a_transformer(tmp_path):
     _, plan = run(tmp_path, "plan", "--model", "demo-transformer", "--segments", "4")
     assert plan["cuts"] == [f"transformer_blocks.{i}" for i in (0, 3, 6, 9)]
-    assert plan["max_share"] == pytest.approx(0.25, abs=0.002) and plan["wrapped"] is False
+    assert plan["max_share"] == pytest.approx(0.25, abs=0.003) and plan["wrapped"] is True  # each has the embedding
     assert plan["mib_per_call"] == 3 * 2 * 64 * 128 * 2 / 2**20  # the hidden states of 64 patches, at three cuts, fp16
 
 

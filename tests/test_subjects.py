@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from asyncdiff_nodes.cli import main
 from asyncdiff_nodes.cli.subjects import even_cuts, find_subject, graph_of
-from asyncdiff_nodes.engine import PlanError
+from asyncdiff_nodes.engine import Plan, PlanError, place
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,14 @@ def test_a_folder_that_is_no_pipeline_is_named(break_it, message, folder, tmp_pa
     assert main(["compare", "--model", str(broken)]) == 2
     error = capsys.readouterr().err
     assert f"--model {broken}" in error and message in error
+
+
+@pytest.mark.parametrize("segments", [2, 3, 4])
+def test_fresh_hidden_states_are_had_without_asking_since_they_cost_nothing(segments):
+    graph = graph_of(find_subject("demo-transformer").denoiser)
+    fast = place(graph, Plan(segments, fresh_skips=False))
+    assert fast.hidden and fast.starts == place(graph, Plan(segments)).starts
+    assert all(fast.owned(d)[0] == 0 and set(fast.owned(d)[1:]) & set(range(1, 13)) for d in range(segments))
 
 
 def test_even_cuts_are_linear_and_even():

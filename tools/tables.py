@@ -24,6 +24,7 @@ SAMPLERS = {
 }
 NAMES = {"sd15": "SD 1.5", "sd21": "SD 2.1", "sdxl": "SDXL"}
 BACKENDS = {"comfyui": "ComfyUI", "diffusers": "diffusers"}
+VARIANTS = {"ours-fast": "fast cuts", "ours-stale": "stale hidden states"}
 ENOUGH = 64  # pairs, for the README
 Row = dict[str, Any]
 
@@ -54,8 +55,9 @@ def short(name: str) -> str:
 
 def full(name: str) -> str:
     """PSNR with intervals, SSIM and what is gained."""
+    variant = "ours-stale" if any(row["method"] == "ours-stale" for row in rows_of(name)) else "ours-fast"
     lines = [
-        "| sampler, steps | pairs | plan N,S,W + C | published method | AsyncDiff here | fast cuts | fewer steps "
+        f"| sampler, steps | pairs | plan N,S,W + C | published method | AsyncDiff here | {VARIANTS[variant]} | fewer steps "
         "| over published | over fewer steps |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
@@ -63,7 +65,7 @@ def full(name: str) -> str:
         ours, published, fewer = (rows[m] for m in ("ours", "published", "fewer-steps"))
         cells = (
             f"{r['psnr']:.1f} ± {r['psnr_ci'][1] - r['psnr']:.1f}, {r['ssim']:.3f} ({r['cost']:.1f})" if r else ""
-            for r in (published, ours, rows.get("ours-fast"), fewer)
+            for r in (published, ours, rows.get(variant), fewer)
         )
         gains = (f"{ours['psnr'] - other['psnr']:+.1f}" for other in (published, fewer))
         plan = f"{ours['plan']} + {ours['cooldown']}"

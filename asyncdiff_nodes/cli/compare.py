@@ -36,6 +36,7 @@ METHODS = {
     "published": "published",
     "ours": "AsyncDiff here",
     "ours-fast": "here, fast cuts",
+    "ours-stale": "here, stale hidden states",
     "ours-half": "here, half",
     "ours-int8": "here, int8",
     "fewer-steps": "fewer steps",
@@ -113,6 +114,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             placements = {method: place(graph, variant) for method, variant in variants.items()}
             if placements["ours-fast"].starts == placements["ours"].starts:
                 del variants["ours-fast"]  # there is nothing to make fresh
+            if placements["ours"].hidden:  # the same cuts, but for the embedding, which is then the first segment's alone
+                variants["ours-stale"] = replace(plan, cuts=(graph.names[0], *placements["ours"].cuts[1:]))
             variants |= {f"ours-{how}": replace(plan, compression=how) for how in arguments.compression}
             placements |= {method: place(graph, variant) for method, variant in variants.items() if method not in placements}
             for method, variant in variants.items():

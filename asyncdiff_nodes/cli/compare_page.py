@@ -21,6 +21,7 @@ _STYLE = {
     "published": ("s", "#b4532a"),
     "ours": ("o", "#2f9e8f"),
     "ours-fast": ("D", "#1c5fa8"),
+    "ours-stale": ("P", "#56743a"),
     "ours-half": ("v", "#a8871c"),
     "ours-int8": ("x", "#7b4ea3"),
     "fewer-steps": ("^", "#7a869a"),

@@ -108,6 +108,7 @@ class Stream:
         self._signature = inputs.signature
         self._sample = inputs.position(sample)
         self._reads = [inputs.positions(block.reads) for block in graph.blocks]
+        self._hidden = inputs.positions(graph.hidden.reads) if graph.hidden else frozenset()
         self._needs = self._needed(placement)
         self._cold = 0  # the first call on these ranks
         self._moved = False
@@ -175,7 +176,8 @@ class Stream:
     def _needed(self, placement: Placement) -> tuple[frozenset[int], ...]:
         """Per segment, positions of the leaves that its ranks read."""
         owned = map(placement.owned, range(self._run.plan.segments))
-        return tuple(frozenset().union(*(self._reads[i] for i in blocks)) for blocks in owned)
+        hidden = self._hidden if placement.hidden else frozenset()
+        return tuple(hidden.union(*(self._reads[i] for i in blocks)) for blocks in owned)
 
     def _position(self, inputs: Inputs) -> int:
         """The index of the call with these inputs. At stride 1 some may have been left out, as nodes that cache do."""

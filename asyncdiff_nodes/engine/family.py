@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,22 @@ from torch import nn
 
 from .batch import Arguments, divide, sample_of
 from .errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """Where a transformer's hidden states of the sample are: what its blocks add to, and hand on.
+
+    Attributes:
+        block: name of the first block that takes them.
+        argument: their position and keyword in its forward.
+        lists: list of blocks that hand them on -> their index among the tensors that such a block returns. Where one tensor holds
+            the prompt's as well, they are the last tokens.
+    """
+
+    block: str
+    argument: tuple[int, str]
+    lists: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,7 @@ class Family:
         trace_inputs: ``(args, kwargs) -> (args, kwargs)``, what a trace passes instead of a call's own inputs, where the
             forward cannot run on the meta device with these; ``None`` changes nothing.
         divide: ``(args, kwargs, batch, parts)`` -> the same call for each part of the batch; see :func:`~.batch.divide`.
+        hidden: of a transformer; ``None`` where nothing is known of its hidden states, or there are none.
     """
 
     name: str
@@ -36,6 +53,7 @@ class Family:
     trace_inputs: Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     sample: tuple[int, str] = (0, "sample")
     divide: Callable[[tuple[Any, ...], dict[str, Any], int, int], list[Arguments]] = divide
+    hidden: HiddenStates | None = None
 
     def parts(self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> list[Arguments]:
         """The call divided into at most ``count`` parts of its batch."""

@@ -6,7 +6,7 @@ Everything is traced on the meta device: no weight is read, moved or allocated.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .batch import sample_of
 from .errors import PlanError, UnsupportedModelError
-from .family import Family
+from .family import Family, HiddenStates
 from .trees import flatten
 
 
@@ -85,6 +86,24 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Hidden:
+    """The hidden states that the first block of a transformer takes, in one block graph.
+
+    Attributes:
+        block, argument: as in :class:`~.family.HiddenStates`.
+        made_of: the blocks that they are made of, by index.
+        reads: positions of the model's own inputs that they are made of other than through blocks.
+        carriers: block that hands them on -> their index among the tensors that it returns.
+    """
+
+    block: str
+    argument: tuple[int, str]
+    made_of: frozenset[int]
+    reads: frozenset[int]
+    carriers: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class BlockGraph:
     """Blocks in execution order and their data dependencies.
 
@@ -93,12 +112,14 @@ class BlockGraph:
         edges: pairs (producer, consumer) of block indices, skip connections included. What the model's own output reads
             counts as read by the last block, whose rank returns the result.
         glue_macs, glue_bytes: cost of what is not placed (embeddings, concatenations) and computed by every rank.
+        hidden: of a transformer whose family knows them.
     """
 
     blocks: tuple[Block, ...]
     edges: frozenset[tuple[int, int]]
     glue_macs: int
     glue_bytes: int
+    hidden: Hidden | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -126,11 +147,13 @@ class BlockGraph:
         """
         own, index = {block.name: block for block in self.blocks}, {name: i for i, name in enumerate(whole.names)}
         known = [name for name in whole.names if name in own] == list(self.names) and self.names[-1] == whole.names[-1]
+        known = known and (self.hidden is None) == (whole.hidden is None)
         if not known or any((index[self.names[p]], index[self.names[c]]) not in whole.edges for p, c in self.edges):
             raise UnsupportedModelError("these inputs take another path through the model than it was split for")
         nothing = {"outputs": (), "structure": (), "macs": 0, "reads": frozenset()}
         blocks = tuple(own.get(block.name) or replace(block, **nothing) for block in whole.blocks)
-        return BlockGraph(blocks, whole.edges, self.glue_macs, self.glue_bytes)
+        hidden = whole.hidden and replace(whole.hidden, reads=self.hidden.reads)
+        return BlockGraph(blocks, whole.edges, self.glue_macs, self.glue_bytes, hidden)
 
     def find(self, prefix: str) -> int:
         """Index of the first block that is ``prefix`` or lies under it.
@@ -247,6 +270,7 @@ def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: di
     outputs: dict[str, tuple[tuple[TensorMeta, ...], Any]] = {}
     macs: dict[str, int] = {}
     edges: set[tuple[int, int]] = set()
+    states: list[tuple[TensorMeta, frozenset[int]]] = []  # hidden ones, that the first block takes, and what they are made of
     provenance, flops = _Provenance(), FlopCounterMode(display=False)
 
     def enter(name: str) -> Any:
@@ -258,6 +282,10 @@ def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: di
             sources = provenance.sources((args, kwargs))
             provenance.looked_at = set(sources)
             edges.update((source, provenance.inside) for source in sources if source >= 0)
+            if family.hidden is not None and name == family.hidden.block:
+                taken = sample_of(args, kwargs, family.hidden.argument)
+                if isinstance(taken, torch.Tensor):  # else this version of the model calls it otherwise
+                    states.append((TensorMeta.of(taken), provenance.sources(taken)))
             macs[name] = -flops.get_total_flops()
 
         return hook
@@ -300,12 +328,29 @@ def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: di
         Block(name, *outputs[name], macs[name] // 2, _nbytes(skeleton.get_submodule(name)), reads[index])
         for index, name in enumerate(order)
     )
-    return BlockGraph(
+    graph = BlockGraph(
         blocks=blocks,
         edges=frozenset(edges),
         glue_macs=flops.get_total_flops() // 2 - sum(block.macs for block in blocks),
         glue_bytes=_nbytes(skeleton) - sum(block.weight_bytes for block in blocks),
     )
+    return replace(graph, hidden=_hidden(graph, family.hidden, *states[0])) if states else graph
+
+
+def _hidden(graph: BlockGraph, known: HiddenStates, taken: TensorMeta, sources: frozenset[int]) -> Hidden:
+    carriers = {}
+    for block in graph.blocks:
+        index = known.lists.get(block.name.rpartition(".")[0])
+        if index is not None and index < len(block.outputs) and _holds(block.outputs[index].shape, taken.shape):
+            carriers[block.name] = index
+    made_of = frozenset(graph.made_of(source for source in sources if source >= 0))
+    reads = frozenset(~source for source in sources if source < 0)
+    return Hidden(known.block, known.argument, made_of, reads, carriers)
+
+
+def _holds(shape: tuple[int, ...], states: tuple[int, ...]) -> bool:
+    """Whether hidden states [B, T, ...] can be the last tokens of a tensor of this shape."""
+    return len(shape) == len(states) and shape[1] >= states[1] and (shape[0], *shape[2:]) == (states[0], *states[2:])
 
 
 def _nbytes(module: nn.Module) -> int:

@@ -415,6 +415,7 @@ class WorkerGroup:
             owned=frozenset(names[i] for i in placement.owned(segment)),
             sources={names[p]: placement.segments[p] for p in placement.incoming(segment)},
             sinks=sinks,
+            hidden=placement.hidden,
         )
 
     # -- one call ----------------------------------------------------------------------------------------------------

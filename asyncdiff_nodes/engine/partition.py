@@ -7,7 +7,9 @@ Time comes first: the slowest segment is within :data:`TIME_TOLERANCE` of the be
 the fewest bytes wins, then the one whose result depends on the current input (wrapped), then the fastest. All three are sums or
 maxima over segments, so dynamic programming over the circle finds the exact optimum. With fresh skips, as many of the largest
 skip values as :data:`FRESH_SLACK` allows come before the first cut, where whoever reads them computes them itself; that is
-decided first. No segment has more weights than its device has room for, where any cuts allow that.
+decided first. What a transformer's hidden states are made of is taken for such a skip; even without fresh skips it comes before
+the first cut if that takes as good as no time. No segment has more weights than its device has room for, where any cuts allow
+that.
 
 In an asynchronous call a segment computes while the values for its next one arrive: it takes as long as its blocks do, or, over
 slow links, as long as all that it receives does.
@@ -52,7 +54,8 @@ class Arcs:
         self._room = room and [each - graph.glue_bytes for each in room]
         self._edges = graph.edges
         # of each block the bits of all that it is made of, its own among them
-        self._made_of = [sum(1 << i for i in graph.made_of([block])) for block in range(self.count)]
+        self._made_of = [_bits(graph.made_of([block])) for block in range(self.count)]
+        self._hidden = graph.hidden and (max(graph.hidden.made_of, default=-1), _bits(graph.hidden.made_of))
         self._known: dict[int, tuple[float, int]] = {}
         consumers: dict[int, set[int]] = {}
         for producer, consumer in graph.edges:
@@ -64,8 +67,11 @@ class Arcs:
         self._largest = [p for p in skips if self._sizes[p] == max(self._sizes[q] for q in skips)]
 
     def fresh(self, first: int) -> int:
-        """How many of the largest skip values, which carry the finest detail, come from blocks before ``first``."""
-        return sum(producer < first for producer in self._largest)
+        """How many of the largest skip values, which carry the finest detail, come from blocks before ``first``.
+
+        What a transformer's hidden states are made of counts as one.
+        """
+        return sum(producer < first for producer in self._largest) + bool(self._hidden and self._hidden[0] < first)
 
     def again(self, first: int) -> list[int]:
         """For each block, those before the first cut at ``first`` that its segment must compute again: a bit for each."""
@@ -74,6 +80,8 @@ class Arcs:
             for producer, consumer in self._edges:
                 if producer < first <= consumer:
                     found[consumer] |= self._made_of[producer]
+            if self._hidden and self._hidden[0] < first:
+                found[first:] = [bits | self._hidden[1] for bits in found[first:]]
         return found
 
     def cost(self, start: int, end: int, again: int) -> float:
@@ -119,6 +127,10 @@ class Arcs:
         if not self._per_byte:
             return repeat(0.0)
         return (self._per_byte * received for received in self.received(blocks, first))
+
+
+def _bits(blocks: Iterable[int]) -> int:
+    return sum(1 << block for block in blocks)
 
 
 def best_starts(arcs: Arcs, speeds: Sequence[float], copies_of_last: int, fresh: bool) -> tuple[int, ...] | None:

@@ -118,6 +118,10 @@ class Placement(Mapping[str, int]):
     """Block name -> the segment that others read it of, in execution order, and what follows from it for one block graph.
 
     The same in every branch; the graph, and so all bytes, are of one branch's part of the batch.
+
+    Attributes:
+        hidden: the hidden states that every segment makes afresh, if what they are made of comes before the first cut: what
+            crosses in asynchronous calls is then how blocks changed them, and a reader adds that to its own. Else None.
     """
 
     def __init__(self, graph: BlockGraph, plan: Plan, starts: Sequence[int], costs: Sequence[float] | None = None) -> None:
@@ -125,6 +129,8 @@ class Placement(Mapping[str, int]):
         self.plan = plan
         self.starts = tuple(starts)
         self.costs = tuple(costs or mac_costs(graph))
+        afresh = plan.forecast and graph.hidden and max(graph.hidden.made_of, default=-1) < starts[0]
+        self.hidden = graph.hidden if afresh else None
         # blocks before the first cut wrap round to the last segment, unless the first one works ahead and needs its own
         wrap = 0 if plan.forecast else plan.segments - 1
         self.segments = tuple(
@@ -167,6 +173,7 @@ class Placement(Mapping[str, int]):
         own = {i for i, owner in enumerate(self.segments) if owner == segment}
         if self.plan.forecast and segment > 0:
             own |= self.graph.made_of(p for p, c in self.graph.edges if p < self.starts[0] and c in own)
+            own |= self.hidden.made_of if self.hidden else set()
         return tuple(sorted(own))
 
     def span(self, segment: int) -> tuple[str, str]:

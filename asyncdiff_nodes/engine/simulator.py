@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from .batch import concatenated
+from .batch import concatenated, sample_of
 from .compression import Decoder, Encoder
 from .family import Family, find_family
 from .graph import TensorMeta, meta_copy, trace
@@ -23,7 +23,7 @@ from .inputs import Inputs, join
 from .lookahead import NoiseLevels, Outlook
 from .plan import Placement, Plan, place
 from .schedule import Kind, call_at, calls_ahead
-from .stub import value_for
+from .stub import shift, value_for
 from .trees import flatten, unflatten
 
 
@@ -55,9 +55,12 @@ class Simulator:
         self._streams: dict[Hashable, dict[str, Any]] = {}
         self._segment: int | None = None  # the one that runs; None runs all
         self._reads: int | None = None  # the call whose values it wants
-        # (targets of the ranks, values of their blocks) of earlier calls, oldest first
-        self._stale: list[tuple[tuple[int, ...], dict[str, Any]]] = []
+        # (targets of the ranks, values of their blocks, whether these are changes) of earlier calls, oldest first
+        self._stale: list[tuple[tuple[int, ...], dict[str, Any], bool]] = []
         self._fresh: dict[str, Any] = {}
+        self._hidden = self.placement.hidden
+        self._carriers = self._hidden.carriers if self._hidden else {}
+        self._states = torch.empty(0)  # hidden ones, of what is running
         for name in self.placement:
             block = module.get_submodule(name)
             block.forward = self._wrapped(name, block.forward)
@@ -134,10 +137,10 @@ class Simulator:
                 if rank < plan.segments:
                     kept |= self._crossed(state, self._own(segment, fresh))
         if call.computes:
-            state["history"] = self._stale = [*self._stale, (call.targets, kept)]
+            state["history"] = self._stale = [*self._stale, (call.targets, kept, call.kind is not Kind.SYNCHRONOUS)]
         for part in calls_ahead(now, call.index, total):
             kept = {}
-            self._stale.append((part.targets, kept))
+            self._stale.append((part.targets, kept, True))
             for segment, (target, index) in enumerate(zip(part.targets, part.timestep_indices, strict=True)):
                 self._reads = target
                 kept |= self._crossed(state, self._own(segment, run(segment, target, index)[1]))
@@ -147,8 +150,12 @@ class Simulator:
         return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, state["results"][source])
 
     def _own(self, segment: int, values: dict[str, Any]) -> dict[str, Any]:
-        """Those that others read of this segment."""
-        return {name: value for name, value in values.items() if self.placement[name] == segment}
+        """Those that others read of this segment, which just ran; of hidden states that every segment makes, how they changed."""
+        own = {name: value for name, value in values.items() if self.placement[name] == segment}
+        for name in own.keys() & self._carriers.keys():
+            own[name] = _made_of(torch.clone, own[name])  # its output may be read as well
+            shift(flatten(own[name])[0][self._carriers[name]], self._states, -1)
+        return own
 
     def _crossed(self, state: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
         """What others get of these values of an asynchronous call."""
@@ -172,18 +179,25 @@ class Simulator:
         )
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            if self._hidden and name == self._hidden.block:
+                self._states = sample_of(args, kwargs, self._hidden.argument).clone()
             if self._segment is None or self._segment in owners:
                 output = forward(*args, **kwargs)
                 self._fresh[name] = _made_of(torch.clone, output)
                 return output
             sender = self.placement[name]
-            sent = [(targets[sender], values[name]) for targets, values in self._stale if name in values]
+            sent = [(change, targets[sender], values[name]) for targets, values, change in self._stale if name in values]
+            change, _, latest = sent[-1]
             if self._segment not in readers:  # only its shape matters; no view of a kept value, which glue might change
-                return _made_of(torch.empty_like, sent[-1][1])
+                return _made_of(torch.empty_like, latest)
             if self._reads is None:
-                return _made_of(torch.clone, sent[-1][1])
-            known = dict(sent[-max(2, self._segment - sender) :])
-            return _made_of(lambda *leaves: value_for(self._reads, dict(zip(known, leaves, strict=True))), *known.values())
+                value = _made_of(torch.clone, latest)
+            else:
+                known = {at: value for kind, at, value in sent[-max(2, self._segment - sender) :] if kind == change}
+                value = _made_of(lambda *leaves: value_for(self._reads, dict(zip(known, leaves, strict=True))), *known.values())
+            if change and name in self._carriers:
+                shift(flatten(value)[0][self._carriers[name]], self._states, 1)
+            return value
 
         return run
 

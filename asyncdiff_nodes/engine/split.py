@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batch import Arguments, concatenated
+from .batch import Arguments, concatenated, sample_of
 from .calls import CallMessage
 from .compression import Decoder, Encoder
 from .finite import origins
-from .graph import TensorMeta, tensors_of
+from .graph import Hidden, TensorMeta, tensors_of
 from .profile import block_marks
-from .stub import Inbox, make_stub
+from .stub import Inbox, make_stub, shift
 from .telemetry import CallRecord, Stopwatch
 from .transport import Transport
 from .trees import flatten, unflatten
@@ -35,6 +35,7 @@ class Share:
         first: the first rank of its branch; the others below are counted from there.
         sources: block of another segment that this rank reads -> the rank that sends it.
         sinks: own block -> the ranks that read it.
+        hidden: as in :class:`~.plan.Placement`.
     """
 
     rank: int
@@ -44,6 +45,7 @@ class Share:
     owned: frozenset[str]
     sources: dict[str, int]
     sinks: dict[str, tuple[int, ...]]
+    hidden: Hidden | None = None
 
 
 class _Stream:
@@ -89,6 +91,8 @@ class SplitModel:
         self._streams: dict[Hashable, _Stream] = {}
         self._placeholders: dict[TensorMeta, torch.Tensor] = {}
         self._now: _Part | None = None
+        self._carriers: Mapping[str, int] = share.hidden.carriers if share.hidden else {}
+        self._states: torch.Tensor | None = None  # hidden ones, of what is running, where their changes cross
         self._watch = Stopwatch(device)
         self._waits: list[tuple[Any, Any]] = []
         # (facts, start, end, waits, drifts, blocks), the times as marks that are read when somebody asks
@@ -99,6 +103,8 @@ class SplitModel:
                 make_stub(block, partial(self._fetch, name))
             elif name in share.sinks:
                 block.register_forward_hook(partial(self._produced, name))
+        if share.hidden is not None:
+            module.get_submodule(share.hidden.block).register_forward_pre_hook(self._begun, with_kwargs=True)
 
     def load(self, name: str, value: torch.Tensor) -> None:
         """Attach the parameter or buffer ``name``, for the first time or in place of the one before."""
@@ -173,7 +179,7 @@ class SplitModel:
                 for part, (_, (args, kwargs)) in zip(running, parts, strict=True):
                     self._now = part
                     outputs.append(flatten(self._module(*args, **kwargs)))
-            self._now = None
+            self._now = self._states = None  # a video's hidden states are large
             if len(parts) > 1:  # all of it is there
                 for inbox in stream.inboxes.values():
                     inbox.settle()
@@ -227,7 +233,8 @@ class SplitModel:
                     coming.setdefault(name, []).append(arrival)
         for name, arrivals in coming.items():
             arrival = arrivals[0] if whole else partial(_all_of, arrivals)
-            stream.inboxes[name].expect(message.targets[self._share.sources[name]], arrival)
+            changes = _changes(message) and name in self._carriers
+            stream.inboxes[name].expect(message.targets[self._share.sources[name]], arrival, changes)
         return parts
 
     def _arrival(self, sender: int, name: str, part: _Part) -> Arrival:
@@ -253,7 +260,10 @@ class SplitModel:
             return unflatten([self.placeholder(meta) for meta in metas], structure)
         if name in now.values:
             return unflatten([leaf.clone() for leaf in now.values[name]()], structure)
-        return unflatten(inbox.current() if now.message.synchronous else inbox.stale(now.message.reads), structure)
+        leaves = inbox.current() if now.message.synchronous else inbox.stale(now.message.reads)
+        if inbox.change:
+            shift(leaves[self._carriers[name]], self._states, 1)
+        return unflatten(leaves, structure)
 
     def placeholder(self, meta: TensorMeta) -> torch.Tensor:
         """A tensor of this layout whose values do not matter."""
@@ -262,9 +272,18 @@ class SplitModel:
             self._placeholders[meta] = torch.zeros(meta.shape, dtype=meta.dtype, device=self._device)
         return self._placeholders[meta]
 
+    def _begun(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The first block of a transformer takes its hidden states."""
+        if _changes(self._now.message):
+            self._states = sample_of(args, kwargs, self._share.hidden.argument).clone()  # a block may add to them in place
+
     def _produced(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
-        now = self._now
-        for number, (leaf, meta) in enumerate(zip(flatten(output)[0], now.layouts[name][0], strict=True)):
+        now, leaves = self._now, flatten(output)[0]
+        if _changes(now.message) and name in self._carriers:
+            index = self._carriers[name]
+            leaves = [*leaves[:index], leaves[index].clone(), *leaves[index + 1 :]]
+            shift(leaves[index], self._states, -1)
+        for number, (leaf, meta) in enumerate(zip(leaves, now.layouts[name][0], strict=True)):
             if tuple(leaf.shape) != meta.shape or leaf.dtype != meta.dtype:
                 raise RuntimeError(
                     f"block {name} returned {leaf.dtype} {tuple(leaf.shape)}, but the trace says {meta.dtype} {meta.shape}"
@@ -272,6 +291,11 @@ class SplitModel:
             value, layout = now.stream.encoders[name, number](leaf, meta, now.message.compression)
             for receiver in self._share.sinks[name]:
                 self._transport.send(self._share.first + receiver, value, layout)
+
+
+def _changes(message: CallMessage) -> bool:
+    """Whether changes of hidden states cross in a call: others are to be exact."""
+    return message.ahead or not message.synchronous
 
 
 def _part_of(layouts: dict[str, Layout], items: int, batch: int) -> dict[str, Layout]:

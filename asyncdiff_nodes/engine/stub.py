@@ -21,34 +21,44 @@ def value_for(call: int, history: Mapping[int, torch.Tensor]) -> torch.Tensor:
     return history[near] + (history[near] - history[far]) * ((call - near) / (near - far))
 
 
+def shift(leaf: torch.Tensor, states: torch.Tensor, sign: int) -> None:
+    """Add hidden ``states`` [B, T, ...] to the last T tokens of ``leaf``, or, with the sign -1, take them away."""
+    leaf[:, leaf.shape[1] - states.shape[1] :].add_(states, alpha=sign)
+
+
 class Inbox:
     """The values of one producer block on one rank, in one stream: on their way, and the latest that arrived.
 
     A value is a tuple of tensors, the leaves of the block's output. It was computed for some call, not always the one that it
-    was sent in.
+    was sent in, and is whole or a *change*: without the hidden states that it was made of.
 
     Args:
         depth: how many values to keep, if more than two.
     """
 
     def __init__(self, depth: int) -> None:
-        self._expected: deque[tuple[int, Callable[[], tuple[torch.Tensor, ...]]]] = deque()
-        self._history: deque[tuple[int, tuple[torch.Tensor, ...]]] = deque(maxlen=max(2, depth))
+        self._expected: deque[tuple[int, bool, Callable[[], tuple[torch.Tensor, ...]]]] = deque()
+        self._history: deque[tuple[int, bool, tuple[torch.Tensor, ...]]] = deque(maxlen=max(2, depth))
 
-    def expect(self, call: int, arrival: Callable[[], tuple[torch.Tensor, ...]]) -> None:
+    def expect(self, call: int, arrival: Callable[[], tuple[torch.Tensor, ...]], change: bool = False) -> None:
         """Note that a value, computed for ``call``, is on its way; ``arrival`` waits for it."""
-        self._expected.append((call, arrival))
+        self._expected.append((call, change, arrival))
 
     def settle(self, leave: int = 0) -> None:
         """Wait until at most ``leave`` values are still on their way."""
         while len(self._expected) > leave:
-            call, arrival = self._expected.popleft()
-            self._history.append((call, arrival()))
+            call, change, arrival = self._expected.popleft()
+            self._history.append((call, change, arrival()))
+
+    @property
+    def change(self) -> bool:
+        """Whether the latest value is a change."""
+        return self._history[-1][1]
 
     def current(self) -> tuple[torch.Tensor, ...]:
         """This call's value (a synchronous call). Copies, since a model's forward may change what it is given."""
         self.settle()
-        return tuple(leaf.clone() for leaf in self._history[-1][1])
+        return tuple(leaf.clone() for leaf in self._history[-1][2])
 
     def stale(self, call: int | None) -> tuple[torch.Tensor, ...]:
         """What stands in for the value for ``call``, from those that were sent before this call (an asynchronous one).
@@ -57,16 +67,17 @@ class Inbox:
         """
         self.settle(leave=1)
         if call is None:
-            return tuple(leaf.clone() for leaf in self._history[-1][1])
-        columns = zip(*(leaves for _, leaves in self._history), strict=True)
-        calls = [at for at, _ in self._history]
-        return tuple(value_for(call, dict(zip(calls, column, strict=True))) for column in columns)
+            return tuple(leaf.clone() for leaf in self._history[-1][2])
+        calls, values = zip(*((at, leaves) for at, change, leaves in self._history if change == self.change), strict=True)
+        return tuple(value_for(call, dict(zip(calls, column, strict=True))) for column in zip(*values, strict=True))
 
     def drift(self) -> torch.Tensor | None:
-        """Relative L2 change between the last two values that arrived; None before the second, or of a block left out."""
-        if len(self._history) < 2 or not self._history[-1][1]:
+        """Relative L2 difference of the last two values; None before there are two of a kind, or of a block left out."""
+        if len(self._history) < 2 or not self._history[-1][2]:
             return None
-        (_, old), (_, new) = list(self._history)[-2:]
+        (_, kind, old), (_, latest, new) = list(self._history)[-2:]
+        if kind != latest:
+            return None
         change = sum((b.float() - a.float()).square().sum() for a, b in zip(old, new, strict=True))
         return (change / sum(a.float().square().sum() for a in old).clamp_min(1e-30)).sqrt()
 

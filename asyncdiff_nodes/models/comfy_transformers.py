@@ -8,7 +8,7 @@ from torch import nn
 
 from asyncdiff_nodes.engine.batch import Arguments
 from asyncdiff_nodes.engine.errors import UnsupportedModelError
-from asyncdiff_nodes.engine.family import Family
+from asyncdiff_nodes.engine.family import Family, HiddenStates
 
 from .stack import meta, stacked
 
@@ -87,17 +87,26 @@ _QWEN_BLOCKS = stacked(("img_in", "txt_norm", "txt_in"), ("transformer_blocks",)
 _SD3_BLOCKS = stacked(("x_embedder", "context_embedder"), ("joint_blocks",), ("final_layer",))
 _WAN_BLOCKS = stacked(("patch_embedding",), ("blocks",), ("head",))
 
+_FLUX_HIDDEN = HiddenStates("double_blocks.0", (0, "img"), {"double_blocks": 0, "single_blocks": 0})
+# behind those, hidden states are joined with the prompt's in one order or the other, by version of ComfyUI
+_HUNYUAN_HIDDEN = HiddenStates("double_blocks.0", (0, "img"), {"double_blocks": 0})
+_LTXV_HIDDEN = HiddenStates("transformer_blocks.0", (0, "x"), {"transformer_blocks": 0})
+_LUMINA_HIDDEN = HiddenStates("noise_refiner.0", (0, "x"), {"noise_refiner": 0, "layers": 0})
+_QWEN_HIDDEN = HiddenStates("transformer_blocks.0", (0, "hidden_states"), {"transformer_blocks": 1})
+_SD3_HIDDEN = HiddenStates("joint_blocks.0", (1, "x"), {"joint_blocks": 1})
+_WAN_HIDDEN = HiddenStates("blocks.0", (0, "x"), {"blocks": 0})
+
 # FLUX.1, and what is built like it
-FLUX = Family("Flux", _FLUX_BLOCKS, _TIMESTEP, _flux_inputs, sample=_X)
+FLUX = Family("Flux", _FLUX_BLOCKS, _TIMESTEP, _flux_inputs, sample=_X, hidden=_FLUX_HIDDEN)
 # HunyuanVideo
-HUNYUAN_VIDEO = Family("HunyuanVideo", _hunyuan_blocks, _TIMESTEP, _hunyuan_inputs, sample=_X)
+HUNYUAN_VIDEO = Family("HunyuanVideo", _hunyuan_blocks, _TIMESTEP, _hunyuan_inputs, sample=_X, hidden=_HUNYUAN_HIDDEN)
 # LTX-Video
-LTXV = Family("LTXVModel", _LTXV_BLOCKS, _TIMESTEP, _ltxv_inputs, sample=_X)
+LTXV = Family("LTXVModel", _LTXV_BLOCKS, _TIMESTEP, _ltxv_inputs, sample=_X, hidden=_LTXV_HIDDEN)
 # Lumina Image 2 and Z-Image
-LUMINA = Family("NextDiT", _LUMINA_BLOCKS, _TIMESTEPS, _lumina_inputs, sample=_X)
+LUMINA = Family("NextDiT", _LUMINA_BLOCKS, _TIMESTEPS, _lumina_inputs, sample=_X, hidden=_LUMINA_HIDDEN)
 # Qwen-Image and its editing models
-QWEN_IMAGE = Family("QwenImageTransformer2DModel", _QWEN_BLOCKS, _TIMESTEP, _qwen_inputs, sample=_X)
+QWEN_IMAGE = Family("QwenImageTransformer2DModel", _QWEN_BLOCKS, _TIMESTEP, _qwen_inputs, sample=_X, hidden=_QWEN_HIDDEN)
 # SD 3 and SD 3.5
-SD3 = Family("OpenAISignatureMMDITWrapper", _SD3_BLOCKS, _TIMESTEPS, _sd3_inputs, sample=_X)
+SD3 = Family("OpenAISignatureMMDITWrapper", _SD3_BLOCKS, _TIMESTEPS, _sd3_inputs, sample=_X, hidden=_SD3_HIDDEN)
 # Wan 2.1 and 2.2
-WAN = Family("WanModel", _WAN_BLOCKS, _TIMESTEP, _wan_inputs, sample=_X)
+WAN = Family("WanModel", _WAN_BLOCKS, _TIMESTEP, _wan_inputs, sample=_X, hidden=_WAN_HIDDEN)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from asyncdiff_nodes.engine.family import Family
+from asyncdiff_nodes.engine.family import Family, HiddenStates
 
 from .stack import meta, stacked
 
@@ -34,4 +34,5 @@ FAMILY = Family(
     sample=(0, "hidden_states"),
     timestep=(2, "timestep"),
     example_inputs=example_inputs,
+    hidden=HiddenStates("transformer_blocks.0", (0, "hidden_states"), {"transformer_blocks": 0}),
 )

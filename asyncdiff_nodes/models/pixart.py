@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from asyncdiff_nodes.engine.family import Family
+from asyncdiff_nodes.engine.family import Family, HiddenStates
 
 
 def block_names(transformer: nn.Module) -> list[str]:
@@ -37,5 +37,10 @@ def example_inputs(transformer: nn.Module, size: int | None = None, batch: int =
 
 
 FAMILY = Family(
-    "PixArtTransformer2DModel", block_names, sample=(0, "hidden_states"), timestep=(2, "timestep"), example_inputs=example_inputs
+    "PixArtTransformer2DModel",
+    block_names,
+    sample=(0, "hidden_states"),
+    timestep=(2, "timestep"),
+    example_inputs=example_inputs,
+    hidden=HiddenStates("transformer_blocks.0", (0, "hidden_states"), {"transformer_blocks": 0}),
 )

@@ -5,7 +5,7 @@ import torch
 
 from asyncdiff_nodes.engine import Placement, Plan, Simulator, WorkerGroup
 from asyncdiff_nodes.engine.graph import tensors_of
-from toys import TOY, denoise, random_net
+from toys import TOY, TRANSFORMER, ToyTransformer, denoise, random_net
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -36,6 +36,19 @@ def test_asynchronous_run_equals_the_simulation(devices, forecast):
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
     assert stats.bytes_sent == stats.planned_bytes * len(TIMESTEPS)
     assert all(record.compute > 0 and record.end >= record.start for record in stats.records)
+
+
+@pytest.mark.parametrize("devices", PLACES)
+@torch.no_grad()
+def test_hidden_states_are_made_afresh(devices):
+    """Where blocks add what does not depend on the sample, nothing is stale, whatever the samples."""
+    net, plan = ToyTransformer(mix=0).cuda(), Plan(warmup=2)
+    generator = torch.Generator().manual_seed(0)
+    samples, context = torch.randn(len(TIMESTEPS), 2, 6, 4, generator=generator), torch.randn(2, 3, 8, generator=generator).cuda()
+    with WorkerGroup(net, plan, devices, family=TRANSFORMER) as group:
+        group.begin(TIMESTEPS)
+        for x, t in zip(samples.cuda(), TIMESTEPS, strict=True):
+            torch.testing.assert_close(group(x, t, context=context), net(x, t, context=context), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("devices", PLACES[:2])

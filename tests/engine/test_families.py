@@ -1,6 +1,7 @@
 """Laws 1 and 2 for families beside the UNets of the goldens: diffusers' own classes, small, with random weights."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import diffusers
 import pytest
@@ -77,8 +78,8 @@ def small(kind):
 
 
 @torch.no_grad()
-def denoise(call, model, batch=2):
-    """Results of a short run of made-up inputs."""
+def denoise(call, model, batch=2, noise=0.0):
+    """Results of a short run of made-up inputs, to which ``noise`` is added that nobody can foresee."""
     family, generator = find_family(model), torch.Generator().manual_seed(1)
 
     def real(leaf):
@@ -88,7 +89,7 @@ def denoise(call, model, batch=2):
     sample, found = first.position(family.sample), []
     for k, t in enumerate(TIMESTEPS):
         leaves = list(first.leaves)
-        leaves[sample] = leaves[sample] * (1 - k / 7)
+        leaves[sample] = leaves[sample] * (1 - k / 7) + noise * torch.randn(leaves[sample].shape, generator=generator)
         args, kwargs = replace(first, leaves=leaves, timestep=first.timestep_like(t)).arguments()
         found.append(call(*args, **kwargs)[0])
     return found
@@ -125,6 +126,27 @@ def test_a_cut_of_a_transformer_is_crossed_by_its_stream_alone(kind):
         (producer,) = placement.incoming(1)
         assert producer == len(graph.names) // 2 - 1
     assert max(place(graph, Plan(2, fresh_skips=False)).shares) < 0.7
+
+
+@pytest.mark.parametrize("segments", [2, 3])
+@pytest.mark.parametrize("kind", [kind for kind, (name, _) in SMALL.items() if "Transformer" in name])
+@torch.no_grad()
+def test_hidden_states_are_where_the_family_says(kind, segments):
+    """Blocks without weights add nothing: if every segment makes hidden states of its own input, no result is stale."""
+    model = small(kind)
+    for blocks in find_family(model).hidden.lists:
+        for parameter in model.get_submodule(blocks).parameters():
+            parameter.zero_()
+    expected = denoise(model, model, noise=1.0)
+    assert all((a - b).abs().max() > 0.01 for a, b in pairwise(expected))
+    plan = Plan(segments)
+    with Simulator(model, plan) as simulator:
+        cuts = simulator.placement.cuts
+        simulator.begin(TIMESTEPS)
+        torch.testing.assert_close(denoise(simulator, model, noise=1.0), expected, rtol=0, atol=1e-5)
+    with Simulator(model, replace(plan, cuts=(simulator.placement.graph.names[0], *cuts[1:]))) as stale:
+        stale.begin(TIMESTEPS)
+        assert (denoise(stale, model, noise=1.0)[-1] - expected[-1]).abs().max() > 0.01
 
 
 DEEP = ("down_blocks.1.attentions.0.transformer_blocks.1", "mid_block.attentions.0.proj_out", "up_blocks.0.attentions.1")

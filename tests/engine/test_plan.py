@@ -4,6 +4,7 @@ import itertools
 import math
 import operator
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from asyncdiff_nodes.engine import Block, BlockGraph, Plan, PlanError, place
-from asyncdiff_nodes.engine.graph import TensorMeta
+from asyncdiff_nodes.engine.graph import Hidden, TensorMeta
 from asyncdiff_nodes.engine.partition import FRESH_SLACK, TIME_TOLERANCE
 
 BEST_WRAPPED = {
@@ -239,7 +240,16 @@ def problems(draw):
     speeds = draw(st.lists(st.sampled_from([0.25, 0.5, 1.0, 1.0, 1.5]), min_size=plan.world_size, max_size=plan.world_size))
     rooms = st.lists(st.integers(10, 120), min_size=plan.world_size, max_size=plan.world_size)
     bandwidth = draw(st.sampled_from([math.inf, 10.0, 1.0, 0.1]))
-    return BlockGraph(blocks, edges, 0, 5), plan, speeds, draw(st.none() | rooms), bandwidth
+    graph = BlockGraph(blocks, edges, 0, 5)
+    if draw(st.booleans()):  # a transformer's
+        made_of = graph.made_of(draw(st.sets(st.integers(0, 2).filter(lambda block: block < count), max_size=2)))
+        graph = replace(graph, hidden=Hidden("", (0, ""), frozenset(made_of), frozenset(), {}))
+    return graph, plan, speeds, draw(st.none() | rooms), bandwidth
+
+
+def makes_hidden_states(graph, first):
+    """Whether every segment makes hidden states, with the first cut at block ``first``."""
+    return graph.hidden is not None and all(block < first for block in graph.hidden.made_of)
 
 
 def brute_force(graph, plan, speeds, room, bandwidth):
@@ -252,6 +262,7 @@ def brute_force(graph, plan, speeds, room, bandwidth):
             for mine in owned[1:]:
                 while read := {p for p, c in graph.edges if c in mine and p < starts[0]} - mine:
                     mine |= read
+                mine |= graph.hidden.made_of if makes_hidden_states(graph, starts[0]) else set()
         else:
             owned[-1] |= set(range(starts[0]))
         on_rank = [min(rank, plan.segments - 1) for rank in range(plan.world_size)]
@@ -267,7 +278,7 @@ def brute_force(graph, plan, speeds, room, bandwidth):
 
 def full_skips_before(graph, first):
     skips = {p: graph.blocks[p].output_bytes for p, c in graph.edges if c > p + 1 and 0 in graph.made_of([p])}
-    return sum(p < first for p, size in skips.items() if size == max(skips.values()))
+    return sum(p < first for p, size in skips.items() if size == max(skips.values())) + makes_hidden_states(graph, first)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from asyncdiff_nodes.engine import Family, Plan
+from asyncdiff_nodes.engine.family import HiddenStates
 
 
 class ToyBlock(nn.Module):
@@ -123,6 +124,63 @@ def example_inputs(net: nn.Module, size: int | None, batch: int) -> tuple[tuple[
     return (sample, 0), {"context": torch.empty(batch, 3, dtype=dtype, device="meta")}
 
 
+class Adding(nn.Module):
+    """Adds to hidden states [B, T, C] something of its own, and ``mix`` times something made of them."""
+
+    def __init__(self, mix: float) -> None:
+        super().__init__()
+        self.own, self.inner, self.mix = nn.Parameter(torch.randn(8)), nn.Linear(8, 8), mix
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.own + self.mix * torch.tanh(self.inner(x) + self.inner(x.mean(1, keepdim=True)))
+
+
+class TwoStreams(nn.Module):
+    """The same for the prompt's and the sample's hidden states, both in place, as hosts do."""
+
+    def __init__(self, mix: float) -> None:
+        super().__init__()
+        self.text, self.picture = Adding(mix), Adding(mix)
+
+    def forward(self, context: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        both = torch.cat((context, x), 1)
+        context += self.text(both)[:, : context.shape[1]] - context
+        x += self.picture(both)[:, context.shape[1] :] - x
+        return context, x
+
+
+class ToyTransformer(nn.Module):
+    """Three blocks with a stream for the prompt and one for the sample, then three with both in one tensor."""
+
+    def __init__(self, mix: float = 0.5) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.two = nn.ModuleList(TwoStreams(mix) for _ in range(3))
+        self.one = nn.ModuleList(Adding(mix) for _ in range(3))
+        self.requires_grad_(False).eval()
+
+    def forward(self, sample: torch.Tensor, timestep: Any, context: torch.Tensor) -> torch.Tensor:
+        x, context = self.embed(sample) * 2, context + 0.001 * timestep  # glue
+        for block in self.two:
+            context, x = block(context, x=x)
+        x = torch.cat((context, x), 1)
+        for block in self.one:
+            x = block(x)
+        return self.head(x[:, context.shape[1] :])
+
+
+def transformer_inputs(net: nn.Module, size: int | None, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (torch.empty(batch, size or 6, 4, device="meta"), 0), {"context": torch.empty(batch, 3, 8, device="meta")}
+
+
+TRANSFORMER = Family(
+    "ToyTransformer",
+    lambda net: ["embed", *(f"{name}.{i}" for name in ("two", "one") for i in range(len(getattr(net, name)))), "head"],
+    timestep=(1, "timestep"),
+    example_inputs=transformer_inputs,
+    hidden=HiddenStates("two.0", (1, "x"), {"two": 1, "one": 0}),
+)
 TOY = Family("ToyNet", block_names, timestep=(1, "timestep"), example_inputs=example_inputs)
 
 

@@ -9,6 +9,7 @@ import small
 import torch
 from simulated import simulated
 
+from asyncdiff_nodes.engine import Plan, find_family
 from asyncdiff_nodes.host import sampling
 from asyncdiff_nodes.host.options import Options
 from asyncdiff_nodes.host.pool import POOL
@@ -17,9 +18,9 @@ from asyncdiff_nodes.host.route import attach
 from asyncdiff_nodes.models import FAMILIES
 
 
-def kinds(*fast):
+def kinds(*fast, among=small.ALL):
     """All; by default only ``fast`` ones, for time: the rest is with ``slow``, and in ``tools/coverage.py``."""
-    return [kind if kind in fast else pytest.param(kind, marks=pytest.mark.slow) for kind in small.ALL]
+    return [kind if kind in fast else pytest.param(kind, marks=pytest.mark.slow) for kind in among]
 
 
 def latent(kind):
@@ -27,9 +28,9 @@ def latent(kind):
     return small.latent(3 if kind == "svd" else 1, kind=kind)
 
 
-def sampled(model, kind, steps=6, cfg=1.0):
+def sampled(model, kind, steps=6, cfg=1.0, sampler="euler"):
     positive, negative = small.conditioning(kind, 1), small.conditioning(kind, 2)
-    return nodes.KSampler().sample(model, 5, steps, cfg, "euler", "simple", positive, negative, latent(kind))[0]["samples"]
+    return nodes.KSampler().sample(model, 5, steps, cfg, sampler, "simple", positive, negative, latent(kind))[0]["samples"]
 
 
 @pytest.mark.covers("exact", "async", "sharded")
@@ -50,6 +51,27 @@ def test_exact_is_the_stock_sampler_and_asynchronous_steps_are_the_simulators(ki
     with simulator:
         expected = sampled(oracle, kind, 8, cfg)
     assert (found - stock).abs().max() > 0 and (found - expected).abs().max() <= 0.01 * (found - stock).abs().max()
+
+
+@pytest.mark.parametrize("kind", kinds("flux", "hunyuan_video", "ltxv", "sd3", "wan", among=small.TRANSFORMERS))
+def test_hidden_states_are_where_the_family_says(kind):
+    """Blocks without weights add nothing: if every segment makes hidden states of its own input, no result is stale."""
+    model = small.model(kind)
+    net = model.model.diffusion_model
+    for blocks in find_family(net).hidden.lists:
+        for parameter in net.get_submodule(blocks).parameters():
+            parameter.data.zero_()
+    stock = sampled(model, kind, sampler="euler_ancestral")  # noise that nobody can foresee
+    # behind its double blocks, hidden states are joined with the prompt's as the version of ComfyUI has it
+    cuts = ("double_blocks.0", "double_blocks.2") if kind == "hunyuan_video" else None
+    wrong = {}
+    for forecast in (0, 1):
+        plan = Plan(2, forecast=forecast, cuts=cuts)
+        oracle, simulator = simulated(model, plan, "euler_ancestral", latent(kind)["samples"].shape[2:])
+        with simulator:
+            found = sampled(oracle, kind, sampler="euler_ancestral")
+        wrong[simulator.placement.hidden is not None] = (found - stock).abs().max()
+    assert wrong[True] < 0.02 * wrong[False]
 
 
 @pytest.mark.covers("inpaint")
@@ -83,7 +105,7 @@ def test_lora_and_fewer_bits(kind):
 @pytest.mark.covers("controlnet")
 @pytest.mark.parametrize("kind", ["flux", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd3", "sdxl"))])
 def test_control_net(kind):
-    """Its residuals are added to what the blocks return, in place."""
+    """Where the host computes its residuals, they are added to what the blocks return, in place."""
     model, prompts = small.model(kind), (small.conditioning(kind, 1), small.conditioning(kind, 2))
     controlled = nodes.ControlNetApplyAdvanced().apply_controlnet(
         *prompts, small.control_net(kind), small.hint(kind), 0.9, 0.0, 1.0, None
@@ -92,8 +114,8 @@ def test_control_net(kind):
     def sample(model, prompts):
         return nodes.KSampler().sample(model, 5, 4, 3.0, "euler", "simple", *prompts, latent(kind))[0]["samples"]
 
-    stock = sample(model, controlled)
-    assert torch.equal(sample(attach(model, Options("Exact", "cpu,cpu")), controlled), stock) and not last_run().notes
+    stock, fresh = sample(model, controlled), Options("Exact", "cpu,cpu", control_nets="fresh")
+    assert torch.equal(sample(attach(model, fresh), controlled), stock) and not last_run().notes
     assert not torch.equal(stock, sample(model, prompts))
 
 
@@ -112,10 +134,11 @@ def test_reference_latents(kind):
     assert not torch.equal(stock, sampled(model, kind, 4, 3.0))
 
 
-def test_video_from_its_first_frame():
+@pytest.mark.parametrize("kind", ["ltxv"])
+def test_video_from_its_first_frame(kind):
     """LTX-Video has a timestep for each token then: those of the frame that is given are at rest."""
-    model, prompts = small.model("ltxv"), [small.conditioning("ltxv", seed) for seed in (1, 2)]
-    given = {**latent("ltxv"), "noise_mask": torch.ones(1, 1, 3, 16, 16)}
+    model, prompts = small.model(kind), [small.conditioning(kind, seed) for seed in (1, 2)]
+    given = {**latent(kind), "noise_mask": torch.ones(1, 1, 3, 16, 16)}
     given["noise_mask"][:, :, 0] = 0.0
 
     def sample(model):
@@ -142,14 +165,15 @@ def test_devices_get_no_more_weights_than_they_have_room_for(monkeypatch):
     assert torch.equal(found, sampled(model, "flux"))
 
 
+@pytest.mark.parametrize("kind", ["ltxv"])
 @pytest.mark.parametrize("guided", [0, 1], ids=["the prompt", "the negative prompt"])
-def test_calls_that_depend_on_values_are_sampled_as_usual(guided):
+def test_calls_that_depend_on_values_are_sampled_as_usual(guided, kind):
     """LTX-Video leaves out the tokens of a key frame that a mask says."""
-    model, prompts = small.model("ltxv"), [small.conditioning("ltxv", seed) for seed in (1, 2)]
+    model, prompts = small.model(kind), [small.conditioning(kind, seed) for seed in (1, 2)]
     places = torch.rand(1, 3, 256, 2, generator=torch.Generator().manual_seed(1))
     older = not hasattr(model.model.diffusion_model, "caption_channels")  # a place instead of a span for each token
     prompts[guided][0][1]["keyframe_idxs"] = places[..., 0] if older else places
-    given = {**latent("ltxv"), "noise_mask": torch.ones(1, 1, 3, 16, 16)}
+    given = {**latent(kind), "noise_mask": torch.ones(1, 1, 3, 16, 16)}
 
     def sample(model):
         return nodes.KSampler().sample(model, 5, 4, 3.0, "euler", "simple", *prompts, given)[0]["samples"]
