@@ -9,10 +9,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.cldm.cldm
+import comfy.controlnet
 import torch
 from comfy.controlnet import ControlBase, ControlNet
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import nn
@@ -20,7 +19,7 @@ from torch import nn
 from asyncdiff_nodes.engine import UnsupportedModelError
 
 from .attributes import replaced
-from .controlled import MERGE, Residuals
+from .controlled import CONTROLLED, MERGE, Residuals
 from .skeleton import net_skeleton
 
 KEY = "asyncdiff"  # what is ours among the host's: its hooks, and the calls of ControlNets among a call's residuals
@@ -40,16 +39,17 @@ class NetCall:
     arguments: dict[str, Any]
 
     def fits(self, x: torch.Tensor, timesteps: torch.Tensor) -> bool:
-        """Whether its sample and timesteps follow from those of the UNet's call."""
+        """Whether its sample and timesteps follow from those of the network's call."""
         sample, times = self.arguments["x"], self.arguments["timesteps"]
         return (
             len(x) == len(sample)
-            and torch.equal(x[:, : sample.shape[1]].to(sample.dtype), sample)
+            and x.dtype == sample.dtype
+            and torch.equal(x[:, : sample.shape[1]], sample)
             and torch.equal(timesteps.to(times.dtype), times)
         )
 
     def to_send(self, per_item: bool) -> dict[str, Any]:
-        """As :class:`~.controlled.ControlledUNet` wants it.
+        """As :meth:`~.controlled.Controlled.forward` wants it.
 
         Args:
             per_item: whether batch items are to have a hint each, so that micro-batches have; one serves them all otherwise.
@@ -59,7 +59,7 @@ class NetCall:
         rest = {name: value for name, value in self.arguments.items() if name not in ("x", "timesteps")}
         if per_item:
             rest["hint"] = rest["hint"].expand(len(self.arguments["x"]), *rest["hint"].shape[1:])
-        return {"dtype": self.arguments["x"].dtype, "merge": merge, **rest}
+        return {"channels": self.arguments["x"].shape[1], "merge": merge, **rest}
 
 
 class ControlNets:
@@ -83,8 +83,7 @@ class ControlNets:
         self._within = False  # a chain is being asked
         self._chains: dict[ControlBase, dict[ControlNet, int]] = {}  # the outermost one -> those of its chain, and their networks
         hosts = set()
-        outermost = dict.fromkeys(entry["control"] for entries in conds.values() for entry in entries if "control" in entry)
-        for control in outermost:
+        for control in _outermost(conds):
             chain = list(_chain(control))
             mine = list(itertools.takewhile(functools.partial(self._takes, patcher, model_options), chain))
             hosts |= {id(getattr(each, "control_model", None)) for each in chain[len(mine) :]}
@@ -121,7 +120,7 @@ class ControlNets:
         return get_control
 
     def _takes(self, patcher: ModelPatcher, model_options: dict[str, Any], control: ControlBase) -> bool:
-        if type(control) is not ControlNet or type(control.control_model) is not comfy.cldm.cldm.ControlNet:
+        if not isinstance(control, ControlNet):
             return False
         if (reason := _obstacle(control, patcher, model_options)) is None:
             return True
@@ -139,6 +138,14 @@ class ControlNets:
         return len(self.networks) - 1
 
 
+def without_ranks(conds: dict[str, Any]) -> str | None:
+    """Which ControlNet of these prompts keeps the whole network from being routed, in words; None if none does."""
+    fun = getattr(comfy.controlnet, "QwenFunControlNet", ())  # older hosts have none
+    if any(isinstance(each, fun) for control in _outermost(conds) for each in _chain(control)):
+        return "a QwenFunControlNet computes with weights of the network, which ComfyUI then has to load"
+    return None
+
+
 def take(control: dict[str, Any] | None) -> list[NetCall]:
     """The calls of ControlNets that a call's residuals lack, which are no longer noted there."""
     return control.pop(KEY, []) if control else []
@@ -151,6 +158,11 @@ def complete(control: Residuals, calls: Sequence[NetCall]) -> None:
         control.update(call.control.control_merge(found, dict(control), None))
 
 
+def _outermost(conds: dict[str, Any]) -> list[ControlBase]:
+    """Of each chain of these prompts, once."""
+    return list(dict.fromkeys(entry["control"] for entries in conds.values() for entry in entries if "control" in entry))
+
+
 def _chain(control: ControlBase | None) -> Iterator[ControlBase]:
     while control is not None:
         yield control
@@ -159,9 +171,11 @@ def _chain(control: ControlBase | None) -> Iterator[ControlBase]:
 
 def _obstacle(control: ControlNet, patcher: ModelPatcher, model_options: dict[str, Any]) -> str | None:
     """Why the ranks cannot compute ``control``, in words; None if they can."""
-    network, wrapped = control.control_model, control.control_model_wrapped
-    if type(patcher.model.diffusion_model) is not UNetModel:
-        return f"it is for another network than this {type(patcher.model.diffusion_model).__name__}"
+    if type(control) is not ControlNet:
+        return f"a {type(control).__name__} is more than a network"
+    network, wrapped, controls = control.control_model, control.control_model_wrapped, type(patcher.model.diffusion_model)
+    if controls not in CONTROLLED or type(network) is not CONTROLLED[controls].net_class:
+        return f"there is no block list for its {type(network).__name__} with this {controls.__name__}"
     if "model_function_wrapper" in model_options:
         return "another node wraps the model's function"
     wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
@@ -171,7 +185,8 @@ def _obstacle(control: ControlNet, patcher: ModelPatcher, model_options: dict[st
                 return f"another node ({', '.join(names)}) may change what the network is given"
     if control.extra_hooks is not None or wrapped.patches or wrapped.object_patches:
         return "another node changes its weights"
-    dtype, ours = control.manual_cast_dtype or network.dtype, patcher.model.manual_cast_dtype or patcher.model.get_dtype()
+    dtype = control.manual_cast_dtype or network.dtype
+    ours = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
     if dtype != ours:
         return f"it computes in {dtype}, the model in {ours}"
     try:

@@ -33,7 +33,7 @@ from asyncdiff_nodes.engine import (
 from .balance import Balance
 from .branches import affordable, items_per_call
 from .compiled import without_compiled_network
-from .control import ControlNets, complete, take
+from .control import ControlNets, complete, take, without_ranks
 from .live import Progress
 from .memory import room_for_weights
 from .options import ALWAYS, OneDeviceError, Options
@@ -91,7 +91,7 @@ class Sampling:
         **_: Any,
     ) -> tuple[Any, Any, list[Any]] | None:
         """Get a group ready, and the host's other models. None: the host's own path, for the reason that was noted."""
-        if reason := obstacle(patcher, model_options or {}):
+        if reason := obstacle(patcher, model_options or {}) or without_ranks(conds):
             return self._note(reason)
         steps = len(self._sigmas) - 1
         if not steps:
@@ -165,8 +165,8 @@ class Sampling:
         return patcher.model, conds, others
 
     def call(self, given: dict[str, Any], network: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """One call of the network with these arguments, the latent first; by the group if that can be."""
-        x, options = next(iter(given.values())), given.get("transformer_options") or {}
+        """One call of the network with these arguments, latent and timesteps first; by the group if that can be."""
+        (x, timesteps, *_), options = given.values(), given.get("transformer_options") or {}
         control = given.get("control")
         nets = take(control)
 
@@ -178,7 +178,7 @@ class Sampling:
 
         if reason := self._left or call_obstacle(options):
             return by_host(reason)
-        if not all(net.fits(x, given["timesteps"]) for net in nets):
+        if not all(net.fits(x, timesteps) for net in nets):
             return by_host("a ControlNet is given another latent than the model")
         shipped = shippable(options)
         given["transformer_options"] = shipped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +20,8 @@ from asyncdiff_nodes.engine.graph import tensors_of
 
 from . import quantised
 from .compiled import compile_arguments
-from .controlled import ControlledUNet, ControlNetOnMeta
+from .controlled import controlled
+from .net_configs import on_meta
 from .parts import divide
 from .quantised import Operations
 from .weights import patches_of
@@ -49,34 +51,24 @@ def skeleton_of(patcher: ModelPatcher, nets: Sequence[nn.Module] = ()) -> nn.Mod
                 module.comfy_cast_weights = module.comfy_force_cast_weights = True
     if operations is not None:
         quantised.take_apart(rebuilt, operations, patches_of(patcher))
-    return ControlledUNet.of(rebuilt, [net_skeleton(net, patcher) for net in nets]) if nets else rebuilt
+    return controlled(rebuilt, [net_skeleton(net, patcher) for net in nets]) if nets else rebuilt
 
 
 def net_skeleton(net: nn.Module, patcher: ModelPatcher) -> nn.Module:
     """The network of a ControlNet for the model of ``patcher`` on the meta device.
 
-    The host keeps no configuration of it: that of the model serves, which it is a copy of, or what its weights' names tell.
+    It is built from the configuration of the model, or, where it is a copy of another, from what its weights' names tell.
 
     Raises:
         UnsupportedModelError: as :func:`skeleton_of`.
     """
-    weights = dict(net.named_parameters())
-    read = {name: weights[f"{name}.0.weight"].shape[1] for name in ("input_blocks.0", "input_hint_block")}
-
-    def rebuilt(config: dict[str, Any]) -> nn.Module:
-        own = {key: value for key, value in config.items() if key != "out_channels"}
-        own |= {"in_channels": read["input_blocks.0"], "hint_channels": read["input_hint_block"], "dtype": net.dtype}
-        if net.control_add_embedding is not None:
-            own["union_controlnet_num_control_type"] = net.num_control_type
-        return _rebuilt(net, lambda classes: ControlNetOnMeta({**own, "operations": classes}))
-
     try:
-        return rebuilt(patcher.model.model_config.unet_config)
+        return _rebuilt(net, functools.partial(on_meta, net, patcher.model.model_config.unet_config))
     except UnsupportedModelError:
-        told = comfy.model_detection.model_config_from_unet(weights, "", True)
+        told = comfy.model_detection.model_config_from_unet(dict(tensors_of(net)), "", True)
         if told is None:
             raise
-        return rebuilt(told.unet_config)
+        return _rebuilt(net, functools.partial(on_meta, net, told.unet_config))
 
 
 def _rebuilt(live: nn.Module, build: Callable[[type], nn.Module], operations: Operations | None = None) -> nn.Module:

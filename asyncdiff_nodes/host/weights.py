@@ -24,7 +24,7 @@ _string_to_seed = getattr(comfy.utils, "string_to_seed", None) or comfy.model_pa
 
 
 def net_prefix(slot: int) -> str:
-    """Of the names of the weights of a ControlNet; see :class:`~.controlled.ControlledUNet`."""
+    """Of the names of the weights of a ControlNet; see :class:`~.controlled.Controlled`."""
     return f"control_nets.{slot}."
 
 

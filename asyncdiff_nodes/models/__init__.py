@@ -2,10 +2,27 @@
 
 from asyncdiff_nodes.engine.family import Family
 
-from . import comfy_transformers, comfy_unet, flux, hunyuan_video, ltx_video, motion, pixart, qwen_image, sd3, svd, unet2d, wan
+from . import (
+    comfy_control_nets,
+    comfy_transformers,
+    comfy_unet,
+    flux,
+    hunyuan_video,
+    ltx_video,
+    motion,
+    pixart,
+    qwen_image,
+    sd3,
+    svd,
+    unet2d,
+    wan,
+)
 
 FAMILIES: dict[str, Family] = {
-    "asyncdiff_nodes.ControlledUNet": comfy_unet.CONTROLLED,
+    "asyncdiff_nodes.ControlledFlux": comfy_control_nets.FLUX,
+    "asyncdiff_nodes.ControlledQwenImage": comfy_control_nets.QWEN_IMAGE,
+    "asyncdiff_nodes.ControlledSD3": comfy_control_nets.SD3,
+    "asyncdiff_nodes.ControlledUNet": comfy_control_nets.UNET,
     "asyncdiff_nodes.DemoUNet": comfy_unet.FAMILY,
     "comfy.Flux": comfy_transformers.FLUX,
     "comfy.HunyuanVideo": comfy_transformers.HUNYUAN_VIDEO,

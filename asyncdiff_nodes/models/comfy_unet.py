@@ -1,11 +1,7 @@
-"""ComfyUI's ``UNetModel``: SD 1.5, SD 2.x, SDXL, inpaint models, Stable Video Diffusion, and whatever else is built from it.
-
-With ControlNets, it is one network together with them: see :mod:`asyncdiff_nodes.host.controlled`.
-"""
+"""ComfyUI's ``UNetModel``: SD 1.5, SD 2.x, SDXL, inpaint models, Stable Video Diffusion, and whatever else is built from it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,19 +17,10 @@ def block_names(unet: nn.Module) -> list[str]:
 
     Deep transformers are listed layer by layer; time and label embeddings are not: they are cheap and computed by every rank.
     """
-    return [*_layers(unet, "input_blocks", "output_blocks"), "id_predictor" if unet.predict_codebook_ids else "out"]
+    return [*layers_of(unet, "input_blocks", "output_blocks"), "id_predictor" if unet.predict_codebook_ids else "out"]
 
 
-def controlled_block_names(unet: nn.Module) -> list[str]:
-    """Those of the UNet, and those of each ControlNet: the same layers, one that reads the hint, and one for each residual."""
-    names = block_names(unet)
-    for slot, net in enumerate(unet.control_nets):
-        own = [*_layers(net, "input_blocks", "zero_convs"), "input_hint_block", "middle_block_out"]
-        names += [f"control_nets.{slot}.{name}" for name in own]
-    return names
-
-
-def _layers(net: nn.Module, *stages: str) -> list[str]:
+def layers_of(net: nn.Module, *stages: str) -> list[str]:
     """Names of the layers of each group in these lists of groups, and in the middle."""
     groups = [(f"{stage}.{index}", layers) for stage in stages for index, layers in enumerate(getattr(net, stage))]
     if net.middle_block is not None:
@@ -64,29 +51,4 @@ def example_inputs(unet: nn.Module, size: Any = None, batch: int = 2) -> tuple[t
     return (empty(batch, unet.in_channels, height, width), torch.empty(batch, device="meta")), kwargs
 
 
-def controlled_example_inputs(unet: nn.Module, size: Any = None, batch: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Those of the UNet, and ``nets``: a call of each ControlNet, with a hint [1, C, 8h, 8w] in pixels."""
-    args, kwargs = example_inputs(unet, size, batch)
-    height, width = args[0].shape[-2:]
-    kwargs["nets"] = {
-        slot: {
-            "dtype": net.dtype,
-            "merge": {"strength": 1.0},
-            "hint": torch.empty(1, _width(net.input_hint_block), 8 * height, 8 * width, dtype=net.dtype, device="meta"),
-            "context": kwargs["context"],
-            **({"y": kwargs["y"]} if net.num_classes is not None else {}),
-        }
-        for slot, net in enumerate(unet.control_nets)
-    }
-    return args, kwargs
-
-
-def _width(layers: nn.Module) -> int:
-    """Channels that the first of ``layers`` reads."""
-    return next(layers.parameters()).shape[1]
-
-
 FAMILY = Family("UNetModel", block_names, sample=(0, "x"), timestep=(1, "timesteps"), example_inputs=example_inputs)
-CONTROLLED = replace(
-    FAMILY, name="UNetModel with ControlNets", block_names=controlled_block_names, example_inputs=controlled_example_inputs
-)

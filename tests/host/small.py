@@ -8,17 +8,21 @@ from types import SimpleNamespace
 import comfy.cldm.cldm
 import comfy.cldm.mmdit
 import comfy.controlnet
+import comfy.latent_formats
 import comfy.ldm.flux.controlnet
+import comfy.ldm.qwen_image.controlnet
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.samplers
+import comfy.sd
 import comfy.supported_models
 import torch
 from comfy.ldm.flux.model import FluxParams
 from comfy.ldm.hunyuan_video.model import HunyuanVideoParams
 from comfy.model_base import ModelType
+from comfy.taesd.taesd import TAESD
 
 _UNET = {
     "image_size": 32,
@@ -184,27 +188,53 @@ def latent(batch: int = 1, height: int = 16, width: int = 16, seed: int = 2, kin
     return {"samples": torch.randn(batch, *shape, height, width, generator=generator)}
 
 
-def control_net(kind: str = "sd15", seed: int = 3, channels: int = 64, union: int | None = None) -> comfy.controlnet.ControlNet:
-    """A CONTROL_NET for models of this kind, or a ``union`` of so many types of control; see :func:`hint`."""
+def control_net(
+    kind: str = "sd15",
+    seed: int = 3,
+    channels: int = 64,
+    union: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    **others: object,
+) -> comfy.controlnet.ControlNet:
+    """A CONTROL_NET for models of this kind, or a ``union`` of so many types of control; see :func:`hint`.
+
+    FLUX.1's unions read a latent of four channels, as :func:`vae` encodes it, and a mask. ``others`` are of the network's class.
+    """
     config, device = unet_config(kind, channels), comfy.model_management.get_torch_device()
-    made = {"dtype": torch.float32, "operations": comfy.ops.disable_weight_init}
+    cast = None if dtype is torch.float32 else torch.float32
+    made = {"dtype": dtype, "operations": comfy.ops.manual_cast if cast else comfy.ops.disable_weight_init, **others}
     if kind == "flux":
-        network, options = comfy.ldm.flux.controlnet.ControlNetFlux(**config, **made), {"extra_conds": ["y", "guidance"]}
+        network_class, options = comfy.ldm.flux.controlnet.ControlNetFlux, {"extra_conds": ["y", "guidance"]}
+        if union:
+            made |= {"latent_input": True, "num_union_modes": union, "control_latent_channels": 5}
+            options |= {"compression_ratio": 1, "latent_format": comfy.latent_formats.Flux(), "concat_mask": True}
+    elif kind == "qwen_image":
+        network_class, options = comfy.ldm.qwen_image.controlnet.QwenImageControlNetModel, {"compression_ratio": 1}
+        made |= {"num_layers": 2}
     elif kind == "sd3":
-        network, options = comfy.cldm.mmdit.ControlNet(num_blocks=2, **config, **made), {"compression_ratio": 1}
+        network_class, options = comfy.cldm.mmdit.ControlNet, {"compression_ratio": 1}
+        made |= {"num_blocks": 2}
     else:
         config = {key: value for key, value in config.items() if key not in ("out_channels", "transformer_depth_output")}
         config |= getattr(comfy.supported_models, ALL[kind][0]).unet_extra_config  # its attention heads
-        config |= {"hint_channels": 3, "union_controlnet_num_control_type": union, "dtype": torch.float32}
-        network, options = comfy.cldm.cldm.ControlNet(**config, operations=comfy.ops.disable_weight_init), {}
+        network_class, options = comfy.cldm.cldm.ControlNet, {}
+        made |= {"hint_channels": 3, "union_controlnet_num_control_type": union}
+    network = network_class(**config | made)
     randomise(network, seed)
-    return comfy.controlnet.ControlNet(network.eval(), load_device=device, **options)
+    return comfy.controlnet.ControlNet(network.eval(), load_device=device, manual_cast_dtype=cast, **options)
 
 
 def hint(kind: str = "sd15", seed: int = 1) -> torch.Tensor:
-    """An IMAGE to control by; for SD 3 a latent, as its VAE would make of one."""
-    channels, side = (16, 16) if kind == "sd3" else (3, 128)
-    return torch.rand(1, side, side, channels, generator=torch.Generator().manual_seed(seed))
+    """An IMAGE to control by; for SD 3 and Qwen-Image a latent, as their VAEs would make of one."""
+    shape = {"sd3": (16, 16, 16), "qwen_image": (1, 16, 16, 16)}.get(kind, (128, 128, 3))
+    return torch.rand(1, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def vae(seed: int = 8) -> comfy.sd.VAE:
+    """A VAE of four channels, the host's smallest."""
+    network = TAESD()
+    randomise(network, seed)
+    return comfy.sd.VAE(sd=network.state_dict())
 
 
 def lora(patcher: comfy.model_patcher.ModelPatcher, seed: int = 4) -> dict:

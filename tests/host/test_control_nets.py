@@ -14,6 +14,8 @@ import small
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy.t2i_adapter import adapter
+from comfy_extras import nodes_model_advanced
+from controlling import AHEAD, EXACT, assert_exact, assert_simulated, controlled, pids, sample, shared
 from simulated import simulated
 
 from asyncdiff_nodes.engine import PlanError
@@ -24,43 +26,12 @@ from asyncdiff_nodes.host.pool import POOL
 from asyncdiff_nodes.host.report import last_run
 from asyncdiff_nodes.host.route import attach
 
-EXACT = Options("Exact", "cpu,cpu")
-AHEAD = [Options("Custom", ",".join(["cpu"] * n), segments=n, warmup=2) for n in (2, 3)]
-
 
 @pytest.fixture(scope="module", autouse=True)
 def own_ranks():
     """Cuts are other ones with ControlNets: no group of these tests serves others."""
     yield
     POOL.release()
-
-
-def controlled(prompts, *nets, strength=0.9, start=0.0, end=1.0):
-    """``prompts`` under these ControlNets, one after the other."""
-    for seed, net in enumerate(nets, 1):
-        prompts = nodes.ControlNetApplyAdvanced().apply_controlnet(
-            *prompts, net, small.hint(seed=seed), strength, start, end, None
-        )
-    return prompts
-
-
-def sample(model, prompts, steps=4, cfg=4.0, sampler="euler", batch=1):
-    found = nodes.KSampler().sample(model, 5, steps, cfg, sampler, "normal", *prompts, small.latent(batch))
-    return found[0]["samples"]
-
-
-def shared():
-    """How many ControlNets the ranks of the last run have."""
-    names = {name for rank in last_run().stats.ranks for name in rank.weights}
-    return len({name.split(".")[1] for name in names if name.startswith("control_nets.")})
-
-
-def assert_exact(model, prompts, nets, **kwargs):
-    expected = sample(model, prompts, **kwargs)
-    found = sample(attach(model, EXACT), prompts, **kwargs)
-    assert last_run().stats.records and not last_run().notes and shared() == nets, last_run().line
-    assert torch.equal(found, expected)
-    return found
 
 
 @pytest.mark.covers("controlnet")
@@ -89,25 +60,8 @@ def test_synchronous_calls_are_the_hosts_bit_by_bit(kind):
 )
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_asynchronous_calls_equal_the_simulator(options, count, sd15, prompts):
-    given = controlled(prompts, *(small.control_net(seed=seed) for seed in range(3, 3 + count)))
-
-    def run(model):
-        return sample(model, given, steps=8, sampler="euler_ancestral")
-
-    stock, routed = run(sd15), run(attach(sd15, options))
-    assert shared() == count and not last_run().notes
-    plan = options.resolve(items=2)[0]
-    assert last_run().plan == plan
-    oracle, simulator = simulated(sd15, plan, "euler_ancestral", control=given[0][0][1]["control"])
-    with simulator:
-        expected = run(oracle)
-    scale = stock.abs().max()
-    assert (routed - expected).abs().max() <= 1e-6 * scale, "to rounding"
-    assert (routed - stock).abs().max() > 1e-4 * scale, "or this test proves nothing"
-
-
-def pids():
-    return {rank.pid for rank in last_run().stats.ranks}
+    nets = [small.control_net(seed=seed) for seed in range(3, 3 + count)]
+    assert_simulated(sd15, prompts, options, *nets)
 
 
 @pytest.mark.slow
@@ -239,6 +193,10 @@ def function_wrapper(model):
     return clone
 
 
+def another_precision(model):
+    return small.node(nodes_model_advanced.ModelComputeDtype, model, "bf16")
+
+
 def fewer_bits(net):
     net.control_model.half()
     net.control_model.dtype = torch.float16
@@ -253,10 +211,11 @@ def other_layers(net):
     [
         (another_nodes_wrapper, None, "another node (cache) may change what the network is given"),
         (function_wrapper, None, "another node wraps the model's function"),
+        (another_precision, None, "it computes in torch.float32, the model in torch.bfloat16"),
         (None, fewer_bits, "it computes in torch.float16, the model in torch.float32"),
         (None, other_layers, "has other layers than the host's configuration says: input_blocks.1.2"),
     ],
-    ids=["wrapper", "function", "dtype", "layers"],
+    ids=["wrapper", "function", "compute", "dtype", "layers"],
 )
 def test_what_cannot_be_shared_is_the_hosts_by_name(on_model, on_net, reason, sd15, prompts):
     net, model = small.control_net(), on_model(sd15) if on_model else sd15
@@ -264,6 +223,7 @@ def test_what_cannot_be_shared_is_the_hosts_by_name(on_model, on_net, reason, sd
         on_net(net)
     given = controlled(prompts, net)
     expected = sample(model, given)
+    comfy.model_management.unload_all_models()  # and what a sampling leaves changed on the model
     assert torch.equal(sample(attach(model, EXACT), given), expected)
     (note,) = last_run().notes
     assert reason in note and note.startswith("ComfyUI computes a ControlNet before each step: ") and last_run().stats.records
