@@ -22,11 +22,12 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from asyncdiff_nodes import spawned
+
 from . import wire
 from .errors import WorkerError
 from .ranks import POLL, Message, Ranks
 from .transport import Place
-from .worker import main as worker_main
 
 _START_LOCK = threading.Lock()
 
@@ -82,8 +83,8 @@ class Processes(Ranks):
                 self._conns.append(conn)
                 self._deaths.append(death)
                 process = context.Process(
-                    target=worker_main,
-                    args=(rank, child_conn, child_death, self._folder),
+                    target=spawned.main,
+                    args=(child_conn, child_death, self._folder),
                     name=f"asyncdiff-rank-{rank}",
                     daemon=True,
                 )

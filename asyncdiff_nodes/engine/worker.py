@@ -1,17 +1,11 @@
-"""One rank: what it does with each message of its parent; and its loop, as a process of this machine.
-
-That starts with a pipe from the parent and ends when the parent says so, or is gone.
-"""
+"""One rank: what it does with each message of its parent; and its loop, as a process of this machine."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import pickle
 import shutil
-import signal
-import threading
 import traceback
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,19 +53,16 @@ class Boot:
     replicated_bytes: int
 
 
-def main(index: int, conn: Connection, death: Connection, folder: str) -> None:
-    """Entry point of the process of rank ``index``.
+def serve(conn: Connection, folder: str) -> None:
+    """Be a rank until the parent says that it is over, or is gone; ends the process.
 
     Args:
         conn: duplex pipe for messages; see :mod:`.wire`.
-        death: reads end-of-file when the parent is gone, however it died.
-        folder: the group's temporary folder, which the parent removes if it can.
+        folder: the group's temporary folder.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal: the parent decides
-    os.umask(0o077)
-    threading.Thread(target=_exit_with_parent, args=(death, folder), daemon=True).start()
     try:
         rank = Rank(wire.receive(conn)[0], partial(wire.send, conn))
+        gc.enable()  # see asyncdiff_nodes.spawned
         while rank.handle(*wire.receive(conn)):
             pass
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -89,13 +80,6 @@ def last_words(error: BaseException) -> tuple[str, str, str]:
     """What a rank says of the error that it failed with: its first line, and the traceback."""
     cause = "".join(traceback.format_exception_only(error)).splitlines()[0]
     return "failure", cause, "".join(traceback.format_exception(error))
-
-
-def _exit_with_parent(death: Connection, folder: str) -> None:
-    with contextlib.suppress(EOFError, OSError):
-        death.recv_bytes()
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
 
 
 class Rank:

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 import toys
-from asyncdiff_nodes.engine import DeadlineError, GroupClosedError, Plan, WorkerError, WorkerGroup, wire, worker
+from asyncdiff_nodes import spawned
+from asyncdiff_nodes.engine import DeadlineError, GroupClosedError, Plan, WorkerError, WorkerGroup, wire
 from asyncdiff_nodes.engine.processes import _spawning
 from toys import TOY
 
@@ -333,7 +334,7 @@ def test_a_rank_whose_parent_is_gone_before_it_is_heard_removes_the_folder(tmp_p
     folder.mkdir()
     context = multiprocessing.get_context("spawn")
     (conn, child_conn), (child_death, death) = wire.pipe(context), context.Pipe(duplex=False)
-    rank = context.Process(target=worker.main, args=(0, child_conn, child_death, str(folder)))
+    rank = context.Process(target=spawned.main, args=(child_conn, child_death, str(folder)))
     with _spawning():
         rank.start()
     for end in (conn, child_conn, child_death, death):

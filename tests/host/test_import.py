@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import asyncio, importlib.util, sys, threading
@@ -36,3 +38,25 @@ def test_import_does_nothing_and_needs_no_optional_package():
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert found.returncode == 0, found.stderr
     assert found.stdout.splitlines()[-2:] == ["8 True True", "[]"]
+
+
+RANK = """
+import inspect, sys
+sys.path[:0] = [{host!r}, {root!r}]
+from asyncdiff_nodes.host.worker import HostSettings
+HostSettings({{"cpu": True}})()
+import comfy.ldm.modules.diffusionmodules.openaimodel, comfy.ldm.flux.model, torch
+inspect.getmodule(torch.nn.Linear)  # goes through all modules
+print([name for name in sys.modules if name.startswith("torch._dynamo.")])
+{use}
+print(torch._dynamo.allow_in_graph is sys.modules["torch._dynamo"].allow_in_graph)
+"""
+
+
+@pytest.mark.parametrize("use", ["import torch._dynamo.config", "torch.compile(torch.sin, backend='eager')"])
+def test_a_rank_imports_torchs_compiler_when_it_is_used_and_not_before(use):
+    """It would make the ranks' start nearly twice as long."""
+    program = RANK.format(host=os.environ["ASYNCDIFF_HOST_UNDER_TEST"], root=str(ROOT), use=use)
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines()[-2:] == ["[]", "True"]
