@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo demo-comfy test test-host test-slow screenshots lint format clean
+.PHONY: demo demo-comfy test test-engine test-host test-slow screenshots lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m asyncdiff_nodes demo
@@ -12,9 +12,11 @@ demo: $(VENV)/installed
 demo-comfy: $(VENV)/installed
 	$(BIN)/python -m asyncdiff_nodes demo-comfy
 
-test: lint
+# make -j2 test runs both parts at once
+test: lint test-engine test-host
+
+test-engine: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"
-	$(MAKE) test-host
 
 test-host: $(VENV)/installed
 	$(BIN)/python tests/host/run.py -m "not slow"

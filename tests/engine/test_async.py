@@ -1,5 +1,7 @@
 """Asynchronous means precisely stale by one call: real processes compute what a single-process simulation does."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -80,7 +82,7 @@ def pieces(net, xs, ts, context):
 
 
 @pytest.mark.parametrize("order", [0, 1])
-def test_two_blocks_by_hand_without_a_schedule(order):
+def test_two_blocks_by_hand_without_a_schedule(order, start):
     """No simulator, no schedule: v1 or v1 + (v1 - v2), written out."""
     net = toys.chain(ToyBlock, ToyBlock)
     (x, kwargs), ts = toys.inputs(1), [700, 500, 300, 100, 1]
@@ -89,14 +91,16 @@ def test_two_blocks_by_hand_without_a_schedule(order):
     guesses = [values[0], values[0]]  # one value is all there is at the first asynchronous call
     for k in (2, 3, 4):
         guesses.append(values[k - 1] + (values[k - 1] - values[k - 2]) if order else values[k - 1])
-    plan = Plan(cuts=("blocks.0", "blocks.1"), forecast=order)
-    with WorkerGroup(net, plan, threads_per_rank=1, family=TOY) as group, torch.no_grad():
+    plan = Plan(cuts=("blocks.0", "blocks.1"))
+    group = start("by hand", plan, net, family=TOY)
+    group.begin(plan=replace(plan, forecast=order))
+    with torch.no_grad():
         for k, guess in enumerate(guesses):
             assert torch.equal(group(xs[k], ts[k], **kwargs), rest(k, guess)), f"call {k}"
 
 
 @pytest.mark.parametrize("order", [0, 1])
-def test_two_blocks_by_hand_at_stride_2(order):
+def test_two_blocks_by_hand_at_stride_2(order, start):
     """Reuse: both results of a batch with the value of the batch before. Ahead: with the value for the first of the two."""
     net = toys.chain(ToyBlock, ToyBlock)
     (x, kwargs), ts = toys.inputs(1), [700, 500, 300, 100, 1]
@@ -109,9 +113,10 @@ def test_two_blocks_by_hand_at_stride_2(order):
         outputs = [rest(k, value) for k, value in enumerate((values[0], v1, v1, values[3], values[3]))]
     else:
         outputs = [at_1(k, value) for k, value in enumerate((values[0], values[0], values[0], v2, v2))]
-    plan = Plan(stride=2, cuts=("blocks.0", "blocks.1"), forecast=order)
-    with WorkerGroup(net, plan, ["cpu"] * 3, threads_per_rank=1, family=TOY) as group, torch.no_grad():
-        group.begin(ts)
+    plan = Plan(stride=2, cuts=("blocks.0", "blocks.1"))
+    group = start("by hand", plan, net, family=TOY)
+    group.begin(ts, replace(plan, forecast=order))
+    with torch.no_grad():
         for k, output in enumerate(outputs):
             torch.testing.assert_close(group(xs[k], ts[k], **kwargs), output, rtol=0, atol=1e-5, msg=f"call {k}")
 

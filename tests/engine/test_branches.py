@@ -71,8 +71,9 @@ def test_bytes_are_those_of_all_parts(plan, group_of):
         assert {record.rank // plan.branch_size for record in stats.records} == set(range(used)), "who computed"
 
 
-def test_every_branch_has_the_weights_of_its_own_segments_only(group_of):
-    group, net = group_of(AHEAD)
+@pytest.mark.parametrize("plan", [AHEAD], ids=label)
+def test_every_branch_has_the_weights_of_its_own_segments_only(plan, group_of):
+    group, net = group_of(plan)
     held = [set(rank.weights) for rank in group.stats().ranks]
     assert held[0] == held[2] and held[1] == held[3] and held[0] | held[1] == set(net.state_dict())
     assert [rank.segment for rank in group.stats().ranks] == [0, 1, 0, 1]
@@ -80,8 +81,9 @@ def test_every_branch_has_the_weights_of_its_own_segments_only(group_of):
     assert whole == [set(net.state_dict())] * 2
 
 
-def test_one_segment_needs_no_schedule_and_follows_none(group_of):
-    group, net = group_of(WHOLE)
+@pytest.mark.parametrize("plan", [WHOLE], ids=label)
+def test_one_segment_needs_no_schedule_and_follows_none(plan, group_of):
+    group, net = group_of(plan)
     group.begin(TIMESTEPS)
     x, kwargs = toys.inputs(1)
     with torch.no_grad():

@@ -1,10 +1,12 @@
 """Calls that leave blocks out, as those without a ControlNet do, among calls that have them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import toys
-from asyncdiff_nodes.engine import Plan, Simulator, UnsupportedModelError, WorkerGroup
+from asyncdiff_nodes.engine import Plan, Simulator, UnsupportedModelError
 from toys import TOY, ToyBlock
 
 TIMESTEPS = [980, 860, 740, 620, 500, 380, 260, 140]
@@ -35,9 +37,11 @@ def side_net():
     return SideNet([ToyBlock(4, 3) for _ in range(6)]).eval()
 
 
-def group_of(net, plan):
+@pytest.fixture
+def side_group(start):
+    """plan -> a shared group of the network."""
     sample, given = toys.inputs(0)
-    return WorkerGroup(net, plan, ["cpu"] * plan.world_size, threads_per_rank=1, family=TOY, example_inputs=((sample, 5), given))
+    return lambda plan: start("side", replace(plan, microbatches=1), side_net(), family=TOY, example_inputs=((sample, 5), given))
 
 
 def both(call):
@@ -51,12 +55,12 @@ def both(call):
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=toys.label)
-def test_synchronous_calls_are_exact_and_asynchronous_ones_the_simulators(plan):
-    net = side_net()
+def test_synchronous_calls_are_exact_and_asynchronous_ones_the_simulators(plan, side_group):
+    net, group = side_net(), side_group(plan)
     with torch.no_grad():
         sequential = both(lambda *args, stream, **kwargs: net(*args, **kwargs))
-    with group_of(net, plan) as group, Simulator(net, plan, family=TOY) as simulator:
-        group.begin(TIMESTEPS)
+    with Simulator(net, plan, family=TOY) as simulator:
+        group.begin(TIMESTEPS, plan)
         simulator.begin(TIMESTEPS)
         for found, expected, exact in zip(both(group), both(simulator), sequential, strict=True):
             assert torch.allclose(found, expected, atol=1e-6)
@@ -65,11 +69,11 @@ def test_synchronous_calls_are_exact_and_asynchronous_ones_the_simulators(plan):
         assert group.stats().records
 
 
-def test_a_net_that_stops_in_mid_run():
+def test_a_net_that_stops_in_mid_run(side_group):
     """What goes on without it is another stream, which begins there."""
-    net = side_net()
+    net, group = side_net(), side_group(PLANS[0])
     x, kwargs = toys.inputs(0)
-    with group_of(net, PLANS[0]) as group, Simulator(net, PLANS[0], family=TOY) as simulator, torch.no_grad():
+    with Simulator(net, PLANS[0], family=TOY) as simulator, torch.no_grad():
         group.begin(TIMESTEPS)
         for side, half in ((True, TIMESTEPS[:4]), (False, TIMESTEPS[4:])):
             simulator.begin(half)
@@ -79,12 +83,11 @@ def test_a_net_that_stops_in_mid_run():
                 x = 0.8 * x + 0.3 * found
 
 
-def test_a_path_that_was_not_planned_is_refused_and_the_group_lives_on():
-    net = side_net()
+def test_a_path_that_was_not_planned_is_refused_and_the_group_lives_on(side_group):
+    net, group = side_net(), side_group(PLANS[0])
     x, kwargs = toys.inputs(0)
-    with group_of(net, PLANS[0]) as group:
-        group.begin()
-        with pytest.raises(UnsupportedModelError, match="another path through the model"):
-            group(x, 5, shortcut=True, **kwargs)
-        with torch.no_grad():
-            assert torch.equal(group(x, 5, stream="other", side=False, **kwargs), net(x, 5, side=False, **kwargs))
+    group.begin()
+    with pytest.raises(UnsupportedModelError, match="another path through the model"):
+        group(x, 5, shortcut=True, **kwargs)
+    with torch.no_grad():
+        assert torch.equal(group(x, 5, stream="other", side=False, **kwargs), net(x, 5, side=False, **kwargs))

@@ -1,5 +1,7 @@
 """Parameters among a call's arguments, as patches of a model have: sent once, to the ranks whose blocks look at them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from asyncdiff_nodes.engine import Plan, Simulator, WorkerGroup, wire
 from asyncdiff_nodes.engine.graph import tensors_of
 from toys import TOY, ToyBlock
 
-PLAN = Plan(warmup=2, cuts=("blocks.0", "blocks.2"), forecast=0)
+PLAN = Plan(warmup=4, cuts=("blocks.0", "blocks.2"))
 TIMESTEPS = [900, 700, 500, 300]
 
 
@@ -49,8 +51,8 @@ def run(call, given):
     return torch.stack(outputs)
 
 
-@pytest.mark.parametrize("plan", [PLAN, Plan(warmup=4, cuts=PLAN.cuts)], ids=toys.label)
-def test_once_and_where_they_are_looked_at(plan, monkeypatch):
+@pytest.mark.parametrize("run_plan", [replace(PLAN, warmup=2, forecast=0), PLAN], ids=toys.label)
+def test_once_and_where_they_are_looked_at(run_plan, start, monkeypatch):
     net, sent = patched_net(), []
     original = wire.send
 
@@ -62,16 +64,13 @@ def test_once_and_where_they_are_looked_at(plan, monkeypatch):
     monkeypatch.setattr(wire, "send", send)
     sample, given = toys.inputs(0)
     example = ((sample, 5), {**given, "weights": weights(0)})
-    with (
-        torch.no_grad(),
-        WorkerGroup(net, plan, threads_per_rank=1, family=TOY, example_inputs=example) as group,
-        Simulator(net, plan, family=TOY, example_inputs=example) as simulator,
-    ):
+    group = start("patched", PLAN, net, family=TOY, example_inputs=example)
+    with torch.no_grad(), Simulator(net, run_plan, family=TOY, example_inputs=example) as simulator:
         two, three = weights(2), weights(3)
         # what a run has not used is forgotten when the next begins
         for values, new in ((two, True), (two, False), (three, True), (two, True), (two, False)):
             sent.clear()
-            group.begin(TIMESTEPS)
+            group.begin(TIMESTEPS, run_plan)
             simulator.begin(TIMESTEPS)
             found = run(group, values)
             assert torch.allclose(found, run(simulator, values), rtol=0, atol=1e-5)

@@ -20,6 +20,18 @@ else:
 
     args.cpu = True
 
+    def pytest_collection_modifyitems(items):
+        """Run the tests of one kind of model in a file one after the other, so that they share its ranks."""
+
+        def shared(item):
+            kind = item.callspec.params.get("kind") if hasattr(item, "callspec") else None
+            return item.nodeid if kind is None else (item.path, kind)
+
+        first = {}
+        for position, item in enumerate(items):
+            first.setdefault(shared(item), position)
+        items.sort(key=lambda item: first[shared(item)])
+
 
 @pytest.fixture(scope="session")
 def sd15():

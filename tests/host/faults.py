@@ -142,7 +142,7 @@ class Chaos:
         self._others: list[psutil.Process] = []  # of another host that was killed
         self._model = small.model("sd15", seed=9)
         self._prompts = small.conditioning("sd15", 1), small.conditioning("sd15", 2)
-        self._pictures: dict[tuple[str, str, int], torch.Tensor] = {}  # plan, on_failure, call that others begin with
+        self._pictures: dict[str, dict[tuple[str, int], torch.Tensor]] = {}  # plan -> on_failure, call that others begin with
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
@@ -161,7 +161,6 @@ class Chaos:
             for owner, name, value in changes:
                 stack.enter_context(mock.patch.object(owner, name, value))
             POOL.release()
-            self._take_references()
             yield
 
     def sample(self, model: ModelPatcher, at: Callable[[int, Any], None] | None = None, **begin: Any) -> torch.Tensor:
@@ -181,21 +180,22 @@ class Chaos:
         sampler = comfy.samplers.KSampler(model, STEPS, "cpu", "euler", "normal", model_options=model.model_options)
         return sampler.sample(noise, *self._prompts, cfg=4.0, latent_image=latent, callback=callback, **begin)
 
-    def _take_references(self) -> None:
+    def _references(self, options: Options) -> dict[tuple[str, int], torch.Tensor]:
         """The sampler's own pictures, begun with the latent that the undisturbed run had at each step."""
         scale = self._model.model.latent_format.scale_factor
-        for plan, options in PLANS.items():
-            began: dict[int, torch.Tensor] = {}
-            model = attach(self._model, options)
-            self._pictures[plan, "restart", 0] = self.sample(model, began.__setitem__)
-            self._pictures[plan, "finish", 0] = self.sample(self._model)
-            for call in range(1, STEPS):
-                for on_failure, other in (("restart", model), ("finish", self._model)):
-                    picture = self.sample(other, latent=began[call] / scale, start_step=call, force_full_denoise=True)
-                    self._pictures[plan, on_failure, call] = picture
+        began: dict[int, torch.Tensor] = {}
+        model = attach(self._model, options)
+        found = {("restart", 0): self.sample(model, began.__setitem__), ("finish", 0): self.sample(self._model)}
+        for call in range(1, STEPS):
+            for on_failure, other in (("restart", model), ("finish", self._model)):
+                picture = self.sample(other, latent=began[call] / scale, start_step=call, force_full_denoise=True)
+                found[on_failure, call] = picture
+        return found
 
     def inject(self, fault: Fault) -> Outcome:
         """Sample with ``fault``, then without, and look at what is left."""
+        if fault.plan not in self._pictures:
+            self._pictures[fault.plan] = self._references(PLANS[fault.plan])
         model = attach(self._model, replace(PLANS[fault.plan], on_failure=fault.on_failure))
         with contextlib.ExitStack() as stack:
             self._prepare(fault, model, stack)
@@ -209,7 +209,7 @@ class Chaos:
             seconds = time.monotonic() - begin
         for order in self._orders.iterdir():
             order.unlink()
-        undisturbed = torch.equal(self.sample(model), self._pictures[fault.plan, "restart", 0]) and not last_run().notes
+        undisturbed = torch.equal(self.sample(model), self._pictures[fault.plan]["restart", 0]) and not last_run().notes
         wrong = not (right and undisturbed)
         return Outcome(how, seconds, wrong, seconds > LATE, self._orphans(), self._leaked_files())
 
@@ -320,13 +320,13 @@ class Chaos:
         record = last_run()
         notes = [note for note in record.notes if "there is no report" not in note]  # the picture was done
         if not notes:
-            return "undisturbed", torch.equal(picture, self._pictures[fault.plan, "restart", 0])
+            return "undisturbed", torch.equal(picture, self._pictures[fault.plan]["restart", 0])
         if record.plan is None or any("going on without" in note for note in notes):
             how, on_failure, calls = "finished by ComfyUI", "finish", range(STEPS)
         else:  # with stride, not every call is told about
             how, on_failure, told = "restarted", "restart", record.stats is not None and fault.plan != "stride"
             calls = [STEPS - len(record.stats.calls)] if told else range(STEPS)
-        expected = [self._pictures[fault.plan, on_failure, call] for call in calls]
+        expected = [self._pictures[fault.plan][on_failure, call] for call in calls]
         return how, any((picture - right).abs().max() <= TOLERANCE * right.abs().max() for right in expected)
 
     def _orphans(self) -> int:
