@@ -24,15 +24,16 @@ def main(conn: Connection, death: Connection, folder: str) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal: the parent decides
     os.umask(0o077)
-    threading.Thread(target=_exit_with_parent, args=(death, folder), daemon=True).start()
+    folders = [folder]
+    threading.Thread(target=_exit_with_parent, args=(death, folders), daemon=True).start()
     gc.disable()  # until all is imported: what that makes is there to stay, and takes a tenth longer to be looked through
     from .engine.worker import serve
 
-    serve(conn, folder)
+    serve(conn, folders)
 
 
-def _exit_with_parent(death: Connection, folder: str) -> None:
+def _exit_with_parent(death: Connection, folders: list[str]) -> None:
     with contextlib.suppress(EOFError, OSError):
         death.recv_bytes()
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folders[0], ignore_errors=True)
     os._exit(1)

@@ -26,6 +26,7 @@ from .plan import Placement, Plan, place
 from .profile import block_seconds
 from .schedule import Call, Kind, call_at
 from .simulator import Simulator
+from .spawning import IdleWorkers
 from .telemetry import CallRecord, RankReport, RunStats
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "DeviceError",
     "Family",
     "GroupClosedError",
+    "IdleWorkers",
     "InputChangedError",
     "Kind",
     "NoiseLevels",

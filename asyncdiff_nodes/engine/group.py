@@ -28,6 +28,7 @@ from .plan import PER_RUN, Placement, Plan, place
 from .processes import Processes
 from .ranks import Ranks
 from .schedule import Kind
+from .spawning import IdleWorkers
 from .split import Share
 from .telemetry import CallRecord, RunStats
 from .trees import unflatten
@@ -56,6 +57,7 @@ class WorkerGroup:
         prepare: picklable; called in every rank before the model's classes are imported.
         on_placed: called with the placement before anything is on the devices, for example to make room there.
         start_timeout, call_timeout: seconds until all ranks must be ready, and until a call must be answered.
+        idle: processes that other groups released; those for these devices are taken.
         poll: called again and again while waiting; what it raises interrupts the call, after which ``begin`` starts afresh.
 
     Attributes:
@@ -87,6 +89,7 @@ class WorkerGroup:
         on_placed: Callable[[Placement], None] | None = None,
         start_timeout: float = 300.0,
         call_timeout: float = 300.0,
+        idle: IdleWorkers | None = None,
         poll: Callable[[], None] | None = None,
     ) -> None:
         plan = plan or Plan()
@@ -120,7 +123,7 @@ class WorkerGroup:
         self._call_timeout = call_timeout
         self.bandwidth = math.inf
 
-        ranks = _start(self.devices, poll)  # they import for seconds, during what follows
+        ranks = _start(self.devices, poll, idle)  # they import for seconds, during what follows
         self._ranks = ranks
         self._finalizer = weakref.finalize(self, ranks.close)
         try:
@@ -318,6 +321,10 @@ class WorkerGroup:
         """End all ranks. Safe to call again."""
         self._finalizer()
 
+    def release(self) -> IdleWorkers:
+        """As :meth:`close`, but the ranks' processes live on without the model, for groups to come: these start sooner."""
+        return self._ranks.release()
+
     @property
     def closed(self) -> bool:
         """Whether the group was closed or has failed."""
@@ -477,10 +484,10 @@ class WorkerGroup:
                 self._on_record(rest[1])
 
 
-def _start(devices: Sequence[str], poll: Callable[[], None] | None) -> Ranks:
+def _start(devices: Sequence[str], poll: Callable[[], None] | None, idle: IdleWorkers | None) -> Ranks:
     """One rank for each of ``devices``."""
     if not on_cluster(devices[0]):
-        return Processes(devices, poll)
+        return Processes(devices, poll, idle)
     from asyncdiff_nodes.cluster.actors import Actors  # where Ray is imported
 
     return Actors(devices, poll)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .errors import DeadlineError, GroupClosedError, WorkerError
+from .spawning import IdleWorkers
 from .transport import Place, Rendezvous
 
 POLL = 0.05  # seconds between looks at the deadline, the interrupt and the ranks
@@ -48,6 +49,11 @@ class Ranks(ABC):
     @abstractmethod
     def close(self, grace: float = 3.0) -> None:
         """End all processes, politely for ``grace`` seconds. Safe to call again, from any thread."""
+
+    def release(self) -> IdleWorkers:
+        """End the group, but for processes that can be ranks of another one, which forget all that they have."""
+        self.close()
+        return IdleWorkers()
 
     @abstractmethod
     def _post(self, rank: int, header: Any, tensors: Sequence[torch.Tensor]) -> bool:

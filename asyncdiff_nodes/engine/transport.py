@@ -163,6 +163,15 @@ class Transport:
         host = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, pin_memory=pinned)
         return Incoming(link.recv([flat(host)], 0, 0), host, empty(meta, self._device))
 
+    def close(self) -> None:
+        """Close all links, once what was sent has arrived. Those of the other ranks must be closed, too."""
+        if self._staged is not None:
+            self._staged.put(None)
+        for work, _ in (*self._sent, *self._sending):
+            work.wait()
+        self._sent, self._sending = [], []
+        self._links.clear()
+
     def _near(self, peer: int) -> torch.device:
         """Where this rank's end of a link to ``peer`` is: on its own GPU with NCCL, in host memory with gloo."""
         return self._device if peer in self._nccl_peers else torch.device("cpu")
@@ -183,7 +192,7 @@ def _open_link(store: Any, side: int, host: str | None, timeout: float) -> Any:
 
 def _send_staged(jobs: queue.SimpleQueue) -> None:
     """Send each staged tensor once its copy from the GPU is complete, off the thread that launches kernels."""
-    while True:
-        ready, link, host = jobs.get()
+    while (job := jobs.get()) is not None:
+        ready, link, host = job
         ready.synchronize()
         link.send([flat(host)], 1, 0).wait()

@@ -1,4 +1,4 @@
-"""One rank: what it does with each message of its parent; and its loop, as a process of this machine."""
+"""One rank: what it does with each message of its parent; and the loop of a process that is one after the other."""
 
 from __future__ import annotations
 
@@ -53,27 +53,49 @@ class Boot:
     replicated_bytes: int
 
 
-def serve(conn: Connection, folder: str) -> None:
-    """Be a rank until the parent says that it is over, or is gone; ends the process.
+def serve(conn: Connection, folders: list[str]) -> None:
+    """Be a rank, and then one of another group, until the parent says that it is over, or is gone; ends the process.
 
     Args:
         conn: duplex pipe for messages; see :mod:`.wire`.
-        folder: the group's temporary folder.
+        folders: the group's temporary folder, alone; another group's is put in its place.
     """
     try:
-        rank = Rank(wire.receive(conn)[0], partial(wire.send, conn))
-        gc.enable()  # see asyncdiff_nodes.spawned
-        while rank.handle(*wire.receive(conn)):
-            pass
+        _serve(conn, folders)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        shutil.rmtree(folder, ignore_errors=True)  # the parent closed the group, or is gone and cannot do it
+        shutil.rmtree(folders[0], ignore_errors=True)  # the parent closed the group, or is gone and cannot do it
     except BaseException as error:
         try:
             wire.send(conn, last_words(error))
         except OSError:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folders[0], ignore_errors=True)
         os._exit(1)  # not sys.exit: links with a dead peer would hang in their destructors
     os._exit(0)
+
+
+def _serve(conn: Connection, folders: list[str]) -> None:
+    send, rank = partial(wire.send, conn), None
+    while True:
+        header, tensors = wire.receive(conn)
+        if isinstance(header, Boot):
+            rank = Rank(header, send)
+            gc.enable()  # see asyncdiff_nodes.spawned
+        elif header[0] == "folder":
+            folders[0] = header[1]
+        elif header[0] == "rest":
+            rank.close()
+            rank = None
+            _free()
+            send(("resting",))
+        elif not rank.handle(header, tensors):
+            return
+
+
+def _free() -> None:
+    """Free what nobody holds any more: a tree of modules and its hooks hold each other."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def last_words(error: BaseException) -> tuple[str, str, str]:
@@ -109,6 +131,14 @@ class Rank:
         self._run = 0
 
     @torch.inference_mode()
+    def close(self) -> None:
+        """Forget all that concerns the process beyond this object; the other ranks must do so, too."""
+        self._model.reset()
+        self._transport.close()
+        if self._boot.compile is not None:
+            torch._dynamo.reset()
+
+    @torch.inference_mode()
     def handle(self, header: Any, tensors: list[torch.Tensor]) -> bool:
         """Do what one message says; returns whether there may be another one."""
         verb, *rest = header
@@ -139,9 +169,7 @@ class Rank:
         model = SplitModel(pickle.loads(self._boot.skeleton), share, self._device, self._transport)
         model.take_over(self._model)
         self._share, self._model = share, model
-        gc.collect()  # the old tree and its hooks hold each other
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        _free()
 
     def _connect(self, pairs: Sequence[tuple[int, int]]) -> None:
         """All weights are in: link up with the other ranks and tell the parent."""

@@ -14,7 +14,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
-from asyncdiff_nodes.engine import Placement, Plan, UnsupportedModelError, WorkerGroup
+from asyncdiff_nodes.engine import IdleWorkers, Placement, Plan, UnsupportedModelError, WorkerGroup
 from asyncdiff_nodes.engine.devices import on_cluster
 from asyncdiff_nodes.engine.graph import tensors_of
 from asyncdiff_nodes.engine.plan import PER_RUN
@@ -157,7 +157,8 @@ class Pool:
         if held := self._find(patcher, nets, plan, devices):
             load(held.memory)
         if held is None or held.group.closed:  # closed: the host needed its memory for what it loaded
-            return self._start(patcher, nets, plan, devices, shape, skeleton, load, poll, balance).group
+            with contextlib.closing(self._make_way(patcher)) as idle:
+                return self._start(patcher, nets, plan, devices, shape, skeleton, load, poll, balance, idle).group
         self._held.remove(held)
         self._held.append(held)
         self._update(held, patcher, nets)
@@ -179,9 +180,9 @@ class Pool:
         for held in [held for held in self._held if held.group.closed]:
             self._end(held)
 
-    def release(self, keep: int = 0) -> None:
-        """End all groups but the ``keep`` latest used."""
-        while len(self._held) > keep:
+    def release(self) -> None:
+        """End all groups."""
+        while self._held:
             self._end(self._held[0])
 
     def release_idle(self) -> int | None:
@@ -211,6 +212,15 @@ class Pool:
         oldest = fitting if len(self._held) >= MAX_GROUPS else []
         return next(iter([*same, *gone, *oldest]), None)
 
+    def _make_way(self, patcher: ModelPatcher) -> IdleWorkers:
+        """End the groups that one for ``patcher`` takes the place of; returns their processes."""
+        idle = IdleWorkers()
+        for held in [held for held in self._held if held.model() is patcher.model]:
+            self._end(held, idle)  # the same weights under another plan
+        while len(self._held) >= MAX_GROUPS:
+            self._end(self._held[0], idle)
+        return idle
+
     def _start(
         self,
         patcher: ModelPatcher,
@@ -222,10 +232,8 @@ class Pool:
         load: Callable[[list[Any]], None],
         poll: Callable[[], None],
         balance: Balance,
+        idle: IdleWorkers,
     ) -> Held:
-        for held in [held for held in self._held if held.model() is patcher.model]:
-            self._end(held)  # the same weights under another plan
-        self.release(keep=MAX_GROUPS - 1)
         family = family_of(skeleton, patcher)
         memory: list[RankMemory] = []
         started: list[weakref.ref[Held]] = []  # weak, so that what is ended is gone at once
@@ -264,6 +272,7 @@ class Pool:
                 on_placed=make_room,
                 start_timeout=_START_TIMEOUT,
                 call_timeout=_START_TIMEOUT if compiled else _CALL_TIMEOUT,  # the first calls compile
+                idle=idle,
                 poll=poll,
             )
         except BaseException:
@@ -294,13 +303,19 @@ class Pool:
         held.group.load_weights(held.weights(patcher, names))
         held.model, held.version, held.patched = weakref.ref(patcher.model), patcher.patches_uuid, patched
 
-    def _end(self, held: Held) -> None:
-        held.group.close()
-        for rank in held.memory:
-            rank.forget()
-        self._retired.extend(held.memory)
-        if held in self._held:
-            self._held.remove(held)
+    def _end(self, held: Held, idle: IdleWorkers | None = None) -> None:
+        """End a group; its processes only if nobody collects them in ``idle``."""
+        try:
+            if idle is None:
+                held.group.close()
+            else:
+                idle.absorb(held.group.release())
+        finally:
+            for rank in held.memory:
+                rank.forget()
+            self._retired.extend(held.memory)
+            if held in self._held:
+                self._held.remove(held)
 
 
 POOL = Pool()

@@ -10,6 +10,7 @@ import golden
 import toys
 from asyncdiff_nodes.cli.zoo import find_model
 from asyncdiff_nodes.engine import BlockGraph, Plan, WorkerGroup, find_family, trace
+from reuse import released, started
 
 
 @pytest.fixture(scope="session")
@@ -55,9 +56,9 @@ def start():
     def get(model: str, plan: Plan, module: torch.nn.Module, **options) -> WorkerGroup:
         group = running.pop((model, plan), None)
         while running and plan.world_size + sum(p.world_size for _, p in running) > MOST_RANKS:
-            running.pop(next(iter(running))).close()
+            released(running.pop(next(iter(running))))
         if group is None:
-            group = WorkerGroup(module, plan, ["cpu"] * plan.world_size, threads_per_rank=1, **options)
+            group = started(module, plan, **options)
         running[model, plan] = group
         return group
 

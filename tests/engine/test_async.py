@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import toys
-from asyncdiff_nodes.engine import Plan, Simulator, WorkerGroup
+from asyncdiff_nodes.engine import Plan, Simulator
+from reuse import running
 from toys import TOY, ToyBlock
 
 TIMESTEPS = [980, 860, 740, 620, 500, 380, 260, 140, 20]
@@ -124,7 +125,7 @@ def test_two_blocks_by_hand_at_stride_2(order, start):
 def test_group_without_begin_is_a_run_of_its_own():
     """Nothing has to be announced at stride 1; streams may come and go."""
     net = toys.chain(ToyBlock, ToyBlock, ToyBlock)
-    with WorkerGroup(net, Plan(warmup=1), threads_per_rank=1, family=TOY) as group:
+    with running(net, Plan(warmup=1), family=TOY) as group:
         first = toys.denoise(group, TIMESTEPS)
         second = toys.denoise(group, TIMESTEPS, stream=("a", 1))
         assert torch.equal(first, second)

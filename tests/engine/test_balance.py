@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import toys
-from asyncdiff_nodes.engine import BlockTimes, CallRecord, Placement, Plan, WorkerGroup, better, pause, place, slowest
+from asyncdiff_nodes.engine import BlockTimes, CallRecord, Placement, Plan, better, pause, place, slowest
 from asyncdiff_nodes.engine.clock import Costs, Link, step_seconds
 from asyncdiff_nodes.engine.graph import Block, BlockGraph, TensorMeta
+from reuse import running
 from toys import TOY
 
 TIMES = list(range(950, 0, -50))
@@ -22,7 +23,7 @@ def uneven():
     net = toys.chain(*[toys.Slow] * 5)
     for index, block in enumerate(net.blocks):
         block.seconds = index / 100
-    with WorkerGroup(net, Plan(warmup=6, cuts=("blocks.0", "blocks.3")), threads_per_rank=1, family=TOY) as group:
+    with running(net, Plan(warmup=6, cuts=("blocks.0", "blocks.3")), family=TOY) as group:
         group.begin(TIMES)
         toys.denoise(group, TIMES)
         yield group, group.stats().records

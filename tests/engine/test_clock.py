@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 import toys
-from asyncdiff_nodes.engine import Block, BlockGraph, Kind, Plan, PlanError, WorkerGroup, place
+from asyncdiff_nodes.engine import Block, BlockGraph, Kind, Plan, PlanError, place
 from asyncdiff_nodes.engine.clock import Costs, Link, simulate, step_seconds
 from asyncdiff_nodes.engine.graph import TensorMeta
+from reuse import running
 
 KB = TensorMeta((250,), (1,), toys.torch.float32)  # 1000 bytes
 
@@ -244,7 +245,7 @@ def sleepers(request):
     for block, sleep in zip(net.blocks, seconds, strict=True):
         block.seconds = sleep
     plan = Plan(len(cuts), stride=2, warmup=3, cuts=tuple(f"blocks.{cut}" for cut in cuts), forecast=forecast)
-    with WorkerGroup(net, plan, ["cpu"] * plan.world_size, threads_per_rank=1, family=toys.TOY) as group:
+    with running(net, plan, family=toys.TOY) as group:
         timed(group, plan, 4)  # the first calls pay for the trace and for memory
         records = timed(group, replace(plan, warmup=6), 6)[1]
         segments = [[seconds[i] for i in group.placement.owned(d)] for d in range(plan.segments)]

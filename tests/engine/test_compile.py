@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import toys
-from asyncdiff_nodes.engine import Plan, Simulator, WorkerError, WorkerGroup, place
+from asyncdiff_nodes.engine import Plan, Simulator, WorkerError, place
 from asyncdiff_nodes.engine.graph import tensors_of
+from reuse import running
 from toys import TOY, Telltale, ToyBlock
 
 TIMESTEPS = [980, 860, 740, 620, 500, 380]
@@ -25,7 +26,7 @@ class Plus(torch.nn.Module):
 
 
 def group_of(net, plan=PLAN, **how):
-    return WorkerGroup(net, plan, ["cpu"] * plan.world_size, threads_per_rank=1, family=TOY, compile={"backend": "eager", **how})
+    return running(net, plan, family=TOY, compile={"backend": "eager", **how})
 
 
 def test_every_block_of_every_rank_is_compiled_and_values_cross_as_ever():
@@ -73,8 +74,11 @@ def move(group, net):
 
 
 def test_a_backend_that_is_not_there_is_named():
-    with pytest.raises(WorkerError, match="no such backend"):
-        group_of(toys.chain(ToyBlock, ToyBlock, ToyBlock), backend="no such backend")
+    with (
+        pytest.raises(WorkerError, match="no such backend"),
+        group_of(toys.chain(ToyBlock, ToyBlock, ToyBlock), backend="no such backend"),
+    ):
+        pass
 
 
 @pytest.mark.slow

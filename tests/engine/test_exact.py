@@ -5,7 +5,8 @@ import torch
 
 import golden
 import toys
-from asyncdiff_nodes.engine import Plan, WorkerGroup
+from asyncdiff_nodes.engine import Plan
+from reuse import running
 from toys import TOY
 
 # three steps of DDIM are all warm-up for the golden plans with W = 3
@@ -146,7 +147,7 @@ def test_memory_format_and_dtype_of_the_module(form):
     x, context = x.to(net.scale.dtype), kwargs["context"].to(net.scale.dtype)
     if form == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(), WorkerGroup(net, Plan(warmup=2), threads_per_rank=1, family=TOY) as group:
+    with torch.no_grad(), running(net, Plan(warmup=2), family=TOY) as group:
         for t in (600, 30):
             routed, expected = group(x, t, context), net(x, t, context)
             assert routed.dtype == expected.dtype

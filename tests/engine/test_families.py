@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from asyncdiff_nodes.engine import Plan, Simulator, WorkerGroup, find_family, meta_copy, place, trace
+from asyncdiff_nodes.engine import Plan, Simulator, find_family, meta_copy, place, trace
 from asyncdiff_nodes.engine.graph import tensors_of
 from asyncdiff_nodes.engine.inputs import Inputs
+from reuse import running
 
 UNET = {
     "sample_size": 8, "block_out_channels": (32, 64), "norm_num_groups": 8, "layers_per_block": 1, "cross_attention_dim": 24,
@@ -100,7 +101,7 @@ def denoise(call, model, batch=2, noise=0.0):
 @pytest.mark.parametrize("kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in SMALL])
 def test_exact_when_synchronous_and_as_simulated_when_not(kind, segments):
     model, plan = small(kind), Plan(segments)
-    with WorkerGroup(model, plan, ["cpu"] * segments, threads_per_rank=1) as group:
+    with running(model, plan) as group:
         exact = denoise(model, model)
         group.begin(TIMESTEPS, replace(plan, warmup=len(TIMESTEPS)))
         assert all(map(torch.equal, denoise(group, model), exact))
@@ -156,7 +157,7 @@ DEEP = ("down_blocks.1.attentions.0.transformer_blocks.1", "mid_block.attentions
 def test_unet_cut_within_its_deep_attentions(cuts):
     unet = small("sdxl")
     plan = Plan(len(cuts), cuts=cuts)
-    with WorkerGroup(unet, plan, ["cpu"] * plan.segments, threads_per_rank=1) as group:
+    with running(unet, plan) as group:
         exact = denoise(unet, unet)
         group.begin(TIMESTEPS, replace(plan, warmup=len(TIMESTEPS)))
         assert all(map(torch.equal, denoise(group, unet), exact))

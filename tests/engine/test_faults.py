@@ -20,7 +20,7 @@ import torch
 import toys
 from asyncdiff_nodes import spawned
 from asyncdiff_nodes.engine import DeadlineError, GroupClosedError, Plan, WorkerError, WorkerGroup, wire
-from asyncdiff_nodes.engine.processes import _spawning
+from asyncdiff_nodes.engine.spawning import spawning
 from toys import TOY
 
 HERE = Path(__file__).parent
@@ -335,7 +335,7 @@ def test_a_rank_whose_parent_is_gone_before_it_is_heard_removes_the_folder(tmp_p
     context = multiprocessing.get_context("spawn")
     (conn, child_conn), (child_death, death) = wire.pipe(context), context.Pipe(duplex=False)
     rank = context.Process(target=spawned.main, args=(child_conn, child_death, str(folder)))
-    with _spawning():
+    with spawning():
         rank.start()
     for end in (conn, child_conn, child_death, death):
         end.close()

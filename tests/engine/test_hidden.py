@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from asyncdiff_nodes.engine import Placement, Plan, Simulator, WorkerGroup, place, trace
+from asyncdiff_nodes.engine import Placement, Plan, Simulator, place, trace
+from reuse import running
 from toys import TRANSFORMER, ToyTransformer
 
 TIMESTEPS = [900, 800, 700, 600, 500, 400, 300]
@@ -34,7 +35,7 @@ def without(plan):
 
 
 def group_of(net, plan):
-    return WorkerGroup(net, plan, ["cpu"] * plan.world_size, threads_per_rank=1, family=TRANSFORMER)
+    return running(net, plan, family=TRANSFORMER)
 
 
 def begun(call, **how):
@@ -107,7 +108,7 @@ def test_hidden_states_that_no_block_makes_are_fresh_with_any_cuts():
     """As where the embedding is done by every rank: all of them are then sent the sample."""
     family = replace(TRANSFORMER, block_names=lambda net: TRANSFORMER.block_names(net)[1:])
     net, plan = ToyTransformer(mix=0), Plan(2, warmup=2)
-    with WorkerGroup(net, plan, ["cpu"] * 2, threads_per_rank=1, family=family) as group:
+    with running(net, plan, family=family) as group:
         assert group.placement.hidden.made_of == frozenset()
         torch.testing.assert_close(begun(group), denoise(net), rtol=0, atol=1e-5)
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import toys
-from asyncdiff_nodes.engine import NoiseLevels, Plan, PlanError, ScheduleError, Simulator, WorkerGroup
+from asyncdiff_nodes.engine import NoiseLevels, Plan, PlanError, ScheduleError, Simulator
 from asyncdiff_nodes.engine.lookahead import Outlook
+from reuse import running
 from toys import TOY, ToyBlock
 
 TIMESTEPS = [900, 700, 500, 350, 250, 150, 80, 30]
@@ -110,7 +111,7 @@ def test_who_expects_rightly_computes_as_if_nothing_were_stale(segments, first):
     net.skips = {4: [0, 1], 6: [0], 7: [2]}
     cuts = (first, "blocks.3", "blocks.5")[:segments]
     plan, xs = Plan(segments=segments, cuts=cuts, warmup=2), straight()
-    with WorkerGroup(net, plan, ["cpu"] * segments, threads_per_rank=1, family=TOY) as group, torch.no_grad():
+    with running(net, plan, family=TOY) as group, torch.no_grad():
         assert group.placement.wrapped == (first != "blocks.0")
         group.begin(TIMESTEPS, levels=LEVELS)
         kwargs = toys.inputs(0)[1]
@@ -124,7 +125,7 @@ def test_where_nothing_can_be_foreseen_the_latest_values_are_reused():
     noisy = torch.randn(len(times), 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     context, found = toys.inputs(0)[1], {}
     plan = Plan(segments=3, cuts=("blocks.0", "blocks.1", "blocks.2"), warmup=3)
-    with WorkerGroup(net, plan, ["cpu"] * 3, threads_per_rank=1, family=TOY) as group:
+    with running(net, plan, family=TOY) as group:
         for forecast in (0, 1):
             group.begin(times, replace(plan, forecast=forecast), levels=NoiseLevels.unknown(len(times)))
             found[forecast] = [group(x, t, **context) for x, t in zip(noisy, times, strict=True)]
@@ -133,7 +134,7 @@ def test_where_nothing_can_be_foreseen_the_latest_values_are_reused():
 
 @pytest.fixture(scope="module")
 def group():
-    with WorkerGroup(toys.chain(ToyBlock, ToyBlock), Plan(warmup=2), threads_per_rank=1, family=TOY) as group:
+    with running(toys.chain(ToyBlock, ToyBlock), Plan(warmup=2), family=TOY) as group:
         yield group
 
 

@@ -7,7 +7,8 @@ import torch
 
 import golden
 import toys
-from asyncdiff_nodes.engine import Plan, PlanError, Simulator, WorkerGroup, place, trace
+from asyncdiff_nodes.engine import Plan, PlanError, Simulator, place, trace
+from reuse import running
 from toys import TOY
 
 TIMESTEPS = [980, 860, 740, 620, 500, 380, 260, 140, 20]
@@ -76,7 +77,7 @@ WRAPPED = Plan(segments=2, warmup=2, forecast=0, cuts=("blocks.1", "blocks.3"), 
 )
 def test_what_cannot_follow_in_parts_is_computed_whole(block, plan):
     net = toys.chain(toys.ToyBlock, block, *[toys.ToyBlock] * 3)
-    with WorkerGroup(net, plan, ["cpu"] * plan.world_size, threads_per_rank=1, family=TOY) as group, torch.no_grad():
+    with running(net, plan, family=TOY) as group, torch.no_grad():
         x, kwargs = toys.inputs(5)
         assert torch.equal(group(x, 980, **kwargs), net(x, 980, **kwargs))
 

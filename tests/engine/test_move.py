@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import toys
-from asyncdiff_nodes.engine import BlockTimes, Plan, PlanError, Simulator, WorkerError, WorkerGroup, better, place
+from asyncdiff_nodes.engine import BlockTimes, Plan, PlanError, Simulator, WorkerError, better, place
 from asyncdiff_nodes.engine.graph import tensors_of
+from reuse import running
 from toys import TOY
 
 TIMES = [980, 860, 740, 620, 500, 380, 260, 140, 60, 20]
@@ -22,7 +23,7 @@ CUTS = (("blocks.0", "blocks.2"), ("blocks.3", "blocks.5"), ("blocks.0", "blocks
 def movable(request):
     """A group with automatic cuts, its network, and where its blocks could be."""
     net, plan = toys.random_net(2), request.param
-    with WorkerGroup(net, plan, ["cpu"] * plan.world_size, threads_per_rank=1, family=TOY) as group:
+    with running(net, plan, family=TOY) as group:
         yield group, net, [at(group, cuts) for cuts in CUTS]
 
 
@@ -154,7 +155,7 @@ def test_a_placement_of_another_plan_or_model_is_refused(movable):
 )
 def test_a_failing_move_closes_the_group(weights, error):
     net = toys.random_net(4)
-    with WorkerGroup(net, Plan(), threads_per_rank=1, family=TOY) as group:
+    with running(net, Plan(), family=TOY) as group:
         starts = group.placement.starts
         cuts = next(cuts for cuts in CUTS if at(group, cuts).starts != starts)
         with pytest.raises(error):
@@ -164,7 +165,7 @@ def test_a_failing_move_closes_the_group(weights, error):
 
 def test_a_rank_that_dies_in_a_move_ends_it():
     net = toys.random_net(4)
-    with WorkerGroup(net, Plan(), threads_per_rank=1, family=TOY) as group:
+    with running(net, Plan(), family=TOY) as group:
         other = next(found for cuts in CUTS if (found := at(group, cuts)).starts != group.placement.starts)
 
         def weights(names):
@@ -179,7 +180,7 @@ def test_a_rank_that_dies_in_a_move_ends_it():
 def test_what_a_rank_gives_up_is_really_freed():
     net = toys.chain(*[toys.ToyBlock] * 5, channels=1024)  # 36 MiB each
     block = sum(tensor.nbytes for _, tensor in tensors_of(net.blocks[0]))
-    with WorkerGroup(net, Plan(forecast=0), threads_per_rank=1, family=TOY) as group:
+    with running(net, Plan(forecast=0), family=TOY) as group:
         held = []
         for cuts in (("blocks.0", "blocks.4"), ("blocks.0", "blocks.1")):
             group.move(at(group, cuts), weights_of(net, []))
@@ -197,7 +198,7 @@ def test_unequal_devices_come_near_the_ideal_for_their_speeds(plan):
     net = toys.chain(*[toys.Throttled] * 24)
     ideal = 24 * toys.Throttled.SECONDS / (1 + 1 / 2)
     times = list(range(960, 0, -60))
-    with WorkerGroup(net, plan, threads_per_rank=1, family=TOY) as group:
+    with running(net, plan, family=TOY) as group:
         (x, given), records, cuts = toys.inputs(0), [], group.placement.cuts
         group.begin(times, on_record=records.append)
         for k, t in enumerate(times):

@@ -5,7 +5,8 @@ import torch
 
 import golden
 import toys
-from asyncdiff_nodes.engine import Plan, WorkerGroup, find_family, meta_copy, trace
+from asyncdiff_nodes.engine import Plan, find_family, meta_copy, trace
+from reuse import running
 from toys import TOY
 
 
@@ -167,7 +168,7 @@ def test_weight_that_two_blocks_share_reaches_both_owners():
     net = toys.chain(toys.ToyBlock, toys.ToyBlock)
     net.blocks[1].conv.weight = net.blocks[0].conv.weight
     plan = Plan(warmup=2, cuts=("blocks.0", "blocks.1"))
-    with WorkerGroup(net, plan, threads_per_rank=1, family=TOY) as group, torch.no_grad():
+    with running(net, plan, family=TOY) as group, torch.no_grad():
         x, kwargs = toys.inputs(0)
         assert torch.equal(group(x, 5, **kwargs), net(x, 5, **kwargs))
         assert "blocks.1.conv.weight" in group.stats().ranks[1].weights
@@ -192,7 +193,7 @@ def test_inputs_go_only_to_the_ranks_that_read_them(monkeypatch):
     control = {"output": [torch.randn(2, 4, 8, 8)]}
     inputs = (sample, 5), {"context": given["context"], "control": control}
     plan = Plan(segments=2, warmup=1, cuts=("blocks.0", "blocks.2"))
-    with WorkerGroup(net, plan, threads_per_rank=1, family=TOY, example_inputs=inputs) as group:
+    with running(net, plan, family=TOY, example_inputs=inputs) as group:
         sent = {0: [], 1: []}
         original = group._ranks.send
 

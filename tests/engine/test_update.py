@@ -9,6 +9,7 @@ import torch
 import toys
 from asyncdiff_nodes.engine import Plan, PlanError, Simulator, WorkerError, WorkerGroup
 from asyncdiff_nodes.engine.graph import meta_copy, tensors_of
+from reuse import running
 
 TIMES = [900, 700, 500, 300, 100, 50]
 
@@ -17,7 +18,7 @@ TIMES = [900, 700, 500, 300, 100, 50]
 def wide():
     """A group with room for stride 2, and its network."""
     net = toys.random_net(3)
-    with WorkerGroup(net, Plan(segments=2, stride=2), ["cpu"] * 3, threads_per_rank=1, family=toys.TOY) as group:
+    with running(net, Plan(segments=2, stride=2), family=toys.TOY) as group:
         yield group, net
 
 
@@ -81,7 +82,7 @@ def test_a_failing_update_closes_the_group():
         yield next(tensors_of(net))
         raise OSError("the file has gone")
 
-    with WorkerGroup(net, Plan(), threads_per_rank=1, family=toys.TOY) as group:
+    with running(net, Plan(), family=toys.TOY) as group:
         with pytest.raises(OSError, match="the file has gone"):
             group.load_weights(weights())
         assert group.closed

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import toys
-from asyncdiff_nodes.engine import Plan, Simulator, WorkerGroup, wire
+from asyncdiff_nodes.engine import Plan, Simulator, wire
 from asyncdiff_nodes.engine.graph import tensors_of
+from reuse import running
 from toys import TOY, ToyBlock
 
 PLAN = Plan(warmup=4, cuts=("blocks.0", "blocks.2"))
@@ -88,7 +89,7 @@ def test_after_a_move_ranks_have_those_of_their_blocks():
     net, values = patched_net(), weights(2)
     sample, given = toys.inputs(0)
     plan, options = Plan(warmup=9, cuts=PLAN.cuts), {"example_inputs": ((sample, 5), {**given, "weights": weights(0)})}
-    with torch.no_grad(), WorkerGroup(net, plan, threads_per_rank=1, family=TOY, **options) as group:
+    with torch.no_grad(), running(net, plan, family=TOY, **options) as group:
         graph, before = group.placement.graph, group.placement
         for placement in (before, type(before)(graph, plan, (1, 3)), before):
             group.move(placement, lambda _: tensors_of(net))
