@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo demo-comfy test test-engine test-host test-slow screenshots lint format clean
+.PHONY: demo demo-comfy test test-engine test-host test-beside-engine test-beside-host test-slow screenshots lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m asyncdiff_nodes demo
@@ -12,8 +12,17 @@ demo: $(VENV)/installed
 demo-comfy: $(VENV)/installed
 	$(BIN)/python -m asyncdiff_nodes demo-comfy
 
-# make -j2 test runs both parts at once
-test: lint test-engine test-host
+# two parts side by side, and then what looks at times
+test: lint
+	$(MAKE) --no-print-directory -j2 test-beside-engine test-beside-host
+	$(BIN)/python -m pytest -m "timing and not slow"
+	$(BIN)/python tests/host/run.py -m "timing and not slow"
+
+test-beside-engine: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not timing and not slow"
+
+test-beside-host: $(VENV)/installed
+	$(BIN)/python tests/host/run.py -m "not timing and not slow"
 
 test-engine: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"

@@ -257,6 +257,7 @@ def sleepers(request):
         yield group, Costs([sleep + more for sleep in seconds], round_trip=round_trip)
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(("stride", "microbatches"), [(1, 1), (2, 2)])
 def test_real_ranks_that_sleep_take_as_long_as_the_clock_says(sleepers, stride, microbatches):
     """A rank that sleeps is a device of its own, on any number of cores."""

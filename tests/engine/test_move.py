@@ -190,6 +190,7 @@ def test_what_a_rank_gives_up_is_really_freed():
         assert many - less > 2.5 * block and more - one > 2.5 * block
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(
     "plan", [pytest.param(Plan(forecast=0, warmup=3), marks=pytest.mark.slow), Plan(warmup=3)], ids=["reuse", "ahead"]
 )

@@ -45,6 +45,7 @@ def step_seconds(calls):
     return sorted(times)[len(times) // 2]
 
 
+@pytest.mark.timing
 def test_blocks_move_to_the_faster_rank_in_mid_run_and_the_next_group_starts_so(measured, sd15, prompts):
     sample(sd15, prompts, Options(**REUSE), steps=20)
     first = last_run().placement
@@ -61,6 +62,7 @@ def test_blocks_move_to_the_faster_rank_in_mid_run_and_the_next_group_starts_so(
     assert last_run().placement.cuts != place(first.graph, first.plan).cuts
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_a_group_that_is_there_moves_before_the_next_run(measured, sd15, prompts, monkeypatch):
     """And synchronous runs are exact, wherever the blocks are."""

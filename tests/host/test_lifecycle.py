@@ -132,14 +132,20 @@ def test_the_ranks_memory_taken_back_in_mid_run_costs_no_picture(sd15, prompts):
     assert torch.equal(sample(model, prompts), expected) and not last_run().notes
 
 
-@pytest.mark.slow
-def test_another_plan_for_the_same_model_replaces_its_ranks(sd15, prompts):
+def test_another_plan_for_the_same_model_takes_over_its_processes(sd15, prompts):
+    POOL.release()  # that of a model that is gone would do, too
+    expected = sample(sd15, prompts)
     sample(attach(sd15, EXACT), prompts)
-    before = pids()
-    sample(attach(sd15, Options("Exact", "cpu,cpu,cpu")), prompts)
-    assert len(pids()) == 3 and not any(psutil.pid_exists(pid) for pid in before)
+    two = pids()
+    assert torch.equal(sample(attach(sd15, Options("Exact", "cpu,cpu,cpu", segments=3)), prompts), expected)
+    three = pids()
+    assert len(three) == 3 and set(two) < set(three)
+    assert torch.equal(sample(attach(sd15, Options("Exact", "cpu,cpu", segments=2)), prompts), expected)
+    assert len(pids()) == 2 and set(pids()) < set(three)
+    assert [psutil.pid_exists(pid) for pid in three].count(True) == 2
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("steps_before", [0, pytest.param(5, marks=pytest.mark.slow)])
 def test_cancel_answers_at_once_and_the_ranks_go_on(sd15, prompts, steps_before):
     """In the warm-up (3 steps) and after it; a large latent makes a step long."""
