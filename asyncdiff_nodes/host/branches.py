@@ -10,6 +10,7 @@ from comfy.model_patcher import ModelPatcher
 
 from asyncdiff_nodes.engine import Plan
 
+from .animatediff import motion_models
 from .live import title
 from .memory import room_for_weights
 from .parts import across_items
@@ -23,7 +24,8 @@ def items_per_call(guider: Any, conds: dict[str, Any], model_options: dict[str, 
 
     1 where the host will, or may, evaluate the prompts one after the other. The frames of a video are one item.
     """
-    if guider.model_patcher.model.model_config.unet_config.get("use_temporal_attention"):
+    model = guider.model_patcher
+    if model.model.model_config.unet_config.get("use_temporal_attention") or motion_models(model):
         batch = 1
     prompts = {name: entries for name, entries in conds.items() if entries}
     optimized = not model_options.get("disable_cfg1_optimization", False)

@@ -18,6 +18,7 @@ from torch import nn
 
 from asyncdiff_nodes.engine import UnsupportedModelError
 
+from .animatediff import motion_models
 from .attributes import replaced
 from .controlled import CONTROLLED, MERGE, Residuals
 from .skeleton import net_skeleton
@@ -176,6 +177,8 @@ def _obstacle(control: ControlNet, patcher: ModelPatcher, model_options: dict[st
     network, wrapped, controls = control.control_model, control.control_model_wrapped, type(patcher.model.diffusion_model)
     if controls not in CONTROLLED or type(network) is not CONTROLLED[controls].net_class:
         return f"there is no block list for its {type(network).__name__} with this {controls.__name__}"
+    if motion_models(patcher):
+        return "the network has AnimateDiff's motion modules"
     if "model_function_wrapper" in model_options:
         return "another node wraps the model's function"
     wrappers = model_options.get("transformer_options", {}).get("wrappers", {})

@@ -65,7 +65,7 @@ class ImageAttention:
         def take(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return value
-            tensors.append(_constant(value))
+            tensors.append(constant(value))
             return _At(len(tensors) - 1)
 
         _made[patch] = cls(module, tree_map(take, settings), tuple(tensors))
@@ -136,7 +136,7 @@ def _project(layers: Layers, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _constant(tensor: torch.Tensor) -> nn.Parameter:
+def constant(tensor: torch.Tensor) -> nn.Parameter:
     """``tensor`` as what the engine takes for constant; the same one each time."""
     if isinstance(tensor, nn.Parameter):
         return tensor

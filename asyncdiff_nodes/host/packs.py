@@ -6,6 +6,7 @@ import importlib
 import sys
 import types
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class PackModule:
     name: str
 
     @classmethod
-    def of(cls, thing: type) -> PackModule | None:
-        """The module that defines ``thing``; None if it is none within a package."""
+    def of(cls, thing: Any) -> PackModule | None:
+        """The module that defines ``thing``, a class or function; None if it is none within a package."""
         package, _, name = thing.__module__.rpartition(".")
         folders = getattr(sys.modules.get(package), "__path__", ())
         return cls(package, folders[0], name) if folders else None

@@ -19,15 +19,18 @@ def divide(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, parts: int
     """See :func:`asyncdiff_nodes.engine.batch.divide`; patches are told which prompts their part has, videos stay whole."""
     options = kwargs["transformer_options"]
     chunks = options.get("cond_or_uncond", [])
-    frames = kwargs.get("num_video_frames") or 1  # of each video: they are computed together
+    motion = kwargs.get("motion")
+    frames = kwargs.get("num_video_frames") or (motion["frames"] if motion else 1)  # of each video: they are computed together
     torn = frames > 1 and (batch // frames) % parts
     if torn or across_items(options, len(chunks)) or (len(chunks) > 1 and len(chunks) % parts):
         return [(args, kwargs)]
     patches = {kind: options[kind] for kind in _PATCHES if kind in options}  # what they look at is no batch
     rest = {name: value for name, value in options.items() if name not in patches}
-    found = divide_batch(args, {**kwargs, "transformer_options": rest}, batch, parts)
+    whole = {"motion": motion} if motion else {}  # its masks are of frames, for all videos
+    found = divide_batch(args, {**kwargs, "transformer_options": rest, **dict.fromkeys(whole)}, batch, parts)
     each = len(chunks) // parts
     for part, (_, own) in enumerate(found):
+        own |= whole
         own["transformer_options"] |= patches
         if len(chunks) > 1:
             own["transformer_options"]["cond_or_uncond"] = chunks[part * each : (part + 1) * each]

@@ -11,6 +11,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from asyncdiff_nodes.engine.trees import flatten
 
+from . import animatediff
 from .ipadapter import ImageAttention
 from .shipping import ShippedPatch, Variable, is_plain
 from .weights import PREFIX
@@ -32,8 +33,8 @@ def obstacle(patcher: ModelPatcher, model_options: dict[str, Any]) -> str | None
     for key in patcher.weight_wrapper_patches:
         if key.startswith(PREFIX):
             return f"another node computes the weight {key} anew in every call"
-    if patcher.injections:
-        return f"another node injects modules into the model: {', '.join(map(str, patcher.injections))}"
+    if reason := animatediff.obstacle(patcher, model_options):
+        return reason
     if any("compile" in str(key) and key != COMPILE_KEY for keys in patcher.wrappers.values() for key in keys):
         return "another pack compiles the model in a way of its own"
     if any(patcher.hook_patches.values()):
@@ -48,7 +49,7 @@ def call_obstacle(transformer_options: dict[str, Any]) -> str | None:
         for kind in _PATCHES
         for place, patches in transformer_options.get(kind, {}).items()
         for patch in _values(patches)
-        if _shipped(patch, {}) is None
+        if not animatediff.is_dispatch(patch) and _shipped(patch, {}) is None
     }
     # without patches, the network's own code reads only those of the other options that are functions
     found |= {
@@ -70,8 +71,8 @@ def shippable(transformer_options: dict[str, Any]) -> dict[str, Any]:
         for place, patches in transformer_options.get(kind, {}).items():
             if isinstance(patches, dict):
                 shipped[place] = {where: _shipped(patch, variables) for where, patch in patches.items()}
-            elif patches:
-                shipped[place] = [_shipped(patch, variables) for patch in patches]
+            elif kept := [patch for patch in patches if not animatediff.is_dispatch(patch)]:
+                shipped[place] = [_shipped(patch, variables) for patch in kept]
         if shipped:
             options |= {
                 kind: shipped,

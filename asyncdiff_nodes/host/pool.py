@@ -19,13 +19,14 @@ from asyncdiff_nodes.engine.devices import on_cluster
 from asyncdiff_nodes.engine.graph import tensors_of
 from asyncdiff_nodes.engine.plan import PER_RUN
 
+from .animatediff import motion_models
 from .balance import Balance
 from .compiled import compile_arguments
 from .memory import RankMemory
 from .quantised import changed_by_patches
 from .settings import setting
 from .skeleton import family_of, fingerprint_of, outline_of, skeleton_of
-from .weights import net_prefix, patches_of, weights_of
+from .weights import motion_prefix, net_prefix, patches_of, versions_of, weights_of
 from .worker import HostSettings
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Held:
 
     Attributes:
         model: the host's model whose weights the ranks have.
-        version: the host's id of the patches in these weights.
+        versions: the host's ids of the patches in these weights; see :func:`~.weights.versions_of`.
         patched: names of the patched weights.
         fingerprint: of the network without its weights.
         skeleton: what the ranks have, on the meta device.
@@ -52,7 +53,7 @@ class Held:
 
     group: WorkerGroup
     model: weakref.ref
-    version: Any
+    versions: tuple[Any, ...]
     patched: frozenset[str]
     fingerprint: str
     skeleton: nn.Module
@@ -281,7 +282,7 @@ class Pool:
             raise
         model, patched = weakref.ref(patcher.model), frozenset(patches_of(patcher))
         refs = list(map(weakref.ref, nets))
-        held = Held(group, model, patcher.patches_uuid, patched, fingerprint_of(patcher), skeleton, refs, memory)
+        held = Held(group, model, versions_of(patcher), patched, fingerprint_of(patcher), skeleton, refs, memory)
         started.append(weakref.ref(held))
         self._held.append(held)
         return held
@@ -291,8 +292,12 @@ class Pool:
         patched, names = frozenset(patches_of(patcher)), frozenset()
         if held.model() is not patcher.model:
             names = frozenset(name for name, _ in tensors_of(patcher.model.diffusion_model))
-        elif held.version != patcher.patches_uuid:
+        elif held.versions[0] != patcher.patches_uuid:
             names = changed_by_patches(held.skeleton, held.patched | patched)
+        versions = versions_of(patcher)
+        for slot, motion in enumerate(motion_models(patcher)):
+            if held.versions[1 + slot] != versions[1 + slot]:
+                names |= {motion_prefix(slot) + name for name, _ in tensors_of(motion.model)}
         for slot, net in zip(held.slots(nets), nets, strict=True):
             if held.nets[slot]() is not net:
                 held.nets[slot] = weakref.ref(net)
@@ -301,7 +306,7 @@ class Pool:
             return
         log.info("AsyncDiff: sending %d weights to the running ranks", len(names))
         held.group.load_weights(held.weights(patcher, names))
-        held.model, held.version, held.patched = weakref.ref(patcher.model), patcher.patches_uuid, patched
+        held.model, held.versions, held.patched = weakref.ref(patcher.model), versions, patched
 
     def _end(self, held: Held, idle: IdleWorkers | None = None) -> None:
         """End a group; its processes only if nobody collects them in ``idle``."""

@@ -30,6 +30,8 @@ from asyncdiff_nodes.engine import (
     WorkerGroup,
 )
 
+from .animatediff import NOT_PLAIN, Motion
+from .attributes import replaced
 from .balance import Balance
 from .branches import affordable, items_per_call
 from .compiled import without_compiled_network
@@ -69,6 +71,7 @@ class Sampling:
         self._balance: Balance | None = None
         self._calls = 0  # of each stream, as far as is known
         self._nets: ControlNets | None = None  # that the ranks compute
+        self._motion: Motion
         self._slots: list[int] = []  # where they have them
         self._acquire: Callable[[], WorkerGroup]
         self._begin: Callable[[WorkerGroup], None] | None = None  # None before the run has begun
@@ -93,6 +96,7 @@ class Sampling:
         """Get a group ready, and the host's other models. None: the host's own path, for the reason that was noted."""
         if reason := obstacle(patcher, model_options or {}) or without_ranks(conds):
             return self._note(reason)
+        self._motion = Motion(patcher)
         steps = len(self._sigmas) - 1
         if not steps:
             return self._note("there is no step to sample")
@@ -104,15 +108,19 @@ class Sampling:
             others += helpers.get_additional_models_from_model_options(model_options)
             others += patcher.get_nested_additional_models()
             nets = ControlNets(conds if self._options.control_nets == "shared" else {}, patcher, model_options or {})
-            others = [other for other in others if not any(other is net for net in nets.patchers)]
+            theirs = [*nets.patchers, *self._motion.patchers]  # the ranks'
+            others = [other for other in others if not any(other is each for each in theirs)]
             need, least = (size + extra for size in helpers.estimate_memory(patcher, noise_shape, conds))
-            networks = [patcher, *nets.patchers]
+            networks = [patcher, *theirs]
             if plan.branches > 1 and not self._options.branches and not affordable(networks, plan, devices, least):
                 plan, devices = self._options.resolve(items, branching=False)
 
             def load(ranks: list[Any]) -> None:
                 comfy.model_management.load_models_gpu([*others, *ranks], memory_required=need, minimum_memory_required=least)
 
+            if self._motion.patchers:
+                self._motion.take_out()
+                noise_shape = [self._motion.frames, *noise_shape[1:]]
             balance = Balance(patcher, plan, noise_shape, devices, room_for_weights(devices, least / plan.branches))
             poll = comfy.model_management.throw_exception_if_processing_interrupted
             acquire = functools.partial(POOL.acquire, patcher, nets.networks, plan, devices, noise_shape, load, poll, balance)
@@ -172,6 +180,8 @@ class Sampling:
 
         def by_host(reason: str) -> torch.Tensor:
             self._note(reason)
+            if self._motion.patchers:
+                self._left = reason  # the host's network now has the motion modules, and weights of other names
             self._load_here(x)
             complete(control, nets)  # in the dictionary that the network is called with
             return network()
@@ -180,13 +190,19 @@ class Sampling:
             return by_host(reason)
         if not all(net.fits(x, timesteps) for net in nets):
             return by_host("a ControlNet is given another latent than the model")
+        path = ""
+        if self._motion.patchers:
+            given["motion"] = state = self._motion.state()
+            if state is None:
+                return by_host(f"AnimateDiff-Evolved: {NOT_PLAIN}")
+            path = self._motion.stream(state)
         shipped = shippable(options)
         given["transformer_options"] = shipped
-        window = getattr(options.get("context_window"), "index_list", None)
+        window = getattr(options.get("context_window"), "index_list", None) or options.get("ad_params", {}).get("sub_idxs")
         # the same prompt under a guidance patch, a control net that starts in mid-run, a window of frames: streams of their own
         patches = self._patches.setdefault(identity(shipped), len(self._patches))
         outline = _outline(control), tuple(net.net for net in nets)
-        stream = (tuple(options.get("uuids", ())), tuple(x.shape), outline, patches, repr(window))
+        stream = (tuple(options.get("uuids", ())), tuple(x.shape), outline, patches, repr(window), path)
         self._progress.call(stream)
         if self._plan.branches > len(x):
             self._note(
@@ -331,7 +347,8 @@ class Sampling:
         patcher.model_patches_to(patcher.load_device)
         patcher.model_patches_to(patcher.model_dtype())
         patcher.unpatch_model(patcher.offload_device, unpatch_weights=False)
-        patcher.patch_model(load_weights=False)
+        with replaced(patcher, "skip_injection", True):
+            patcher.patch_model(load_weights=False)
         for child in patcher.model.children():
             if child is not patcher.model.diffusion_model:
                 child.to(patcher.load_device)
@@ -340,7 +357,7 @@ class Sampling:
         """Have the host load the network after all."""
         if not self._loaded_here:
             need = self._patcher.memory_required(list(x.shape))
-            patchers = list(dict.fromkeys([self._patcher, *self._nets.patchers]))
+            patchers = list(dict.fromkeys([self._patcher, *self._motion.patchers, *self._nets.patchers]))
             comfy.model_management.load_models_gpu(patchers, memory_required=need)
             self._loaded_here = True
 

@@ -19,6 +19,8 @@ from asyncdiff_nodes.engine import Family, UnsupportedModelError, find_family
 from asyncdiff_nodes.engine.graph import tensors_of
 
 from . import quantised
+from .animated import MotionSource, animated
+from .animatediff import motion_models, motion_sources
 from .compiled import compile_arguments
 from .controlled import controlled
 from .net_configs import on_meta
@@ -51,7 +53,19 @@ def skeleton_of(patcher: ModelPatcher, nets: Sequence[nn.Module] = ()) -> nn.Mod
                 module.comfy_cast_weights = module.comfy_force_cast_weights = True
     if operations is not None:
         quantised.take_apart(rebuilt, operations, patches_of(patcher))
+    if sources := motion_sources(patcher):
+        return _animated(rebuilt, sources, patcher)
     return controlled(rebuilt, [net_skeleton(net, patcher) for net in nets]) if nets else rebuilt
+
+
+def _animated(rebuilt: nn.Module, sources: Sequence[MotionSource], patcher: ModelPatcher) -> nn.Module:
+    try:
+        network = animated(rebuilt, sources)
+    except Exception as error:
+        raise UnsupportedModelError(f"its motion model could not be rebuilt ({error})") from error
+    for ours, theirs in zip(network.motion, motion_models(patcher), strict=True):
+        _compare(ours, theirs.model, "its file says")
+    return network
 
 
 def net_skeleton(net: nn.Module, patcher: ModelPatcher) -> nn.Module:
@@ -84,14 +98,18 @@ def _rebuilt(live: nn.Module, build: Callable[[type], nn.Module], operations: Op
             rebuilt.get_submodule(layer).load_state_dict(state, assign=True)
     except Exception as error:
         raise UnsupportedModelError(f"its {name} could not be rebuilt from the host's configuration ({error})") from error
+    _compare(rebuilt, live, "the host's configuration says")
+    return rebuilt
+
+
+def _compare(rebuilt: nn.Module, live: nn.Module, says: str) -> None:
+    """Raises as :func:`skeleton_of` if they are not the same network."""
     for what, describe in (("layers", _classes), ("weights", _shapes), ("attention heads", _heads)):
         ours, theirs = describe(rebuilt), describe(live)
         if ours != theirs:
             changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-            raise UnsupportedModelError(
-                f"its {name} has other {what} than the host's configuration says: {', '.join(changed[:3])}"
-            )
-    return rebuilt
+            name = type(live).__name__
+            raise UnsupportedModelError(f"its {name} has other {what} than {says}: {', '.join(changed[:3])}")
 
 
 def fingerprint_of(patcher: ModelPatcher) -> str:
@@ -107,7 +125,8 @@ def fingerprint_of(patcher: ModelPatcher) -> str:
     operations = quantised.operations_of(patcher)
     classes = _classes_of(live, operations)
     layers = (operations, quantised.outline(live, operations, patches_of(patcher))) if operations else classes
-    return repr((type(live), layers, patcher.force_cast_weights, config, compile_arguments(patcher)))
+    found = type(live), layers, patcher.force_cast_weights, config, compile_arguments(patcher)
+    return repr((*found, *motion_sources(patcher)))
 
 
 def outline_of(net: nn.Module) -> Any:

@@ -17,6 +17,7 @@ from torch import nn
 from asyncdiff_nodes.engine import UnsupportedModelError
 from asyncdiff_nodes.engine.graph import tensors_of
 
+from .animatediff import motion_models
 from .quantised import Operations, operations_of, part_of, whole_name
 
 PREFIX = "diffusion_model."
@@ -26,6 +27,16 @@ _string_to_seed = getattr(comfy.utils, "string_to_seed", None) or comfy.model_pa
 def net_prefix(slot: int) -> str:
     """Of the names of the weights of a ControlNet; see :class:`~.controlled.Controlled`."""
     return f"control_nets.{slot}."
+
+
+def motion_prefix(slot: int) -> str:
+    """Of the names of the weights of a motion model; see :class:`~.animated.AnimatedUNet`."""
+    return f"motion.{slot}."
+
+
+def versions_of(patcher: ModelPatcher) -> tuple[Any, ...]:
+    """The host's ids of the patches in the weights of the model, and of each of its motion models."""
+    return tuple(each.patches_uuid for each in (patcher, *motion_models(patcher)))
 
 
 def patches_of(patcher: ModelPatcher) -> dict[str, Sequence[Any]]:
@@ -53,6 +64,11 @@ def weights_of(
     live = {}
     for slot, net in enumerate(nets):
         live |= {net_prefix(slot) + name: tensor for name, tensor in tensors_of(net or skeleton.control_nets[slot])}
+    moving = {
+        motion_prefix(slot) + name: (motion, name)
+        for slot, motion in enumerate(motion_models(patcher))
+        for name, _ in tensors_of(motion.model)
+    }
     operations = operations_of(patcher)
     patches = {} if operations is None else patches_of(patcher)
     wholes: dict[str, dict[str, torch.Tensor]] = {}
@@ -60,7 +76,10 @@ def weights_of(
         if names is None or name in names or whole_name(name) in names:
             wholes.setdefault(whole_name(name), {})[name] = meta
     for name, metas in wholes.items():
-        weight = _filled(live[name]) if name in live else _loaded(patcher, PREFIX + name, operations)
+        if name in moving:
+            weight = _loaded(*moving[name], None)
+        else:
+            weight = _filled(live[name]) if name in live else _loaded(patcher, PREFIX + name, operations)
         for part, meta in metas.items():
             value = part_of(skeleton, part, weight, patches.get(name, ()))
             if type(value) not in (torch.Tensor, nn.Parameter):

@@ -4,6 +4,7 @@ from asyncdiff_nodes.engine.family import Family
 
 from . import (
     comfy_control_nets,
+    comfy_motion,
     comfy_transformers,
     comfy_unet,
     flux,
@@ -19,6 +20,7 @@ from . import (
 )
 
 FAMILIES: dict[str, Family] = {
+    "asyncdiff_nodes.AnimatedUNet": comfy_motion.FAMILY,
     "asyncdiff_nodes.ControlledFlux": comfy_control_nets.FLUX,
     "asyncdiff_nodes.ControlledQwenImage": comfy_control_nets.QWEN_IMAGE,
     "asyncdiff_nodes.ControlledSD3": comfy_control_nets.SD3,

@@ -8,6 +8,7 @@ from comfy.patcher_extension import WrappersMP
 
 from asyncdiff_nodes.engine import NoiseLevels, Simulator
 from asyncdiff_nodes.engine.graph import tensors_of
+from asyncdiff_nodes.host.animatediff import Motion
 from asyncdiff_nodes.host.control import ControlNets, take
 from asyncdiff_nodes.host.patches import shippable
 from asyncdiff_nodes.host.quantised import operations_of
@@ -25,19 +26,23 @@ def loaded(skeleton, model, nets=()):
     return whole
 
 
-def simulated(model, plan, sampler, size=(16, 16), control=None):
+def simulated(model, plan, sampler, size=(16, 16), control=None, batch=2):
     """``model`` with its network replaced by the simulator, once per sampling.
 
     Args:
+        batch: of the calls that it is planned for.
         control: the outermost ControlNet of the prompts, which the simulator is then to compute, too; it is changed for good.
     """
     clone = model.clone()
     network = whole = model.model.diffusion_model
+    motion = Motion(model)
+    if motion.patchers:
+        motion.take_out()
     nets = ControlNets({"positive": [{"control": control}]}, model, {}) if control else None
     skeleton = skeleton_of(model, nets.networks if nets else ())
     family = family_of(skeleton, model)
-    inputs = family.example_inputs(skeleton, size, 2)
-    if nets or operations_of(model):
+    inputs = family.example_inputs(skeleton, size, batch)
+    if nets or motion.patchers or operations_of(model):
         whole = loaded(skeleton, model, nets.networks if nets else ())
     if nets:
         clone.recording = nets.recorded()  # for as long as there is this model
@@ -60,6 +65,8 @@ def simulated(model, plan, sampler, size=(16, 16), control=None):
             simulator.begin(sampling.timestep(sigmas), levels)
         if calls := take(given.get("control")):
             given["nets"] = {call.net: call.to_send(plan.microbatches > 1) for call in calls}
+        if motion.patchers:
+            given["motion"] = motion.state()
         stream = tuple(options["uuids"]), tuple(x.shape), len(calls)
         return simulator(stream=stream, **given | {"transformer_options": {"sample_sigmas": None, **shippable(options)}})
 
