@@ -163,6 +163,20 @@ def control_nets(name: str) -> str:
     return "\n".join(lines)
 
 
+def start(name: str) -> str:
+    """Seconds to the end of the first step, by what ranks are there."""
+    models = list(dict.fromkeys(row["model"] for row in rows_of(name)))
+    found = {(row["model"], row["ranks"]): f"{row['seconds']:.1f}" for row in rows_of(name)}
+    what = {
+        "one device": "KSampler, one device",
+        "none": "no processes yet",
+        "of another plan": "those of another plan",
+        "of the same plan": "those of the same plan",
+    }
+    lines = [f"| | {' | '.join(models)} |", "|---|" + "---:|" * len(models)]
+    return "\n".join([*lines, *(f"| {what[it]} | {' | '.join(found[model, it] for model in models)} |" for it in what)])
+
+
 def faults(name: str) -> str:
     """What came of each kind of fault in each phase, and the sum of it."""
     ends = ("undisturbed", "restarted", "finished by ComfyUI")
@@ -208,6 +222,7 @@ TABLES = {
     "coverage": coverage,
     "plans": plans,
     "control_nets": control_nets,
+    "start": start,
     "faults": faults,
     "soak": soak,
     "compatibility": compatibility,

@@ -234,6 +234,14 @@ class WorkerGroup:
         leaves = [leaf.to(parts[0].device, copy=True) for leaf in concatenated([leaves for leaves, _ in results])]
         return unflatten(leaves, results[0][1])
 
+    def forget(self, stream: Hashable) -> None:
+        """Free what is kept of a stream that will not be called again in this run."""
+        for branch in range(self.plan.branches):
+            self._streams.pop((branch, stream), None)
+            self._last.pop((branch, stream), None)
+        self._results = {key: result for key, result in self._results.items() if key[1] != stream}
+        self._send_all(("forget", stream), time.monotonic() + self._call_timeout)
+
     def origin_of_nan(self, *args: Any, **kwargs: Any) -> str | None:
         """The first block that makes NaN or infinity of finite input, if this call is computed synchronously; None if none does.
 
@@ -477,7 +485,9 @@ class WorkerGroup:
         verb, *rest = header
         if verb == "result" and rest[0] == self._run.number:
             _, stream, index, structure = rest
-            self._results[rank // self.plan.branch_size, stream, index] = tensors, structure
+            branch = rank // self.plan.branch_size
+            if (branch, stream) in self._streams:  # not forgotten
+                self._results[branch, stream, index] = tensors, structure
         elif verb == "record" and rest[0] == self._run.number:
             self._records.append(rest[1])
             if self._on_record is not None:

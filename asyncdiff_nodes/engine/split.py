@@ -140,13 +140,17 @@ class SplitModel:
             block.forward = torch.compile(block.forward, **how)  # not the block: its hooks send and measure
 
     def reset(self) -> None:
-        """Forget every stream and record. Values on their way are received first, to keep the links in step."""
-        for stream in self._streams.values():
-            for inbox in stream.inboxes.values():
-                inbox.settle()
-        self._streams.clear()
+        """Forget every stream and record."""
+        for key in list(self._streams):
+            self.forget(key)
         self._log.clear()
         self._watch.restart()
+
+    def forget(self, key: Hashable) -> None:
+        """Forget a stream, if it is known. Values on their way are received first, to keep the links in step."""
+        if (stream := self._streams.pop(key, None)) is not None:
+            for inbox in stream.inboxes.values():
+                inbox.settle()
 
     def set_layouts(self, key: Hashable, layouts: Sequence[Layout]) -> None:
         """Output layouts of all blocks for the inputs of this stream; before its first call."""

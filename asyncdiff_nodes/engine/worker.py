@@ -150,6 +150,9 @@ class Rank:
             self._inputs.clear()
             self._held = {number: self._held[number] for number in self._used}
             self._used.clear()
+        elif verb == "forget":
+            self._model.forget(rest[0])
+            self._inputs.pop(rest[0], None)
         elif verb == "weight":
             self._model.load(rest[0], tensors[0])
         elif verb == "move":

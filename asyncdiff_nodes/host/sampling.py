@@ -43,6 +43,7 @@ from .patches import call_obstacle, identity, obstacle, shippable
 from .pool import POOL
 from .rehearsal import rehearse
 from .report import RunRecord, publish
+from .windows import Windows
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Sampling:
         self._calls = 0  # of each stream, as far as is known
         self._nets: ControlNets | None = None  # that the ranks compute
         self._motion: Motion
+        self._windows = Windows()
         self._slots: list[int] = []  # where they have them
         self._acquire: Callable[[], WorkerGroup]
         self._begin: Callable[[WorkerGroup], None] | None = None  # None before the run has begun
@@ -203,6 +205,9 @@ class Sampling:
         patches = self._patches.setdefault(identity(shipped), len(self._patches))
         outline = _outline(control), tuple(net.net for net in nets)
         stream = (tuple(options.get("uuids", ())), tuple(x.shape), outline, patches, repr(window), path)
+        moved_on = []
+        if window is not None:
+            stream, moved_on = self._windows.stream(stream, float(timesteps.flatten()[0]))
         self._progress.call(stream)
         if self._plan.branches > len(x):
             self._note(
@@ -212,6 +217,8 @@ class Sampling:
 
         def by_ranks() -> torch.Tensor:
             self._rebalance()
+            for gone in moved_on:
+                self.group.forget(gone)
             if nets:
                 given["nets"] = {self._slots[net.net]: net.to_send(self._plan.microbatches > 1) for net in nets}
             try:

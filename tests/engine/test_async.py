@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 
@@ -135,3 +136,22 @@ def test_group_without_begin_is_a_run_of_its_own():
         ahead = toys.denoise(group, TIMESTEPS)
         group.begin(torch.tensor(TIMESTEPS))
         assert torch.equal(ahead, toys.denoise(group, TIMESTEPS)) and not torch.equal(ahead, first)
+
+
+def test_a_forgotten_stream_takes_its_values_along():
+    """Others go on as ever. Each has values of 1 MiB on the other rank."""
+    net = toys.chain(ToyBlock, ToyBlock, ToyBlock)
+    plan = Plan(warmup=1, cuts=("blocks.0", "blocks.1"), forecast=0)
+    large = torch.randn(2, 4, 181, 181)
+    with running(net, plan, family=TOY) as group, Simulator(net, plan, family=TOY) as simulator, torch.no_grad():
+        group.begin()
+        simulator.begin()
+        x, kwargs = toys.inputs(0)
+        grown = []
+        for k in range(120):
+            torch.testing.assert_close(group(x + k, k, **kwargs), simulator(x + k, k, **kwargs), rtol=0, atol=1e-5)
+            for call in range(2):
+                group(large, call, stream=k, **kwargs)
+            group.forget(k)
+            grown.append(psutil.Process(group.pids[1]).memory_info().rss)
+    assert grown[-1] - grown[20] < 30 * 2**20, "100 streams, each of which has 2 MiB of values"

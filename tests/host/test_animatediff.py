@@ -236,8 +236,9 @@ def test_windows_without_motion(pack, model, prompts):
 @pytest.mark.parametrize("fuse", ["pyramid", "relative"])
 def test_windows_that_go_round(pack, model, prompts, fuse):
     context = small.node(pack["ADE_LoopedUniformContextOptions"], FRAMES, 1, 2, True, fuse)
-    assert_exact(animated(pack, model, context=context), prompts, frames=7)
-    assert len(streams()) > 2
+    assert_exact(animated(pack, model, context=context), prompts, frames=7, steps=8)
+    assert len(streams()) > 8
+    assert len(POOL._held[-1].group._streams) < 0.5 * len(streams()), "those of the last two steps"
 
 
 @pytest.mark.covers("lora", kind="animatediff")

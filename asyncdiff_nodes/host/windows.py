@@ -1,0 +1,29 @@
+"""Windows of frames: each is a stream of its own, and some nodes move them from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+
+class Windows:
+    """The streams of a sampling's windows that were called lately."""
+
+    def __init__(self) -> None:
+        self._timestep: float | None = None
+        self._turn = 0
+        self._streams: dict[Hashable, tuple[int, int]] = {}  # -> first and last turn
+
+    def stream(self, stream: Hashable, timestep: float) -> tuple[Hashable, list[Hashable]]:
+        """A name for ``stream``, another one if it was not called at the timestep before, and names that will not come again.
+
+        What the ranks keep of each would add up to more than they have room for.
+        """
+        gone = []
+        if timestep != self._timestep:
+            self._timestep, self._turn = timestep, self._turn + 1
+            gone = [(name, first) for name, (first, last) in self._streams.items() if last < self._turn - 1]
+            for name, _ in gone:
+                del self._streams[name]
+        first, _ = self._streams.get(stream, (self._turn, 0))
+        self._streams[stream] = first, self._turn
+        return (stream, first), gone
