@@ -132,7 +132,10 @@ class Motion:
 
     def take_out(self) -> None:
         """Have the host's network without the motion modules that one of its clones put there: the host puts them back."""
-        comfy.model_management.unload_model_and_clones(self._patcher)
+        networks = {id(each.model) for each in (self._patcher, *self.patchers)}
+        loaded = comfy.model_management.current_loaded_models
+        others = [each for each in loaded if id(getattr(each.model, "model", None)) not in networks]
+        comfy.model_management.free_memory(1e30, self._patcher.load_device, others)  # more than there is: all of these
         for motion in self.patchers:
             motion.model.eject(self._patcher)  # the host forgets who put them there if that clone is gone
 
