@@ -127,16 +127,17 @@ def test_asynchronous_stride_run_begins_anew_each_time_and_follows_another_sched
 
 
 def test_blocks_move_to_where_the_measured_times_say(pipe):
-    expected = run(pipe)
+    draw = partial(run, height=64, width=64)  # what a busy machine adds to a block must be little beside what blocks take
+    expected = draw(pipe)
     blocks = len(place(trace_of(pipe.unet), Plan()))
-    lopsided = [1000.0] + [1.0] * (blocks - 1)  # what the planner is told, so that one rank gets a single block
+    lopsided = [1000.0] + [50.0] * (blocks - 1)  # what the planner is told, so that one rank gets a single block
     with accelerate(pipe, Plan(warmup=STEPS), threads_per_rank=1, costs=lopsided) as routed:
         assert not routed.rebalance(), "nothing is known yet"
-        assert torch.equal(run(pipe), expected)
+        assert torch.equal(draw(pipe), expected)
         before = routed.group.placement.starts
         assert routed.rebalance()
         assert routed.group.placement.starts != before
-        assert torch.equal(run(pipe), expected)
+        assert torch.equal(draw(pipe), expected)
         weights = [sum(rank.weights.values()) for rank in routed.stats().ranks]
         assert weights == [routed.group.placement.weight_bytes(segment) for segment in (0, 1)]
     with accelerate(pipe, Plan(warmup=STEPS, cuts=("conv_in", "mid_block")), threads_per_rank=1) as routed:

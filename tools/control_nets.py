@@ -35,15 +35,6 @@ SD15 = {
 PLANS = {"segments": {"segments": 2, "warmup": 2, "cooldown": 0}, "branches": {"branches": 2}}
 
 
-def main() -> None:
-    """Have the host's Python measure."""
-    from asyncdiff_nodes.cli.report import write_json
-
-    file = sys.argv[1] if len(sys.argv) > 1 else str(within_host.ROOT / "docs" / "data" / "control_nets.json")
-    write_json(file, {"rows": within_host.found_by(__file__)}, "python tools/control_nets.py")
-    print(f"written: {file}")
-
-
 def inside(file: str) -> None:
     """Within the host: seconds per step, unrouted and under each plan, with the ControlNet here or there, in turns."""
     within_host.on_cpu()
@@ -100,4 +91,4 @@ def inside(file: str) -> None:
 
 
 if __name__ == "__main__":
-    inside(sys.argv[2]) if sys.argv[1:2] == ["--inside"] else main()
+    inside(sys.argv[2]) if sys.argv[1:2] == ["--inside"] else within_host.measure(__file__)

@@ -23,15 +23,6 @@ ROUNDS = 5
 CUTS = {"": "input_blocks.0.0, middle_block.0", "other cuts": "input_blocks.0.0, output_blocks.0.0"}
 
 
-def main() -> None:
-    """Have the host's Python measure."""
-    from asyncdiff_nodes.cli.report import write_json
-
-    file = sys.argv[1] if len(sys.argv) > 1 else str(within_host.ROOT / "docs" / "data" / "start.json")
-    write_json(file, {"rows": within_host.found_by(__file__)}, "python tools/start.py")
-    print(f"written: {file}")
-
-
 def inside(file: str) -> None:
     """Within the host: seconds to the end of the first step, in turns."""
     within_host.on_cpu()
@@ -77,4 +68,4 @@ def inside(file: str) -> None:
 
 
 if __name__ == "__main__":
-    inside(sys.argv[2]) if sys.argv[1:2] == ["--inside"] else main()
+    inside(sys.argv[2]) if sys.argv[1:2] == ["--inside"] else within_host.measure(__file__)

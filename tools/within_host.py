@@ -24,6 +24,16 @@ def asked(description: str, what: str, count: int, file: str) -> argparse.Namesp
     return parser.parse_args()
 
 
+def measure(script: str) -> None:
+    """Write what ``script`` finds within the host to the file that is named, or to that of the same name in docs/data."""
+    from asyncdiff_nodes.cli.report import write_json
+
+    name = Path(script).stem
+    file = sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "docs" / "data" / f"{name}.json")
+    write_json(file, {"rows": found_by(script)}, f"python tools/{name}.py")
+    print(f"written: {file}")
+
+
 def found_by(script: str, *arguments: str) -> Any:
     """The data that ``script`` writes as JSON, started as ``script --inside FILE arguments`` within the host."""
     from asyncdiff_nodes.cli.comfyui import find_comfyui, find_python

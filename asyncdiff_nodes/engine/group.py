@@ -28,8 +28,8 @@ from .plan import PER_RUN, Placement, Plan, place
 from .processes import Processes
 from .ranks import Ranks
 from .schedule import Kind
+from .shares import holders, shares
 from .spawning import IdleWorkers
-from .split import Share
 from .telemetry import CallRecord, RunStats
 from .trees import unflatten
 from .worker import Boot
@@ -283,11 +283,11 @@ class WorkerGroup:
             raise PlanError("move: the placement is for another model or plan than this group's")
         deadline = time.monotonic() + self._call_timeout
         names = [name for name, _ in tensors_of(self._skeleton)]
-        before = {name: self._holders(name) for name in names}
+        before = {name: holders(self.placement, name) for name in names}
         try:
             self.placement = placement
-            self._send(((rank, ("move", self._share(rank)), ()) for rank in range(self.plan.world_size)), deadline)
-            lacking = {name: segments for name in names if (segments := self._holders(name) - before[name])}
+            self._send(((own.rank, ("move", own), ()) for own in shares(placement)), deadline)
+            lacking = {name: segments for name in names if (segments := holders(self.placement, name) - before[name])}
             self._send_weights(weights(frozenset(lacking)), deadline, lacking)
             self._connect(deadline)
         except BaseException:
@@ -359,9 +359,8 @@ class WorkerGroup:
         threads: int,
         deadline: float,
     ) -> None:
-        plan = self.plan
         places, rendezvous = self._ranks.meet(deadline)
-        for share in map(self._share, range(plan.world_size)):
+        for share in shares(self.placement):
             boot = Boot(
                 share=share,
                 places=places,
@@ -385,24 +384,15 @@ class WorkerGroup:
     ) -> None:
         """One at a time, so that no more than a few are ever in memory twice; if ``lacking`` is given, only to these segments."""
         for name, tensor in weights:
-            segments = self._holders(name) if lacking is None else lacking.get(name, set())
+            segments = holders(self.placement, name) if lacking is None else lacking.get(name, set())
             tensor = wire.dense_on_cpu(tensor)
             for rank in range(self.plan.world_size):
                 if self.plan.segment_of_rank(rank) in segments:
                     self._ranks.send(rank, ("weight", name), (tensor,), deadline=deadline)
 
-    def _holders(self, weight: str) -> set[int]:
-        """The segments that compute with a weight, by its name; all of them for glue."""
-        parts = weight.split(".")
-        prefixes = {".".join(parts[:i]) for i in range(1, len(parts))}
-        segments = set(range(self.plan.segments))
-        index = next((i for i, name in enumerate(self.placement.graph.names) if name in prefixes), None)
-        return segments if index is None else {d for d in segments if index in self.placement.owned(d)}
-
     def _connect(self, deadline: float) -> None:
         world = self.plan.world_size
-        shares = map(self._share, range(world))
-        pairs = sorted({(share.first + sender, share.rank) for share in shares for sender in share.sources.values()})
+        pairs = sorted({(own.first + sender, own.rank) for own in shares(self.placement) for sender in own.sources.values()})
         self._send_all(("connect", pairs), deadline)
         ready: set[int] = set()
         while len(ready) < world:
@@ -412,26 +402,6 @@ class WorkerGroup:
                 self.bandwidth = min(self.bandwidth, header[1])
             else:
                 self._accept(rank, header, tensors)
-
-    def _share(self, rank: int) -> Share:
-        plan, placement, names = self.plan, self.placement, self.placement.graph.names
-        segment = plan.segment_of_rank(rank)
-        sinks: dict[str, tuple[int, ...]] = {}
-        if rank % plan.branch_size < plan.segments:  # replicas of the last segment keep nothing, so nobody reads their values
-            for other in range(plan.branch_size):
-                for producer in placement.incoming(plan.segment_of_rank(other)):
-                    if placement.segments[producer] == segment:
-                        sinks[names[producer]] = (*sinks.get(names[producer], ()), other)
-        return Share(
-            rank=rank,
-            first=rank - rank % plan.branch_size,
-            segment=segment,
-            blocks=names,
-            owned=frozenset(names[i] for i in placement.owned(segment)),
-            sources={names[p]: placement.segments[p] for p in placement.incoming(segment)},
-            sinks=sinks,
-            hidden=placement.hidden,
-        )
 
     # -- one call ----------------------------------------------------------------------------------------------------
 

@@ -96,3 +96,10 @@ def own_tmp(tmp_path, monkeypatch):
     """The folder in which this test's groups keep their temporary files."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture
+def folder(own_tmp):
+    """Where the test's groups keep their temporary files; there must be none at its end."""
+    yield own_tmp
+    assert list(own_tmp.iterdir()) == []

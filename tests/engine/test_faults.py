@@ -47,13 +47,6 @@ def assert_gone(pids, within=5.0):
     assert [pid for pid in pids if psutil.pid_exists(pid)] == []
 
 
-@pytest.fixture
-def folder(own_tmp):
-    """Where the test's groups keep their temporary files; there must be none at its end."""
-    yield own_tmp
-    assert list(own_tmp.iterdir()) == []
-
-
 @needs_posix
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killed_rank_is_named_within_two_seconds_and_a_new_group_works(victim, folder):

@@ -13,7 +13,7 @@ from torch import nn
 
 import toys
 from asyncdiff_nodes.engine import GroupClosedError, IdleWorkers, Plan, Simulator, WorkerError, WorkerGroup
-from test_faults import assert_gone, folder, said, script  # noqa: F401  (folder is a fixture)
+from test_faults import assert_gone, said, script
 from toys import TOY
 
 STEPS = [9, 8, 7, 6, 5]
@@ -32,7 +32,7 @@ def draw(call):
 @pytest.mark.parametrize(
     "plan", [Plan(warmup=2, forecast=0), Plan(warmup=2), Plan(3, warmup=1), Plan(2, stride=2, warmup=1)], ids=str
 )
-def test_another_group_computes_in_the_same_processes(folder, plan):  # noqa: F811
+def test_another_group_computes_in_the_same_processes(folder, plan):
     first = group(toys.random_net(5))
     pids = first.pids
     draw(first)  # the last call's values are still on their way
@@ -53,7 +53,7 @@ def test_another_group_computes_in_the_same_processes(folder, plan):  # noqa: F8
     assert_gone(pids, within=0.5)
 
 
-def test_those_that_nobody_takes_end(folder):  # noqa: F811
+def test_those_that_nobody_takes_end(folder):
     idle = group(toys.chain(*[toys.ToyBlock] * 4), Plan(3)).release()
     with group(toys.random_net(1), idle=idle) as taken:
         (left,) = {child.pid for child in psutil.Process().children()} & {p.process.pid for p in idle._workers}
@@ -71,7 +71,7 @@ def test_those_that_nobody_takes_end(folder):  # noqa: F811
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
-def test_one_that_died_meanwhile_is_replaced(folder):  # noqa: F811
+def test_one_that_died_meanwhile_is_replaced(folder):
     idle = group(toys.random_net(1)).release()
     dead, alive = [worker.process.pid for worker in idle._workers]
     os.kill(dead, signal.SIGKILL)
@@ -83,7 +83,7 @@ def test_one_that_died_meanwhile_is_replaced(folder):  # noqa: F811
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
-def test_a_group_that_has_failed_releases_none(folder):  # noqa: F811
+def test_a_group_that_has_failed_releases_none(folder):
     g = group(toys.random_net(1))
     pids = g.pids
     os.kill(pids[1], signal.SIGKILL)
@@ -94,7 +94,7 @@ def test_a_group_that_has_failed_releases_none(folder):  # noqa: F811
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
-def test_ranks_that_do_not_answer_are_ended(folder):  # noqa: F811
+def test_ranks_that_do_not_answer_are_ended(folder):
     g = group(toys.random_net(1))
     pids = g.pids
     os.kill(pids[0], signal.SIGSTOP)
@@ -120,7 +120,7 @@ class Heavy(toys.ToyBlock):
 
 
 @pytest.mark.parametrize("how", [None, {"backend": "eager"}], ids=["plain", "compiled"])
-def test_weights_and_values_are_gone(folder, how):  # noqa: F811
+def test_weights_and_values_are_gone(folder, how):
     first = group(toys.chain(Heavy, Heavy), Plan(cuts=("blocks.0", "blocks.1")), compile=how)
     draw(first)
     loaded = [psutil.Process(pid).memory_info().rss for pid in first.pids]
