@@ -122,13 +122,22 @@ class Placement(Mapping[str, int]):
     Attributes:
         hidden: the hidden states that every segment makes afresh, if what they are made of comes before the first cut: what
             crosses in asynchronous calls is then how blocks changed them, and a reader adds that to its own. Else None.
+        speeds: of each segment's device, relative to the fastest one.
     """
 
-    def __init__(self, graph: BlockGraph, plan: Plan, starts: Sequence[int], costs: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        graph: BlockGraph,
+        plan: Plan,
+        starts: Sequence[int],
+        costs: Sequence[float] | None = None,
+        speeds: Sequence[float] | None = None,
+    ) -> None:
         self.graph = graph
         self.plan = plan
         self.starts = tuple(starts)
         self.costs = tuple(costs or mac_costs(graph))
+        self.speeds = tuple(speeds or [1.0] * plan.segments)
         afresh = plan.forecast and graph.hidden and max(graph.hidden.made_of, default=-1) < starts[0]
         self.hidden = graph.hidden if afresh else None
         # blocks before the first cut wrap round to the last segment, unless the first one works ahead and needs its own
@@ -194,8 +203,9 @@ class Placement(Mapping[str, int]):
         return tuple(sum(self.costs[i] for i in self.owned(d)) / sum(self.costs) for d in range(self.plan.segments))
 
     def cost(self, steps: int, levels: NoiseLevels | None = None, plan: Plan | None = None) -> float:
-        """Of a run of ``steps`` calls with these noise levels, in evaluations of the unrouted model, communication left out.
+        """Of a run of ``steps`` calls with these noise levels, in evaluations of the unrouted model on the fastest device.
 
+        Communication is left out.
         Batches are taken to divide evenly, over branches and into micro-batches, and their parts to cost so much less.
 
         Args:
@@ -205,13 +215,23 @@ class Placement(Mapping[str, int]):
         synchronous = min(plan.warmup + plan.cooldown, steps)
         batches = math.ceil((steps - synchronous) / plan.stride)
         parts = plan.microbatches if self.pipelines else 1
-        together = (1 + (parts - 1) * max(self.shares)) / parts
-        return (synchronous * together + batches * max(self.shares) + self._lag(batches)) / plan.branches
+        first, again = self._times()
+        slowest = max(map(sum, zip(first, again, strict=True)))
+        together = (sum(first) + (parts - 1) * slowest) / parts
+        return (synchronous * together + batches * slowest + self._lag(batches)) / plan.branches
+
+    def _times(self) -> tuple[list[float], list[float]]:
+        """Of the blocks that each segment alone computes, and of those that it computes again; in the unit of :meth:`cost`."""
+        whole, first = sum(self.costs), [0.0] * self.plan.segments
+        for cost, segment in zip(self.costs, self.segments, strict=True):
+            first[segment] += cost / whole / self.speeds[segment]
+        every = (share / speed for share, speed in zip(self.shares, self.speeds, strict=True))
+        return first, [max(0.0, time - own) for time, own in zip(every, first, strict=True)]
 
     def within(self, speedup: float, plan: Plan, steps: int, levels: NoiseLevels | None = None) -> Plan:
         """``plan`` with the longest warm-up that makes a run of ``steps`` calls at least ``speedup`` times as fast as unrouted.
 
-        By :meth:`cost`, for equal devices: what they really gain is less where links are slow or shares mislead.
+        By :meth:`cost`: what is really gained is less where links are slow or costs and speeds mislead.
 
         Raises:
             PlanError: no warm-up is short enough; the message says what can be had.
@@ -234,17 +254,14 @@ class Placement(Mapping[str, int]):
         """How long after the warm-up the slowest rank is done with what it works ahead for the first of ``batches``."""
         if not self.plan.forecast:
             return 0.0
-        last, shares, done = self.plan.segments - 1, self.shares, []
-        own = [
-            sum(c for c, d in zip(self.costs, self.segments, strict=True) if d == e) / sum(self.costs) for e in range(last + 1)
-        ]
-        again = [share - part for share, part in zip(shares, own, strict=True)]  # waits for nobody
-        for d, part in enumerate(own):
+        last, done = self.plan.segments - 1, []
+        first, again = self._times()  # what is computed again waits for nobody
+        for d, part in enumerate(first):
             done.append(max(again[d], done[-1] if done else 0.0) + part)
         for ranks in range(last, 0, -1)[:batches]:
             before = 0.0
             for d in range(ranks):
-                before = done[d] = max(done[d] + again[d], before) + own[d]
+                before = done[d] = max(done[d] + again[d], before) + first[d]
         return max(done) - done[last]
 
     def weight_bytes(self, segment: int) -> int:
@@ -282,7 +299,8 @@ def place(
     """Turn ``plan`` into a placement of the blocks of ``graph``.
 
     Args:
-        speeds: relative speed of each device, in rank order; equal if ``None``. Ignored where the plan names its cuts.
+        speeds: relative speed of each device, in rank order; equal if ``None``. Where the plan names its cuts, only what it costs
+            depends on them.
         costs: cost of each block, such as seconds from :func:`~.profile.block_seconds`; MACs if ``None``.
         pause: for how long, in the unit of ``costs``, the last segment is idle between two calls, while the caller works: it is
             given so much less to do than the others, which are not waited for.
@@ -298,35 +316,36 @@ def place(
     costs = mac_costs(graph) if costs is None else list(costs)
     if len(costs) != len(graph.blocks) or not all(0 < cost < float("inf") for cost in costs):
         raise PlanError(f"costs: give {len(graph.blocks)} positive numbers, one per block, not {costs}")
+    if speeds is None:
+        speeds = [1.0] * plan.world_size
+    if len(speeds) != plan.world_size or not all(0 < s < float("inf") for s in speeds):
+        raise PlanError(f"speeds={list(speeds)}: give {plan.world_size} positive numbers, one per device")
+    # replicas of the last segment, and branches, work side by side: the slowest, or smallest, counts
+    per_segment = _least(speeds, plan)
+    relative = [speed / max(speeds) for speed in per_segment]
     if plan.cuts is not None:
         starts = [graph.find(cut) for cut in plan.cuts]
         if any(a >= b for a, b in itertools.pairwise(starts)):
             raise PlanError(
                 f"cuts out of order: {', '.join(plan.cuts)} begin at blocks {starts}; name them in execution order, each once"
             )
-        return Placement(graph, plan, starts, costs)
-    if speeds is None:
-        speeds = [1.0] * plan.world_size
-    if len(speeds) != plan.world_size or not all(0 < s < float("inf") for s in speeds):
-        raise PlanError(f"speeds={list(speeds)}: give {plan.world_size} positive numbers, one per device")
+        return Placement(graph, plan, starts, costs, relative)
     if room is not None and len(room) != plan.world_size:
         raise PlanError(f"room={list(room)}: give {plan.world_size} numbers of bytes, one per device")
     if not bandwidth > 0:
         raise PlanError(f"bandwidth={bandwidth}: give a positive number of bytes per unit of costs")
-    # replicas of the last segment, and branches, work side by side: the slowest, or smallest, counts
-    per_segment, rooms = (
-        [
-            min(value for rank, value in enumerate(each) if plan.segment_of_rank(rank) == segment)
-            for segment in range(plan.segments)
-        ]
-        for each in (speeds, room or [float("inf")] * plan.world_size)
-    )
+    rooms = _least(room or [math.inf] * plan.world_size, plan)
     if plan.segments == 1:
-        return Placement(graph, plan, (0,), costs)
+        return Placement(graph, plan, (0,), costs, relative)
     ahead = bool(plan.forecast)
     busy = [*costs[:-1], costs[-1] + pause * per_segment[-1]]  # the last block is the last segment's, whatever the cuts
     fresh = ahead and plan.fresh_skips
     found = (
         best_starts(Arcs(graph, busy, ahead, each, 1 / bandwidth), per_segment, plan.stride, fresh) for each in (rooms, None)
     )
-    return Placement(graph, plan, next(starts for starts in found if starts), costs)
+    return Placement(graph, plan, next(starts for starts in found if starts), costs, relative)
+
+
+def _least(values: Sequence[float], plan: Plan) -> list[float]:
+    """For each segment, the least of its ranks'."""
+    return [min(v for rank, v in enumerate(values) if plan.segment_of_rank(rank) == d) for d in range(plan.segments)]

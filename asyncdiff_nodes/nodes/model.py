@@ -150,7 +150,7 @@ def _option_widgets() -> list[io.Input]:
             max=16.0,
             step=0.1,
             tooltip=custom + "How many times as fast the whole run should be, at least: the warm-up is then as long as that "
-            "allows, whatever it says above. 0: no matter. Reckoned for equal devices.",
+            "allows, whatever it says above. 0: no matter. Compared with the fastest device alone, as far as speeds are known.",
         ),
         io.Int.Input(
             "branches",

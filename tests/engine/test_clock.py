@@ -159,6 +159,20 @@ def test_agrees_with_the_plans_cost(segments, stride, forecast):
         assert step_seconds(placement, Costs(seconds)) == pytest.approx(sum(seconds) * slowest / stride, rel=0.01)
 
 
+@pytest.mark.parametrize("cuts", [None, ("b.1", "b.4", "b.6")])
+@pytest.mark.parametrize("forecast", [0, 1])
+def test_agrees_with_the_plans_cost_on_unequal_devices(forecast, cuts):
+    for seed in range(5):
+        rng = toys.random.Random(seed)
+        graph, seconds = graph_of(9, {(0, 8), (2, 6)}), [rng.uniform(0.5, 2) for _ in range(9)]
+        speeds = [rng.uniform(0.5, 2) for _ in range(3)]
+        placement = place(graph, Plan(3, warmup=2, forecast=forecast, cuts=cuts), speeds, seconds)
+        total = simulate(placement, placement.plan, 20, Costs(seconds), speeds).seconds
+        alone = sum(seconds) / max(speeds)  # on the fastest of them
+        slowest = step_seconds(placement, Costs(seconds), speeds)
+        assert -1e-9 < placement.cost(20) * alone - total < slowest
+
+
 def test_micro_batches_follow_each_other():
     placement = placed((0, 2), warmup=2, cooldown=1, microbatches=2, forecast=0)
     assert results(placement, 4, Costs((1, 1, 1, 1))) == [3, 6, 8, 11]
