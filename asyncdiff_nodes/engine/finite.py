@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,7 +16,8 @@ from .trees import flatten
 def is_finite(leaves: Iterable[Any]) -> bool:
     """Whether all floating-point tensors among ``leaves`` are without NaN and infinity."""
     floats = (leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
-    return all(bool(leaf.isfinite().all()) for leaf in floats)
+    # a sum is finite only if all of it is; where one is not, it may be too large
+    return all(math.isfinite(leaf.sum(dtype=torch.float32)) or bool(leaf.isfinite().all()) for leaf in floats)
 
 
 @contextlib.contextmanager

@@ -191,7 +191,7 @@ def _flat(tree: Any) -> tuple[list[Any], Any]:
         if place == len(kept):
             kept.append(leaf)
         places.append(place)
-    return kept, unflatten(places, structure)
+    return kept, structure if len(kept) == len(leaves) else unflatten(places, structure)
 
 
 def _kind(leaf: Any) -> Any:

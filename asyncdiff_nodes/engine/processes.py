@@ -6,7 +6,6 @@ with its parent, a watch on every process sentinel, one deadline per answer, ter
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import shutil
@@ -14,13 +13,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
 
 from . import wire
 from .errors import AsyncDiffError, WorkerError
+from .outbox import Outbox
 from .ranks import POLL, Message, Ranks
 from .spawning import CONTEXT, IdleWorkers, Worker, end
 from .transport import Place
@@ -31,8 +31,8 @@ _REST = 5.0  # seconds that a rank has to forget its model
 class Processes(Ranks):
     """Worker processes with one message pipe each.
 
-    Messages are written and read by threads of their own, so that a rank that stops reading or writing in mid-message can
-    never block the caller beyond its deadline.
+    Messages are read by a thread, and written by others where a pipe is full, so that a rank that stops reading or writing in
+    mid-message can never block the caller beyond its deadline.
     """
 
     def __init__(self, devices: Sequence[str], poll: Callable[[], None] | None = None, idle: IdleWorkers | None = None) -> None:
@@ -42,8 +42,8 @@ class Processes(Ranks):
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._workers: list[Worker] = []
-        self._outboxes: list[queue.Queue] = []
-        self._threads: list[threading.Thread] = []
+        self._outboxes: list[Outbox] = []
+        self._reader: threading.Thread | None = None
         self._folder = ""
         try:
             self._folder = tempfile.mkdtemp(prefix="asyncdiff-")  # mode 0700; holds the rendezvous file
@@ -51,14 +51,9 @@ class Processes(Ranks):
                 worker = idle.take(device, self._folder) if idle else None
                 self._workers.append(worker or Worker.start(device, f"asyncdiff-rank-{rank}", self._folder))
             self._wake_read, self._wake = CONTEXT.Pipe(duplex=False)
-            threads = [threading.Thread(target=self._read, daemon=True, name="asyncdiff-read")]
-            for worker in self._workers:
-                outbox: queue.Queue = queue.Queue(maxsize=8)  # bounded: weights wait here on their way
-                self._outboxes.append(outbox)
-                threads.append(threading.Thread(target=_write, args=(worker.conn, outbox), daemon=True, name="asyncdiff-write"))
-            for thread in threads:
-                thread.start()
-            self._threads = threads
+            self._outboxes = [Outbox(worker.conn) for worker in self._workers]
+            self._reader = threading.Thread(target=self._read, daemon=True, name="asyncdiff-read")
+            self._reader.start()
         except OSError as error:
             self.close(grace=0)
             raise WorkerError(
@@ -80,11 +75,7 @@ class Processes(Ranks):
         return self._places, os.path.join(self._folder, "rendezvous")
 
     def _post(self, rank: int, header: Any, tensors: Sequence[torch.Tensor]) -> bool:
-        try:
-            self._outboxes[rank].put((header, tensors), timeout=POLL)
-        except queue.Full:
-            return False
-        return True
+        return self._outboxes[rank].post(header, tensors, POLL)
 
     def _next(self) -> Message | None:
         try:
@@ -164,8 +155,7 @@ class Processes(Ranks):
             self._closing.set()
         if grace > 0 and self._lost is None:  # those who wait for a rank that is gone do not listen
             for outbox in self._outboxes:
-                with contextlib.suppress(queue.Full):
-                    outbox.put_nowait((("close",), ()))
+                outbox.post(("close",), (), 0)
         else:
             grace = 0.0
         end(self._workers, grace)
@@ -175,22 +165,11 @@ class Processes(Ranks):
 
     def _leave(self) -> None:
         """End the threads, and remove the folder."""
-        if self._threads:
+        for outbox in self._outboxes:
+            outbox.close()
+        if self._reader is not None:
             self._wake.close()
-            for outbox in self._outboxes:
-                with contextlib.suppress(queue.Full):
-                    outbox.put_nowait(None)
-            for thread in self._threads:
-                if thread is not threading.current_thread():
-                    thread.join(timeout=5.0)
+            if self._reader is not threading.current_thread():
+                self._reader.join(timeout=5.0)
             self._wake_read.close()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _write(conn: Connection, outbox: queue.Queue) -> None:
-    """Thread: queued messages into one rank's pipe."""
-    while (message := outbox.get()) is not None:
-        try:
-            wire.send(conn, *message)
-        except OSError:
-            return  # the rank is gone: the reading thread says so

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import toys
-from asyncdiff_nodes.engine import Plan, Simulator, wire
+from asyncdiff_nodes.engine import Plan, Simulator
 from asyncdiff_nodes.engine.graph import tensors_of
+from asyncdiff_nodes.engine.ranks import Ranks
 from reuse import running
 from toys import TOY, ToyBlock
 
@@ -55,14 +56,14 @@ def run(call, given):
 @pytest.mark.parametrize("run_plan", [replace(PLAN, warmup=2, forecast=0), PLAN], ids=toys.label)
 def test_once_and_where_they_are_looked_at(run_plan, start, monkeypatch):
     net, sent = patched_net(), []
-    original = wire.send
+    original = Ranks.send
 
-    def send(conn, header, tensors=()):
+    def send(ranks, rank, header, tensors=(), **options):
         if isinstance(header, tuple) and header[0] == "call":
-            sent.append((conn, [tensor.clone() for tensor in tensors if tensor.shape == (8, 8)]))
-        original(conn, header, tensors)
+            sent.append((rank, [tensor.clone() for tensor in tensors if tensor.shape == (8, 8)]))
+        original(ranks, rank, header, tensors, **options)
 
-    monkeypatch.setattr(wire, "send", send)
+    monkeypatch.setattr(Ranks, "send", send)
     sample, given = toys.inputs(0)
     example = ((sample, 5), {**given, "weights": weights(0)})
     group = start("patched", PLAN, net, family=TOY, example_inputs=example)
@@ -75,8 +76,7 @@ def test_once_and_where_they_are_looked_at(run_plan, start, monkeypatch):
             simulator.begin(TIMESTEPS)
             found = run(group, values)
             assert torch.allclose(found, run(simulator, values), rtol=0, atol=1e-5)
-            conns = list(dict.fromkeys(conn for conn, _ in sent))
-            got = {conn: [tensor for other, tensors in sent if other is conn for tensor in tensors] for conn in conns}
+            got = {rank: [tensor for other, tensors in sent if other == rank for tensor in tensors] for rank, _ in sent}
             # the ranks of blocks 0 and 1, and of blocks 2 and 3, in either order; the last is the first
             counts = sorted(len(tensors) for tensors in got.values())
             assert counts == ([2, 3] if new else [0, 0])

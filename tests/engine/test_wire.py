@@ -1,12 +1,15 @@
 """Messages over a pipe."""
 
+import os
 import threading
+import time
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 
 from asyncdiff_nodes.engine import wire
+from asyncdiff_nodes.engine.outbox import Outbox
 
 TENSORS = [
     torch.arange(3_000_000, dtype=torch.float32),  # more than any pipe holds
@@ -51,10 +54,66 @@ def test_an_end_that_goes_in_mid_message_is_noticed(ends):
 
     reader = threading.Thread(target=read)
     reader.start()
-    whole = torch.zeros(100)
-    here.send_bytes(wire.pickle.dumps((("weight", "w"), [wire.TensorMeta.of(whole)])))
+    message = wire.Outgoing(("weight", "w"), [torch.zeros(100)])
+    message._left.pop()
+    message.write(here)
     here.close()
     reader.join(timeout=10)
     assert not reader.is_alive() and len(errors) == 1
     with pytest.raises(OSError, match="closed"):
         wire.send(here, ("call",))
+
+
+def test_many_tensors_in_one_message(ends):
+    here, there = ends
+    sender = threading.Thread(target=wire.send, args=(here, "many", [torch.tensor([float(i)]) for i in range(1500)]))
+    sender.start()
+    header, found = wire.receive(there)
+    sender.join()
+    assert header == "many" and [float(tensor) for tensor in found] == list(range(1500))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere a thread writes all")
+def test_what_does_not_fit_is_left(ends):
+    here, there = ends
+    small, large = wire.Outgoing("small", TENSORS[1:]), wire.Outgoing("large", TENSORS)
+    if not wire._POSIX:
+        assert not small.write_what_fits(here)
+        return
+    assert small.write_what_fits(here) and not large.write_what_fits(here), "the pipe is full"
+    writer = threading.Thread(target=large.write, args=(here,))
+    writer.start()
+    for name, tensors in (("small", TENSORS[1:]), ("large", TENSORS)):
+        header, found = wire.receive(there)
+        assert header == name and all(map(torch.equal, found, tensors))
+    writer.join()
+
+
+def test_an_outbox_keeps_the_order_and_never_waits(ends):
+    here, there = ends
+    outbox = Outbox(here)
+    posted = 0
+    while outbox.post(posted, TENSORS, timeout=0.0):
+        posted += 1
+    assert 0 < posted < 20, "nobody reads"
+    began = time.monotonic()
+    assert not outbox.post("late", (), timeout=0.05) and time.monotonic() - began < 5
+    assert [wire.receive(there)[0] for _ in range(posted)] == list(range(posted))
+    assert outbox.post("more", (), timeout=5) and wire.receive(there)[0] == "more"
+    outbox.close()
+    assert not outbox._thread.is_alive()
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_an_outbox_outlives_its_rank(ends, full):
+    here, there = ends
+    outbox = Outbox(here)
+    while full and outbox.post("weight", TENSORS, timeout=0.0):
+        pass
+    there.close()
+    deadline = time.monotonic() + 10
+    while outbox.post("call", (), timeout=0.0):
+        assert time.monotonic() < deadline
+    outbox.close()
+    assert not outbox._thread.is_alive()
+    assert not outbox.post("call", (), timeout=0.0)

@@ -9,7 +9,7 @@ import torch
 from comfy.model_base import ModelType
 from simulated import simulated
 
-from asyncdiff_nodes.engine import wire
+from asyncdiff_nodes.engine.ranks import Ranks
 from asyncdiff_nodes.host.options import Options
 from asyncdiff_nodes.host.report import last_run
 from asyncdiff_nodes.host.route import attach
@@ -168,14 +168,14 @@ def test_asynchronous_steps_equal_the_simulator(pack, model, prompts, options):
 
 def test_weights_are_sent_once_and_where_they_are_needed(pack, model, prompts, monkeypatch):
     """Each rank has those of its own blocks; the middle block's, which the pack files under another name, nobody."""
-    sent, original = {}, wire.send
+    sent, original = {}, Ranks.send
 
-    def send(conn, header, tensors=()):
+    def send(ranks, rank, header, tensors=(), **options):
         if isinstance(header, tuple) and header[0] == "call":
-            sent.setdefault(conn, []).extend(tensor.double().sum().item() for tensor in tensors if tensor.shape[1:] in SHAPES)
-        original(conn, header, tensors)
+            sent.setdefault(rank, []).extend(tensor.double().sum().item() for tensor in tensors if tensor.shape[1:] in SHAPES)
+        original(ranks, rank, header, tensors, **options)
 
-    monkeypatch.setattr(wire, "send", send)
+    monkeypatch.setattr(Ranks, "send", send)
     routed = attach(applied(pack, model), Options("Exact", "cpu,cpu"))
     ksampler(routed, *prompts)
     names = {value.double().sum().item(): name for name, value in adapter()["ip_adapter"].items()}
