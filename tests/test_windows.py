@@ -7,6 +7,7 @@ def test_windows_that_stay_are_one_stream_each():
     windows = Windows()
     found = [windows.stream(name, timestep) for timestep in (900.0, 500.0, 100.0) for name in "ab"]
     assert len({stream for stream, _ in found}) == 2 and not any(gone for _, gone in found)
+    assert windows.turn == 3
 
 
 def test_those_that_were_left_out_of_a_step_are_let_go_and_begin_anew():

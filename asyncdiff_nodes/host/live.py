@@ -71,10 +71,10 @@ class Progress:
         self.phase = phase
         WATCHERS.tell(self, at_once=True)
 
-    def call(self, stream: Any) -> None:
-        """A call of ``stream`` begins."""
+    def call(self, stream: Any, turn: int = 0) -> None:
+        """A call of ``stream`` begins; the ``turn``-th, counting those of streams whose place it took."""
         self._calls[stream] = self._calls.get(stream, 0) + 1
-        self.posted = max(self.posted, self._calls[stream])
+        self.posted = max(self.posted, self._calls[stream], turn)
 
     def add(self, record: CallRecord) -> None:
         """A rank has finished a call."""

@@ -208,7 +208,7 @@ class Sampling:
         moved_on = []
         if window is not None:
             stream, moved_on = self._windows.stream(stream, float(timesteps.flatten()[0]))
-        self._progress.call(stream)
+        self._progress.call(stream, self._windows.turn)
         if self._plan.branches > len(x):
             self._note(
                 "the host evaluates these prompts one after the other, so there is nothing to divide and only the first of "

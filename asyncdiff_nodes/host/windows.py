@@ -6,11 +6,15 @@ from collections.abc import Hashable
 
 
 class Windows:
-    """The streams of a sampling's windows that were called lately."""
+    """The streams of a sampling's windows that were called lately.
+
+    Attributes:
+        turn: how many timesteps there were, the one that goes on included.
+    """
 
     def __init__(self) -> None:
         self._timestep: float | None = None
-        self._turn = 0
+        self.turn = 0
         self._streams: dict[Hashable, tuple[int, int]] = {}  # -> first and last turn
 
     def stream(self, stream: Hashable, timestep: float) -> tuple[Hashable, list[Hashable]]:
@@ -20,10 +24,10 @@ class Windows:
         """
         gone = []
         if timestep != self._timestep:
-            self._timestep, self._turn = timestep, self._turn + 1
-            gone = [(name, first) for name, (first, last) in self._streams.items() if last < self._turn - 1]
+            self._timestep, self.turn = timestep, self.turn + 1
+            gone = [(name, first) for name, (first, last) in self._streams.items() if last < self.turn - 1]
             for name, _ in gone:
                 del self._streams[name]
-        first, _ = self._streams.get(stream, (self._turn, 0))
-        self._streams[stream] = first, self._turn
+        first, _ = self._streams.get(stream, (self.turn, 0))
+        self._streams[stream] = first, self.turn
         return (stream, first), gone
