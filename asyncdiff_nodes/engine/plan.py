@@ -205,8 +205,8 @@ class Placement(Mapping[str, int]):
     def cost(self, steps: int, levels: NoiseLevels | None = None, plan: Plan | None = None) -> float:
         """Of a run of ``steps`` calls with these noise levels, in evaluations of the unrouted model on the fastest device.
 
-        Communication is left out.
-        Batches are taken to divide evenly, over branches and into micro-batches, and their parts to cost so much less.
+        Communication is left out. Batches are taken to divide evenly, over branches and into micro-batches, and their parts to
+        cost so much less.
 
         Args:
             plan: of the run, if not the placement's own; see ``WorkerGroup.begin``.

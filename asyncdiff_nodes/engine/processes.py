@@ -51,7 +51,8 @@ class Processes(Ranks):
                 worker = idle.take(device, self._folder) if idle else None
                 self._workers.append(worker or Worker.start(device, f"asyncdiff-rank-{rank}", self._folder))
             self._wake_read, self._wake = CONTEXT.Pipe(duplex=False)
-            self._outboxes = [Outbox(worker.conn) for worker in self._workers]
+            for worker in self._workers:
+                self._outboxes.append(Outbox(worker.conn))
             self._reader = threading.Thread(target=self._read, daemon=True, name="asyncdiff-read")
             self._reader.start()
         except OSError as error:
