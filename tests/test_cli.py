@@ -223,7 +223,7 @@ def test_bench_runs_its_suite(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("asyncdiff_nodes.cli.bench.measure_round_trip", lambda devices: 5e-3)
     subjects = [replace(s, model="demo", size=32, steps=min(s.steps, 7)) for s in suite()]
     monkeypatch.setattr(
-        "asyncdiff_nodes.cli.bench.suite", lambda: (subjects[2], replace(subjects[3], plans=subjects[3].plans[-1:]))
+        "asyncdiff_nodes.cli.bench.suite", lambda: (subjects[2], replace(subjects[4], plans=subjects[4].plans[-1:]))
     )
     status, result = run(tmp_path, "bench", "--suite")
     assert status == 0
