@@ -218,7 +218,7 @@ class Placement(Mapping[str, int]):
         first, again = self._times()
         slowest = max(map(sum, zip(first, again, strict=True)))
         together = (sum(first) + (parts - 1) * slowest) / parts
-        return (synchronous * together + batches * slowest + self._lag(batches)) / plan.branches
+        return (synchronous * together + batches * slowest + self._lag(batches, first, again)) / plan.branches
 
     def _times(self) -> tuple[list[float], list[float]]:
         """Of the blocks that each segment alone computes, and of those that it computes again; in the unit of :meth:`cost`."""
@@ -250,12 +250,15 @@ class Placement(Mapping[str, int]):
             )
         return best
 
-    def _lag(self, batches: int) -> float:
-        """How long after the warm-up the slowest rank is done with what it works ahead for the first of ``batches``."""
+    def _lag(self, batches: int, first: Sequence[float], again: Sequence[float]) -> float:
+        """How long after the warm-up the slowest rank is done with what it works ahead for the first of ``batches``.
+
+        Args:
+            first, again: see :meth:`_times`; what is computed again waits for nobody.
+        """
         if not self.plan.forecast:
             return 0.0
         last, done = self.plan.segments - 1, []
-        first, again = self._times()  # what is computed again waits for nobody
         for d, part in enumerate(first):
             done.append(max(again[d], done[-1] if done else 0.0) + part)
         for ranks in range(last, 0, -1)[:batches]:

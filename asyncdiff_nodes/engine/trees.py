@@ -7,7 +7,7 @@ the structure: a block may return it in place of a tensor (SD 3's last one).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.utils._pytree import tree_flatten, tree_is_leaf, tree_map, tree_unflatten
@@ -16,34 +16,35 @@ from torch.utils._pytree import tree_flatten, tree_is_leaf, tree_map, tree_unfla
 def flatten(tree: Any) -> tuple[list[Any], Any]:
     """Leaves of ``tree``, and the same tree with each leaf replaced by its position."""
     leaves: list[Any] = []
-    return leaves, _place(tree, leaves)
 
+    def place(node: Any) -> Any:
+        if tree_is_leaf(node):
+            leaves.append(node)
+            return len(leaves) - 1
+        found, spec = tree_flatten(node)
+        return tree_unflatten([_rebuilt(leaf, place) for leaf in found], spec)
 
-def _place(tree: Any, leaves: list[Any]) -> Any:
-    """The structure of ``tree``, whose leaves are added to ``leaves``."""
-    kind = type(tree)
-    if tree is None:
-        return None
-    if kind is tuple or kind is list:
-        return kind([_place(item, leaves) for item in tree])
-    if kind is dict:
-        return {key: _place(item, leaves) for key, item in tree.items()}
-    if not tree_is_leaf(tree):
-        found, spec = tree_flatten(tree)
-        return tree_unflatten([_place(leaf, leaves) for leaf in found], spec)
-    leaves.append(tree)
-    return len(leaves) - 1
+    return leaves, _rebuilt(tree, place)
 
 
 def unflatten(leaves: Sequence[Any], structure: Any) -> Any:
     """The tree that :func:`flatten` took apart, with other leaves."""
-    kind = type(structure)
-    if kind is int:
-        return leaves[structure]
-    if structure is None:
+
+    def leaf(node: Any) -> Any:
+        if type(node) is int:
+            return leaves[node]
+        return tree_map(lambda place: None if place is None else leaves[place], node)
+
+    return _rebuilt(structure, leaf)
+
+
+def _rebuilt(tree: Any, other: Callable[[Any], Any]) -> Any:
+    """``tree`` with ``other(node)`` in place of what is neither None nor a tuple, a list or a dict."""
+    kind = type(tree)
+    if tree is None:
         return None
     if kind is tuple or kind is list:
-        return kind([unflatten(leaves, item) for item in structure])
+        return kind([_rebuilt(item, other) for item in tree])
     if kind is dict:
-        return {key: unflatten(leaves, item) for key, item in structure.items()}
-    return tree_map(lambda place: None if place is None else leaves[place], structure)
+        return {key: _rebuilt(item, other) for key, item in tree.items()}
+    return other(tree)

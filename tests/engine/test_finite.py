@@ -5,8 +5,19 @@ import torch
 
 import toys
 from asyncdiff_nodes.engine import Plan
+from asyncdiff_nodes.engine.finite import is_finite
 
 TIMES = [900, 700, 500, 300]
+INFINITE = float("inf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_what_is_finite(dtype):
+    largest = torch.finfo(dtype).max
+    fine = [torch.full((1000,), largest, dtype=dtype), torch.zeros(0, dtype=dtype), torch.tensor([1, 2]), 3.0]
+    assert is_finite(fine)
+    for wrong in ([INFINITE, 0.0], [INFINITE, -INFINITE], [float("nan"), 1.0], [largest, -INFINITE]):
+        assert not is_finite([*fine, torch.tensor(wrong, dtype=dtype)])
 
 
 @pytest.fixture
