@@ -8,6 +8,7 @@ the structure: a block may return it in place of a tensor (SD 3's last one).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch.utils._pytree import tree_flatten, tree_is_leaf, tree_map, tree_unflatten
@@ -16,15 +17,16 @@ from torch.utils._pytree import tree_flatten, tree_is_leaf, tree_map, tree_unfla
 def flatten(tree: Any) -> tuple[list[Any], Any]:
     """Leaves of ``tree``, and the same tree with each leaf replaced by its position."""
     leaves: list[Any] = []
+    return leaves, _rebuilt(tree, partial(_placed, leaves))
 
-    def place(node: Any) -> Any:
-        if tree_is_leaf(node):
-            leaves.append(node)
-            return len(leaves) - 1
-        found, spec = tree_flatten(node)
-        return tree_unflatten([_rebuilt(leaf, place) for leaf in found], spec)
 
-    return leaves, _rebuilt(tree, place)
+def _placed(leaves: list[Any], node: Any) -> Any:
+    """The structure of what is not taken apart here; its leaves are added to ``leaves``."""
+    if tree_is_leaf(node):
+        leaves.append(node)
+        return len(leaves) - 1
+    found, spec = tree_flatten(node)
+    return tree_unflatten([None if leaf is None else _placed(leaves, leaf) for leaf in found], spec)
 
 
 def unflatten(leaves: Sequence[Any], structure: Any) -> Any:

@@ -1,6 +1,8 @@
 """Arguments as leaves and a structure."""
 
+import gc
 import pickle
+import weakref
 from collections import OrderedDict, namedtuple
 
 import pytest
@@ -32,3 +34,17 @@ def test_kinds_and_leaves_are_kept():
     assert [leaf is other for leaf, other in zip(leaves, (X, Y, X, True), strict=True)] == [True] * 4
     (pair,), kwargs = unflatten(leaves, structure)
     assert type(pair) is Pair and type(kwargs["outer"]) is OrderedDict and pair.first is X
+
+
+def test_nothing_is_held_until_garbage_is_collected():
+    """A call's tensors may be large, and on a GPU."""
+    tensor = torch.zeros(2)
+    gone = weakref.ref(tensor)
+    gc.disable()
+    try:
+        leaves, structure = flatten(((tensor,), OrderedDict(a=[tensor])))
+        unflatten(leaves, structure)
+        del tensor, leaves
+        assert gone() is None
+    finally:
+        gc.enable()
