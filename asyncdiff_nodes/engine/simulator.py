@@ -186,7 +186,8 @@ class Simulator:
                 self._fresh[name] = _made_of(torch.clone, output)
                 return output
             sender = self.placement[name]
-            sent = [(change, targets[sender], values[name]) for targets, values, change in self._stale if name in values]
+            carries = name in self._carriers
+            sent = [(carries and change, at[sender], values[name]) for at, values, change in self._stale if name in values]
             change, _, latest = sent[-1]
             if self._segment not in readers:  # only its shape matters; no view of a kept value, which glue might change
                 return _made_of(torch.empty_like, latest)
@@ -195,7 +196,7 @@ class Simulator:
             else:
                 known = {at: value for kind, at, value in sent[-max(2, self._segment - sender) :] if kind == change}
                 value = _made_of(lambda *leaves: value_for(self._reads, dict(zip(known, leaves, strict=True))), *known.values())
-            if change and name in self._carriers:
+            if change:
                 shift(flatten(value)[0][self._carriers[name]], self._states, 1)
             return value
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import toys
-from asyncdiff_nodes.engine import Plan, Simulator
+from asyncdiff_nodes.engine import NoiseLevels, Plan, Simulator
+from asyncdiff_nodes.engine.lookahead import Outlook
 from reuse import running
 from toys import TOY, ToyBlock
 
@@ -27,6 +28,26 @@ def test_group_computes_what_the_simulator_does(plan, steps, toy_group):
         sequential = toys.denoise(net, TIMESTEPS[:steps])
     assert torch.equal(routed, expected)
     assert (routed[plan.warmup :] - sequential[plan.warmup :]).abs().max() > 1e-4, "or this test proves nothing"
+
+
+@pytest.mark.parametrize("plan", [plan for plan in toys.PLANS if plan.forecast], ids=toys.label)
+def test_inputs_that_follow_their_direction_only_at_times(plan, toy_group):
+    """Whether there is work ahead turns from call to call, as with guidance that changes the picture by leaps."""
+    group, net = toy_group(plan)
+    levels, (x, context) = NoiseLevels.unknown(len(TIMESTEPS)), toys.inputs(0)
+    leaps = torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(1))
+    outlook, samples, steady = Outlook(levels), [], []
+    for call, leap in enumerate((1, 1, -1, 1, -1, -1, 2, 2, 1)):
+        x = x + (leaps[0] * leap if abs(leap) == 1 else leaps[1])
+        outlook.see(call, x)
+        samples.append(x)
+        steady.append(outlook.steady)
+    assert steady[2:6] == [False, False, False, True]
+    with Simulator(net, plan, family=TOY) as simulator:
+        for model in (group, simulator):
+            model.begin(TIMESTEPS, levels=levels)
+        for sample, t in zip(samples, TIMESTEPS, strict=True):
+            assert torch.equal(group(sample, t, **context), simulator(sample, t, **context))
 
 
 @pytest.mark.parametrize("plan", toys.PLANS, ids=toys.label)
