@@ -14,6 +14,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import nn
 
 from .packs import PackModule
+from .sag import GuidedUNet
 
 MODULE = "VanillaTemporalModule"  # the pack's class of motion modules
 
@@ -60,7 +61,7 @@ class MotionModels(nn.ModuleList):
         return MotionModels, (self._sources,)
 
 
-class AnimatedUNet(UNetModel):
+class AnimatedUNet(GuidedUNet):
     """A UNet with motion models, whose modules work on what some of its layers return.
 
     They are beside these layers and not among them, where the pack has them, so that no other weight is renamed.
@@ -87,7 +88,7 @@ class AnimatedUNet(UNetModel):
         """The host's, with the motion modules in this state."""
         options = {} if transformer_options is None else transformer_options
         with self._moving(motion, context, options):
-            return super().forward(x, timesteps, context, y, control, options, **kwargs)
+            return super().forward(x, timesteps, context, y, control, transformer_options=options, **kwargs)
 
     @contextlib.contextmanager
     def _moving(self, state: State, context: torch.Tensor | None, options: dict[str, Any]) -> Iterator[None]:

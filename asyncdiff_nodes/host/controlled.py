@@ -22,6 +22,7 @@ from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from torch import nn
 
 from .attributes import replaced
+from .sag import GuidedUNet
 
 MERGE = ("strength", "strength_type", "global_average_pooling")  # what the host's merge of residuals reads
 Residuals = dict[str, list[torch.Tensor | None]]
@@ -95,7 +96,7 @@ class Controlled:
             return self.control_nets[slot](x=sample, timesteps=timesteps.to(x.dtype), **arguments)
 
 
-class ControlledUNet(Controlled, UNetModel):
+class ControlledUNet(Controlled, GuidedUNet):
     """A UNet."""
 
     net_class = cldm.ControlNet

@@ -9,6 +9,7 @@ from asyncdiff_nodes.engine.batch import divide as divide_batch
 
 from .ipadapter import ImageAttention
 from .shipping import ShippedPatch
+from .tome import NUMBERS
 
 _PATCHES = ("patches", "patches_replace")
 # the prompt's item and the negative one's
@@ -24,7 +25,7 @@ def divide(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, parts: int
     torn = frames > 1 and (batch // frames) % parts
     if torn or across_items(options, len(chunks)) or (len(chunks) > 1 and len(chunks) % parts):
         return [(args, kwargs)]
-    patches = {kind: options[kind] for kind in _PATCHES if kind in options}  # what they look at is no batch
+    patches = {kind: options[kind] for kind in (*_PATCHES, NUMBERS) if kind in options}  # what they look at is no batch
     rest = {name: value for name, value in options.items() if name not in patches}
     whole = {"motion": motion} if motion else {}  # its masks are of frames, for all videos
     found = divide_batch(args, {**kwargs, "transformer_options": rest, **dict.fromkeys(whole)}, batch, parts)

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
+from torch import nn
 
 from asyncdiff_nodes.engine.trees import flatten
 
 from . import animatediff
 from .ipadapter import ImageAttention
+from .sag import Attention
 from .shipping import ShippedPatch, Variable, is_plain
+from .tome import Merging
 from .weights import PREFIX
 
 _PATCHES = ("patches", "patches_replace")
@@ -39,23 +42,23 @@ def obstacle(patcher: ModelPatcher, model_options: dict[str, Any]) -> str | None
         return "another pack compiles the model in a way of its own"
     if any(patcher.hook_patches.values()):
         return "weight hooks (scheduled or masked LoRA) change the model's weights between its calls"
-    return call_obstacle(model_options.get("transformer_options", {}))
+    return call_obstacle(patcher.model.diffusion_model, model_options.get("transformer_options", {}))
 
 
-def call_obstacle(transformer_options: dict[str, Any]) -> str | None:
-    """Why a call with these options cannot be routed; None if it can."""
+def call_obstacle(network: nn.Module, transformer_options: dict[str, Any]) -> str | None:
+    """Why a call of ``network`` with these options cannot be routed; None if it can."""
     found = {
         f"{place} ({_name(patch)})"
         for kind in _PATCHES
         for place, patches in transformer_options.get(kind, {}).items()
         for patch in _values(patches)
-        if not animatediff.is_dispatch(patch) and _shipped(patch, {}) is None
+        if not animatediff.is_dispatch(patch) and not _is_routed(patch, network)
     }
     # without patches, the network's own code reads only those of the other options that are functions
     found |= {
         f"{key} ({_name(value)})"
         for key, value in transformer_options.items()
-        if key not in _HOST_ONLY and callable(value) and (key != _ATTENTION or _shipped(value, {}) is None)
+        if key not in _HOST_ONLY and callable(value) and (key != _ATTENTION or not _is_routed(value, network))
     }
     return f"the model carries patches that run inside the network: {', '.join(sorted(found))}" if found else None
 
@@ -65,14 +68,14 @@ def shippable(transformer_options: dict[str, Any]) -> dict[str, Any]:
     options = {key: value for key, value in transformer_options.items() if key not in _HOST_ONLY and is_plain(value)}
     variables: dict[int, Variable] = {}
     if _ATTENTION in transformer_options:
-        options[_ATTENTION] = _shipped(transformer_options[_ATTENTION], variables)
+        options[_ATTENTION] = _shipped(transformer_options[_ATTENTION], variables, transformer_options)
     for kind in _PATCHES:
         shipped = {}
         for place, patches in transformer_options.get(kind, {}).items():
             if isinstance(patches, dict):
-                shipped[place] = {where: _shipped(patch, variables) for where, patch in patches.items()}
+                shipped[place] = {where: _shipped(patch, variables, transformer_options) for where, patch in patches.items()}
             elif kept := [patch for patch in patches if not animatediff.is_dispatch(patch)]:
-                shipped[place] = [_shipped(patch, variables) for patch in kept]
+                shipped[place] = [_shipped(patch, variables, transformer_options) for patch in kept]
         if shipped:
             options |= {
                 kind: shipped,
@@ -87,8 +90,16 @@ def identity(shipped: dict[str, Any]) -> str:
     return repr((structure, [id(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]))
 
 
-def _shipped(patch: Any, variables: dict[int, Variable]) -> Callable[..., Any] | None:
-    return ShippedPatch.of(patch, variables) or ImageAttention.of(patch)
+def _shipped(patch: Any, variables: dict[int, Variable], transformer_options: dict[str, Any]) -> Callable[..., Any] | None:
+    """What stands for ``patch`` in a rank; None if that is nothing."""
+    if shipped := ShippedPatch.of(patch, variables):
+        return Attention.of(shipped, transformer_options) or Merging.of(shipped) or shipped
+    return ImageAttention.of(patch)
+
+
+def _is_routed(patch: Any, network: nn.Module) -> bool:
+    shipped = _shipped(patch, {}, {})
+    return shipped is not None and (not isinstance(shipped, Attention | Merging) or shipped.runs_in(network))
 
 
 def _values(patches: Any) -> Any:

@@ -43,6 +43,8 @@ from .patches import call_obstacle, identity, obstacle, shippable
 from .pool import POOL
 from .rehearsal import rehearse
 from .report import RunRecord, publish
+from .sag import give_back
+from .tome import random_numbers
 from .windows import Windows
 
 log = logging.getLogger(__name__)
@@ -188,7 +190,7 @@ class Sampling:
             complete(control, nets)  # in the dictionary that the network is called with
             return network()
 
-        if reason := self._left or call_obstacle(options):
+        if reason := self._left or call_obstacle(self._patcher.model.diffusion_model, options):
             return by_host(reason)
         if not all(net.fits(x, timesteps) for net in nets):
             return by_host("a ControlNet is given another latent than the model")
@@ -203,6 +205,7 @@ class Sampling:
         window = getattr(options.get("context_window"), "index_list", None) or options.get("ad_params", {}).get("sub_idxs")
         # the same prompt under a guidance patch, a control net that starts in mid-run, a window of frames: streams of their own
         patches = self._patches.setdefault(identity(shipped), len(self._patches))
+        shipped |= random_numbers(self._patcher.model.diffusion_model, shipped, x)
         outline = _outline(control), tuple(net.net for net in nets)
         stream = (tuple(options.get("uuids", ())), tuple(x.shape), outline, patches, repr(window), path)
         moved_on = []
@@ -231,7 +234,7 @@ class Sampling:
             result = self._with_ranks(by_ranks)
             if self._finite and not self.group.finite:
                 self._explain_nan(x, given)
-            return result
+            return give_back(options, result) if isinstance(result, tuple) else result
         except UnsupportedModelError as error:
             return by_host(f"this call cannot be split: {error}")
         except GroupClosedError:

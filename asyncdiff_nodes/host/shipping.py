@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 # Patches that look at nothing but what a block is given, so that they do the same wherever the block is; see the tests.
-# (Counter-examples: SAG reads in the sampler what its patch saw, ToMe draws random numbers.)
 _ALWAYS: dict[str, int] = {}
 # Module -> the greatest values of settings with which its patches are such. HyperTile draws the first of one or two sizes.
 STATELESS = {
@@ -25,8 +24,11 @@ STATELESS = {
     "comfy_extras.nodes_nag": _ALWAYS,
     "comfy_extras.nodes_pag": _ALWAYS,
     "comfy_extras.nodes_hypertile": {"swap_size": 2},
+    "comfy_extras.nodes_sag": _ALWAYS,  # see sag.py for what the sampler reads of it
+    "comfy_extras.nodes_tomesd": _ALWAYS,  # see tome.py for what it draws
     "comfy.model_patcher": _ALWAYS,  # which has one of the host's attentions take the place of another
 }
+_SCRATCH = {("comfy_extras.nodes_sag", "attn_scores"), ("comfy_extras.nodes_tomesd", "u")}
 _ATTENTIONS = "comfy.ldm.modules.attention"
 
 
@@ -41,6 +43,19 @@ class Variable:
 
     def __repr__(self) -> str:
         return repr(self.cell.cell_contents)
+
+
+class Scratch(Variable):
+    """One that these patches write before they read it: what it is now is of no interest, and does not travel."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Scratch, ()
+
+    def __repr__(self) -> str:
+        return "scratch"
 
 
 @dataclass(frozen=True)
@@ -69,14 +84,17 @@ class ShippedPatch:
         if not isinstance(patch, types.FunctionType) or patch.__module__ not in STATELESS or patch.__kwdefaults__ or vars(patch):
             return None
         code, cells, defaults = patch.__code__, patch.__closure__ or (), patch.__defaults__ or ()
-        values = {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
+        found = {
+            name: (cell, Scratch() if (patch.__module__, name) in _SCRATCH else Variable(cell.cell_contents))
+            for name, cell in zip(code.co_freevars, cells, strict=True)
+        }
+        values = {name: variable.cell.cell_contents for name, (_, variable) in found.items()}
         greatest = STATELESS[patch.__module__]
         if not all(is_plain(value) or _is_attention(value) for value in (*values.values(), *defaults)):
             return None
         if any(values[name] > greatest[name] for name in values.keys() & greatest):
             return None
-        shared = [variables.setdefault(id(cell), Variable(cell.cell_contents)) for cell in cells]
-        settings = tuple(zip(code.co_freevars, shared, strict=True))
+        settings = tuple((name, variables.setdefault(id(cell), variable)) for name, (cell, variable) in found.items())
         return cls(patch.__module__, patch.__qualname__, code.co_firstlineno, settings, defaults)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

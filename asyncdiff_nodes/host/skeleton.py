@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from asyncdiff_nodes.engine import Family, UnsupportedModelError, find_family
 from asyncdiff_nodes.engine.graph import tensors_of
 
-from . import quantised
+from . import quantised, sag
 from .animated import MotionSource, animated
 from .animatediff import motion_models, motion_sources
 from .compiled import compile_arguments
@@ -54,8 +54,15 @@ def skeleton_of(patcher: ModelPatcher, nets: Sequence[nn.Module] = ()) -> nn.Mod
     if operations is not None:
         quantised.take_apart(rebuilt, operations, patches_of(patcher))
     if sources := motion_sources(patcher):
-        return _animated(rebuilt, sources, patcher)
-    return controlled(rebuilt, [net_skeleton(net, patcher) for net in nets]) if nets else rebuilt
+        rebuilt = _animated(rebuilt, sources, patcher)
+    elif nets:
+        rebuilt = controlled(rebuilt, [net_skeleton(net, patcher) for net in nets])
+    return sag.guided(rebuilt) if _guide(patcher) else rebuilt
+
+
+def _guide(patcher: ModelPatcher) -> Callable[..., Any] | None:
+    """The patch of Self-Attention Guidance that hangs on the model of ``patcher``."""
+    return sag.patch_of(patcher.model_options.get("transformer_options", {}))
 
 
 def _animated(rebuilt: nn.Module, sources: Sequence[MotionSource], patcher: ModelPatcher) -> nn.Module:
@@ -125,8 +132,10 @@ def fingerprint_of(patcher: ModelPatcher) -> str:
     operations = quantised.operations_of(patcher)
     classes = _classes_of(live, operations)
     layers = (operations, quantised.outline(live, operations, patches_of(patcher))) if operations else classes
-    found = type(live), layers, patcher.force_cast_weights, config, compile_arguments(patcher)
-    return repr((*found, *motion_sources(patcher)))
+    compiled, is_guided = compile_arguments(patcher), _guide(patcher) is not None
+    if compiled is not None and is_guided:
+        raise UnsupportedModelError("it is compiled (torch.compile), and Self-Attention Guidance looks into it")
+    return repr((type(live), layers, patcher.force_cast_weights, config, compiled, is_guided, *motion_sources(patcher)))
 
 
 def outline_of(net: nn.Module) -> Any:
@@ -138,12 +147,15 @@ def family_of(skeleton: nn.Module, patcher: ModelPatcher) -> Family:
     """How to split ``skeleton``, the network of ``patcher``, how to trace it, and how to divide its calls."""
     family = find_family(skeleton)
     dtype = patcher.get_model_object("manual_cast_dtype") or skeleton.dtype  # of calls, whatever that of the weights
+    guide = _guide(patcher)
+    options = sag.example_options(guide) if guide else {}
 
     def example_inputs(*args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         def cast(leaf: Any) -> Any:
             return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.dtype == skeleton.dtype else leaf
 
-        return tree_map(cast, family.example_inputs(*args))
+        args, kwargs = tree_map(cast, family.example_inputs(*args))
+        return args, {**kwargs, "transformer_options": options}
 
     return replace(family, example_inputs=example_inputs, trace_inputs=_traceable, divide=divide)
 

@@ -26,6 +26,7 @@ FAMILIES: dict[str, Family] = {
     "asyncdiff_nodes.ControlledSD3": comfy_control_nets.SD3,
     "asyncdiff_nodes.ControlledUNet": comfy_control_nets.UNET,
     "asyncdiff_nodes.DemoUNet": comfy_unet.FAMILY,
+    "asyncdiff_nodes.GuidedUNet": comfy_unet.FAMILY,
     "comfy.Flux": comfy_transformers.FLUX,
     "comfy.HunyuanVideo": comfy_transformers.HUNYUAN_VIDEO,
     "comfy.LTXVModel": comfy_transformers.LTXV,

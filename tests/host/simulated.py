@@ -13,7 +13,9 @@ from asyncdiff_nodes.host.control import ControlNets, take
 from asyncdiff_nodes.host.patches import shippable
 from asyncdiff_nodes.host.quantised import operations_of
 from asyncdiff_nodes.host.rehearsal import rehearse
+from asyncdiff_nodes.host.sag import give_back, patch_of
 from asyncdiff_nodes.host.skeleton import family_of, skeleton_of
+from asyncdiff_nodes.host.tome import random_numbers
 from asyncdiff_nodes.host.weights import weights_of
 
 
@@ -42,7 +44,8 @@ def simulated(model, plan, sampler, size=(16, 16), control=None, batch=2):
     skeleton = skeleton_of(model, nets.networks if nets else ())
     family = family_of(skeleton, model)
     inputs = family.example_inputs(skeleton, size, batch)
-    if nets or motion.patchers or operations_of(model):
+    guided = patch_of(model.model_options["transformer_options"])
+    if nets or motion.patchers or guided or operations_of(model):
         whole = loaded(skeleton, model, nets.networks if nets else ())
     if nets:
         clone.recording = nets.recorded()  # for as long as there is this model
@@ -68,7 +71,10 @@ def simulated(model, plan, sampler, size=(16, 16), control=None, batch=2):
         if motion.patchers:
             given["motion"] = motion.state()
         stream = tuple(options["uuids"]), tuple(x.shape), len(calls)
-        return simulator(stream=stream, **given | {"transformer_options": {"sample_sigmas": None, **shippable(options)}})
+        shipped = {"sample_sigmas": None, **shippable(options)}
+        shipped |= random_numbers(network, shipped, x)
+        result = simulator(stream=stream, **given | {"transformer_options": shipped})
+        return give_back(options, result) if isinstance(result, tuple) else result
 
     def apply(executor, *args, **kwargs):
         network.forward = call  # not every network calls wrappers of its own

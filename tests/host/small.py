@@ -163,6 +163,15 @@ def model(
     return comfy.model_patcher.ModelPatcher(base.eval(), device, torch.device("cpu"))
 
 
+def attentive(kind: str = "sd15") -> comfy.model_patcher.ModelPatcher:
+    """A MODEL that attends to some places more than to others, and whose pictures show it."""
+    made = model(kind)
+    for name, weight in made.model.diffusion_model.named_parameters():
+        if "attn1" in name:
+            weight.data *= 30
+    return made
+
+
 def conditioning(kind: str = "sd15", seed: int = 1, tokens: int = 77, width: int | None = None) -> list:
     """A CONDITIONING, of another ``width`` than the small model's if given."""
     generator = torch.Generator().manual_seed(seed)

@@ -13,6 +13,8 @@ import packs
 import pytest
 import small
 import test_ipadapter
+import test_sag
+import test_tome
 import torch
 from comfy.model_base import ModelType
 from controlling import controlled
@@ -108,8 +110,8 @@ def animated(pack, model, name="v3", context=None, settings=None, **motion_setti
     return pack["ADE_UseEvolvedSampling"]().use_evolved_sampling(model, "autoselect", motions, context, settings)[0]
 
 
-def sample(model, prompts, frames=FRAMES, steps=3, cfg=4.0, sampler="euler"):
-    latent = small.latent(frames, 8, 8)
+def sample(model, prompts, frames=FRAMES, steps=3, cfg=4.0, sampler="euler", size=8):
+    latent = small.latent(frames, size, size)
     return nodes.KSampler().sample(model, 5, steps, cfg, sampler, "normal", *prompts, latent)[0]["samples"]
 
 
@@ -321,6 +323,16 @@ def test_with_an_image(pack, model, prompts, monkeypatch):
     shown = test_ipadapter.applied(images, moving, node="IPAdapterEmbedsBatch", images=6)
     found = assert_exact(shown, prompts, frames=6)
     assert (found - sample(moving, prompts, frames=6)).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changed", [test_sag.guided, test_tome.merging])
+def test_patches_that_the_host_must_know_of(pack, model, prompts, changed):
+    """The sampler asks what one saw, and another draws the host's random numbers."""
+    moving = animated(pack, model)
+    patched, routed = changed(moving), attach(changed(moving), Options("Exact", "cpu,cpu"))
+    found = assert_exact(patched, prompts, routed=routed, size=32)
+    assert not torch.equal(found, sample(moving, prompts, size=32))
 
 
 @pytest.mark.slow
