@@ -214,8 +214,9 @@ class Sampling:
         self._progress.call(stream, self._windows.turn)
         if self._plan.branches > len(x):
             self._note(
-                "the host evaluates these prompts one after the other, so there is nothing to divide and only the first of "
-                f"{self._plan.branches} branches works: AsyncDiff Options, Custom, branches=1 uses all devices"
+                "the host evaluates prompts one after the other, or a guidance node one of them again: then there is nothing to "
+                f"divide, and only the first of {self._plan.branches} branches works. AsyncDiff Options, Custom, branches=1 uses "
+                "all devices"
             )
 
         def by_ranks() -> torch.Tensor:

@@ -5,7 +5,6 @@ Nothing of the host is imported here: a rank has not its flags yet when it impor
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +76,7 @@ def random_numbers(network: nn.Module, shipped: dict[str, Any], x: torch.Tensor)
     patch = next((patch for patch in shipped.get("patches", {}).get(_KIND, ()) if isinstance(patch, Merging)), None)
     if patch is None:
         return {}
-    asked = _asked(copy.deepcopy(patch.patch), x)
+    asked = _asked(patch.patch, x)
     places = _of_full_resolution(network) if asked else ()
     return {NUMBERS: {place: torch.randint(*asked[0], **{**asked[1], "device": x.device}) for place in places}}
 

@@ -99,6 +99,8 @@ def test_on_and_off(model, prompts):
 def test_branches_share_the_prompts(model, prompts):
     model = guided(model)
     found, expected = sample(attach(model, Options(devices="cpu,cpu")), prompts), sample(model, prompts)
+    (note,) = last_run().notes
+    assert "a guidance node one of them again" in note and "only the first of 2 branches works" in note
     assert last_run().plan.branches == 2 and {record.rank for record in last_run().stats.records} == {0, 1}
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max(), "the same but for rounding"
 
