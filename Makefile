@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 demo-comfy: $(VENV)/installed
 	$(BIN)/python -m asyncdiff_nodes demo-comfy
 
-# two parts side by side, and then what looks at times
+# two parts side by side that take about as long, and then what looks at times
 test: lint
 	$(MAKE) --no-print-directory -j2 test-beside-engine test-beside-host
 	$(BIN)/python -m pytest -m "timing and not slow"
@@ -20,9 +20,10 @@ test: lint
 
 test-beside-engine: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not timing and not slow"
+	$(BIN)/python tests/host/run.py -m "not timing and not slow" -k browser
 
 test-beside-host: $(VENV)/installed
-	$(BIN)/python tests/host/run.py -m "not timing and not slow"
+	$(BIN)/python tests/host/run.py -m "not timing and not slow" --ignore tests/host/browser
 
 test-engine: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"

@@ -71,7 +71,10 @@ def test_plan_of_a_transformer(tmp_path):
     assert plan["mib_per_call"] == 3 * 2 * 64 * 128 * 2 / 2**20  # the hidden states of 64 patches, at three cuts, fp16
 
 
-@pytest.mark.parametrize("model", ["svd", "sd35-large", "flux", "qwen-image", "wan-14b", "hunyuan-video", "ltx-video"])
+LARGE = ["svd", "sd35-large", "flux", "qwen-image", "wan-14b", "hunyuan-video", "ltx-video"]
+
+
+@pytest.mark.parametrize("model", [m if m == "flux" else pytest.param(m, marks=pytest.mark.slow) for m in LARGE])
 def test_the_largest_models_divide_evenly(tmp_path, model):
     """At their true sizes, without a weight."""
     status, result = run(tmp_path, "plan", "--model", model, "--segments", "4", "--no-fresh-skips")

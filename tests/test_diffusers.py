@@ -126,6 +126,7 @@ def test_asynchronous_stride_run_begins_anew_each_time_and_follows_another_sched
             pipe.scheduler = before
 
 
+@pytest.mark.slow
 def test_blocks_move_to_where_the_measured_times_say(pipe):
     draw = partial(run, height=64, width=64)  # what a busy machine adds to a block must be little beside what blocks take
     expected = draw(pipe)

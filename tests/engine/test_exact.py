@@ -42,6 +42,7 @@ def test_ddim_loop_at_published_cuts(name, golden_group):
     assert_exact(layout, plan, golden_group(layout, plan))
 
 
+@pytest.mark.slow
 def test_ddim_loop_at_automatic_cuts(golden_group):
     group = golden_group(*WRAPPED)
     assert group.placement.wrapped

@@ -129,7 +129,7 @@ def test_a_cut_of_a_transformer_is_crossed_by_its_stream_alone(kind):
     assert max(place(graph, Plan(2, fresh_skips=False)).shares) < 0.7
 
 
-@pytest.mark.parametrize("segments", [2, 3])
+@pytest.mark.parametrize("segments", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("kind", [kind for kind, (name, _) in SMALL.items() if "Transformer" in name])
 @torch.no_grad()
 def test_hidden_states_are_where_the_family_says(kind, segments):

@@ -48,7 +48,7 @@ def assert_gone(pids, within=5.0):
 
 
 @needs_posix
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_rank_is_named_within_two_seconds_and_a_new_group_works(victim, folder):
     g = group(seconds=30.0)
     pids, killed = g.pids, []
@@ -151,6 +151,7 @@ def test_group_that_is_not_ready_in_time_leaves_nothing_behind(folder):
     assert {child.pid for child in psutil.Process().children()} <= before
 
 
+@pytest.mark.slow
 def test_failures_leave_no_descriptor_open_and_no_group_in_memory(folder):
     def fail():
         with pytest.raises(DeadlineError):
@@ -359,6 +360,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["program.py"]
 
 
+@pytest.mark.slow
 def test_full_shared_memory_does_not_matter(tmp_path):
     """Nothing of ours is there: tensors go through pipes and links."""
     own = ["unshare", "--mount", "--map-root-user"]

@@ -30,7 +30,14 @@ def draw(call):
 
 
 @pytest.mark.parametrize(
-    "plan", [Plan(warmup=2, forecast=0), Plan(warmup=2), Plan(3, warmup=1), Plan(2, stride=2, warmup=1)], ids=str
+    "plan",
+    [
+        pytest.param(Plan(warmup=2, forecast=0), marks=pytest.mark.slow),
+        pytest.param(Plan(warmup=2), marks=pytest.mark.slow),
+        Plan(3, warmup=1),
+        Plan(2, stride=2, warmup=1),
+    ],
+    ids=str,
 )
 def test_another_group_computes_in_the_same_processes(folder, plan):
     first = group(toys.random_net(5))
@@ -133,7 +140,7 @@ def test_weights_and_values_are_gone(folder, how):
 TAKEN = "group = WorkerGroup(toys.slow_net(0.0), threads_per_rank=1, family=toys.TOY, idle=idle)"
 
 
-@pytest.mark.parametrize("then", ["", TAKEN], ids=["idle", "taken"])
+@pytest.mark.parametrize("then", [pytest.param("", marks=pytest.mark.slow), TAKEN], ids=["idle", "taken"])
 def test_a_killed_parent_leaves_neither_processes_nor_files(tmp_path, then):
     process, pids = script(tmp_path, f"idle = group.release()\n{then}\nprint('ready', flush=True)\nimport time; time.sleep(60)\n")
     assert next(said(process)) == "ready\n"

@@ -72,6 +72,7 @@ class Turned(toys.ToyBlock):
 WRAPPED = Plan(segments=2, warmup=2, forecast=0, cuts=("blocks.1", "blocks.3"), microbatches=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("block", "plan"), [(Turned, PLANS[0]), (toys.ToyBlock, WRAPPED)], ids=["not divisible", "nothing to gain"]
 )

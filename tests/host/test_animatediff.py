@@ -204,9 +204,8 @@ def keyframes(pack):
     return pack["ADE_AnimateDiffKeyframe"]().load_keyframe(0.5, first, scale_multival=mask(), effect_multival=1.2)[0]
 
 
-@pytest.mark.parametrize(
-    "case", ["masks", *(pytest.param(case, marks=pytest.mark.slow) for case in ("numbers", "keyframes", "some steps"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["masks", "numbers", "keyframes", "some steps"])
 def test_settings_of_motion(pack, model, prompts, case):
     settings = {
         "numbers": {"effect_multival": 0.6, "scale_multival": 1.3},

@@ -15,21 +15,26 @@ from asyncdiff_nodes.host.route import attach
 TWICE = ("heun", "dpm_2", "dpmpp_sde")  # the network is called twice per step
 
 
-@pytest.mark.parametrize(
-    "sampler", ["euler", "dpmpp_2m", "euler_ancestral", "heun", *(pytest.param(s, marks=pytest.mark.slow) for s in TWICE[1:])]
-)
-@pytest.mark.parametrize(
-    "options",
-    [
-        Options(devices="cpu,cpu,cpu,cpu"),
-        Options("Turbo", "cpu,cpu,cpu"),
-        Options("Custom", "cpu,cpu", segments=2, warmup=2, forecast=False, time_shift=True),
-    ],
-    ids=["balanced", "turbo", "custom"],
-)
-@pytest.mark.parametrize("kind", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
-def test_presets_equal_the_simulator(kind, options, sampler):
-    model = small.model(kind)
+PRESETS = {
+    "balanced": Options(devices="cpu,cpu,cpu,cpu"),
+    "turbo": Options("Turbo", "cpu,cpu,cpu"),
+    "custom": Options("Custom", "cpu,cpu", segments=2, warmup=2, forecast=False, time_shift=True),
+}
+
+
+def cases():
+    """Every sampler with every preset; by default some of them, with each preset."""
+    fast = {("balanced", "euler"), ("turbo", "euler_ancestral"), ("turbo", "heun"), ("custom", "dpmpp_2m")}
+    for kind in ("sd15", "sdxl"):
+        for preset in PRESETS:
+            for sampler in ("euler", "dpmpp_2m", "euler_ancestral", *TWICE):
+                marks = () if kind == "sd15" and (preset, sampler) in fast else pytest.mark.slow
+                yield pytest.param(kind, preset, sampler, marks=marks, id=f"{kind}-{preset}-{sampler}")
+
+
+@pytest.mark.parametrize(("kind", "preset", "sampler"), list(cases()))
+def test_presets_equal_the_simulator(kind, preset, sampler):
+    model, options = small.model(kind), PRESETS[preset]
     positive, negative = small.conditioning(kind, 1), small.conditioning(kind, 2)
 
     def sample(m):

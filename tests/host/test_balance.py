@@ -79,6 +79,7 @@ def test_a_group_that_is_there_moves_before_the_next_run(measured, sd15, prompts
     assert torch.equal(exact, nodes.KSampler().sample(sd15, 5, 4, 7.0, "euler", "normal", *prompts, small.latent())[0]["samples"])
 
 
+@pytest.mark.slow
 def test_chosen_cuts_stay(measured, sd15, prompts):
     sample(sd15, prompts, Options(**REUSE, cuts="input_blocks.0, middle_block.0"), steps=10)
     assert last_run().placement.cuts[0] == "input_blocks.0.0"

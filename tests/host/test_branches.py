@@ -81,6 +81,7 @@ def last_run_of_two(model, prompts):
     return last_run()
 
 
+@pytest.mark.slow
 def test_prompts_of_other_lengths_and_batches(sd15, prompts):
     longer = small.conditioning("sd15", 4, tokens=154)
     assert_halved(sd15, lambda m: ksampler(m, longer, prompts[1]))
@@ -88,6 +89,7 @@ def test_prompts_of_other_lengths_and_batches(sd15, prompts):
     assert_halved(sd15, lambda m: ksampler(m, *prompts, cfg=1.0, batch=2))
 
 
+@pytest.mark.slow
 def test_control_net_on_both(sd15, prompts):
     """Each branch computes it for its own half."""
     net, hint = small.control_net(), small.hint()

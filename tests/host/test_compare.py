@@ -32,6 +32,7 @@ def numbers(text):
     return [float(word) for word in match.groups()]
 
 
+@pytest.mark.slow
 def test_latents_are_those_of_both_samplers(sd15, prompts):
     options = SEGMENTS
     inputs = sampling(positive=prompts[0], negative=prompts[1], latent_image=small.latent())

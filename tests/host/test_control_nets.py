@@ -51,7 +51,7 @@ def test_synchronous_calls_are_the_hosts_bit_by_bit(kind):
 @pytest.mark.parametrize(
     "options",
     [
-        replace(AHEAD[0], forecast=False),
+        pytest.param(replace(AHEAD[0], forecast=False), marks=pytest.mark.slow),
         pytest.param(AHEAD[0], marks=pytest.mark.slow),
         AHEAD[1],
         pytest.param(Options("Turbo", "cpu,cpu,cpu"), marks=pytest.mark.slow),
@@ -94,6 +94,7 @@ def test_files_that_the_host_loaded(tmp_path, prompts):
     assert_exact(model, controlled(prompts, net), 1)
 
 
+@pytest.mark.slow
 def test_another_model_does_not_get_the_cuts_of_a_network_with_nets(prompts):
     models = [small.model("sd15", seed=seed) for seed in (9, 10)]
     assert_exact(models[0], controlled(prompts, small.control_net()), 1)
@@ -210,9 +211,11 @@ def other_layers(net):
     ("on_model", "on_net", "reason"),
     [
         (another_nodes_wrapper, None, "another node (cache) may change what the network is given"),
-        (function_wrapper, None, "another node wraps the model's function"),
-        (another_precision, None, "it computes in torch.float32, the model in torch.bfloat16"),
-        (None, fewer_bits, "it computes in torch.float16, the model in torch.float32"),
+        pytest.param(function_wrapper, None, "another node wraps the model's function", marks=pytest.mark.slow),
+        pytest.param(
+            another_precision, None, "it computes in torch.float32, the model in torch.bfloat16", marks=pytest.mark.slow
+        ),
+        pytest.param(None, fewer_bits, "it computes in torch.float16, the model in torch.float32", marks=pytest.mark.slow),
         (None, other_layers, "has other layers than the host's configuration says: input_blocks.1.2"),
     ],
     ids=["wrapper", "function", "compute", "dtype", "layers"],
@@ -247,6 +250,7 @@ def test_a_run_goes_on_without_its_ranks(sd15, prompts):
     assert_exact(sd15, given, 1)
 
 
+@pytest.mark.slow
 def test_the_hosts_objects_are_as_before(sd15, prompts):
     given = controlled(prompts, small.control_net())
     control = given[0][0][1]["control"]
@@ -255,6 +259,7 @@ def test_the_hosts_objects_are_as_before(sd15, prompts):
     assert vars(control).keys() == before.keys() and control.control_model is before["control_model"]
 
 
+@pytest.mark.slow
 def test_weights_of_a_net_that_is_gone_can_move(sd15, prompts):
     assert_exact(sd15, controlled(prompts, small.control_net()), 1)
     group = POOL._held[-1].group

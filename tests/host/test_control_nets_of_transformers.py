@@ -53,6 +53,7 @@ def test_synchronous_calls_are_the_hosts_bit_by_bit(kind, options):
     assert len({frozenset(name for name in weights if name.startswith("control_nets.")) for weights in held}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", kinds("flux"))
 def test_strengths_ranges_and_batches(kind):
     model, prompts = given(kind)
@@ -80,6 +81,7 @@ def test_asynchronous_calls_equal_the_simulator(kind, count, options):
     assert_simulated(*given(kind), options, *nets, kind=kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", kinds("flux"))
 def test_several_nets_in_a_chain(kind):
     """Residuals are added up in the chain's order, whichever net the ranks got first."""
@@ -109,6 +111,7 @@ def test_one_that_stops_in_mid_run(kind):
     assert 0 < (found - stock).abs().max() < 1e-2 * stock.abs().max()
 
 
+@pytest.mark.slow
 def test_a_union_that_reads_latents_and_a_mask():
     """The hint is encoded by the host, in the net's own latent format; which type it is to be is told it with each call."""
     model, prompts = given("flux")

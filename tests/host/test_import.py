@@ -53,7 +53,9 @@ print(torch._dynamo.allow_in_graph is sys.modules["torch._dynamo"].allow_in_grap
 """
 
 
-@pytest.mark.parametrize("use", ["import torch._dynamo.config", "torch.compile(torch.sin, backend='eager')"])
+@pytest.mark.parametrize(
+    "use", [pytest.param("import torch._dynamo.config", marks=pytest.mark.slow), "torch.compile(torch.sin, backend='eager')"]
+)
 def test_a_rank_imports_torchs_compiler_when_it_is_used_and_not_before(use):
     """It would make the ranks' start nearly twice as long."""
     program = RANK.format(host=os.environ["ASYNCDIFF_HOST_UNDER_TEST"], root=str(ROOT), use=use)

@@ -115,7 +115,10 @@ def assert_exact(model, sample, devices):
 
 @pytest.mark.parametrize(
     ("case", "devices"),
-    [*((case, "cpu,cpu") for case in CASES), pytest.param("some steps", "cpu,cpu,cpu", marks=pytest.mark.slow)],
+    [
+        *(pytest.param(case, "cpu,cpu", marks=() if case in ("linear", "mask") else pytest.mark.slow) for case in CASES),
+        pytest.param("some steps", "cpu,cpu,cpu", marks=pytest.mark.slow),
+    ],
 )
 def test_settings(pack, model, prompts, case, devices):
     patched = applied(pack, model, **CASES[case])
@@ -197,6 +200,7 @@ def has(block, weights):
     return f"{block}.1.transformer_blocks.0.attn2.to_q.weight" in weights
 
 
+@pytest.mark.slow
 def test_halves_of_cfg(pack, model, prompts):
     """Each branch looks at its own prompt's image."""
     patched = applied(pack, model, attn_mask=mask())

@@ -120,8 +120,8 @@ def assert_as_small_as_loaded(model):
 
 
 def files():
-    """Every network in every kind of file; by default three of them."""
-    fast = ("flux", "plain"), ("flux", "scaled"), ("sd15", "float8_e4m3fn")
+    """Every network in every kind of file; by default two of them."""
+    fast = ("flux", "scaled"), ("sd15", "float8_e4m3fn")
     for kind in NETWORKS:
         for quantise in (plain, scaled, by_layer("float8_e4m3fn")):
             marks = () if (kind, quantise.__name__) in fast else pytest.mark.slow
@@ -232,6 +232,7 @@ def test_products_in_fp8(tmp_path, monkeypatch):
     fresh()
 
 
+@pytest.mark.slow
 def test_a_group_serves_files_that_are_quantised_alike(tmp_path):
     assert_exact(load(tmp_path, "flux", scaled), "flux")
     pids = POOL._held[-1].group.pids

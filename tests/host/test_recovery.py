@@ -55,7 +55,7 @@ def killing(rank, step, how=signal.SIGKILL):
     return at
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_others_take_over_and_the_picture_is_the_same(sd15, prompts, rank):
     expected = sample(sd15, prompts)
     model = attach(sd15, EXACT)
@@ -68,7 +68,7 @@ def test_others_take_over_and_the_picture_is_the_same(sd15, prompts, rank):
     assert pids() == after and not last_run().notes
 
 
-@pytest.mark.parametrize("step", [0, 3])
+@pytest.mark.parametrize("step", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_an_asynchronous_run_goes_on_as_one_that_begins_at_that_step(sd15, prompts, step):
     """The reference is the sampler's own: begun with the latent that the undisturbed run had there."""
     model, began = attach(sd15, ASYNCHRONOUS), {}
@@ -81,7 +81,7 @@ def test_an_asynchronous_run_goes_on_as_one_that_begins_at_that_step(sd15, promp
     assert (result - undisturbed).abs().max() > 1e-4 * expected.abs().max()  # or it would show nothing
 
 
-@pytest.mark.parametrize("step", [None, 2], ids=["start", "run"])
+@pytest.mark.parametrize("step", [pytest.param(None, marks=pytest.mark.slow), 2], ids=["start", "run"])
 def test_comfyui_finishes_by_itself_if_the_user_prefers_that(sd15, prompts, step, monkeypatch):
     expected = sample(sd15, prompts)
     POOL.release()
@@ -139,6 +139,7 @@ def test_a_rank_that_hangs_is_replaced_when_its_deadline_is_over(sd15, prompts, 
     POOL.release()
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_when_the_picture_is_done_does_not_keep_it_waiting(sd15, prompts):
     expected, model = sample(sd15, prompts), attach(sd15, EXACT)
     POOL.release()
@@ -165,6 +166,7 @@ def test_a_rank_that_fails_whenever_it_starts_leaves_the_picture_to_comfyui(sd15
     assert last_run().line.startswith("ComfyUI sampled as usual: rank 0 failed (OutOfMemoryError")
 
 
+@pytest.mark.slow
 def test_cancel_during_the_new_start_cancels(sd15, prompts):
     model = attach(sd15, EXACT)
     kill = killing(0, 1)

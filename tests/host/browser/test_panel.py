@@ -153,6 +153,7 @@ def test_ranks_take_turns_in_the_warm_up_and_compute_side_by_side_afterwards(fro
     assert wrong < 0.05 * 2 * len(columns), "the panel does not show what the ranks did"
 
 
+@pytest.mark.slow
 def test_branches_compute_side_by_side_from_the_first_step_on(frontend, panel):
     demo(frontend, 12, preset="Balanced")
     frontend.run()
@@ -163,6 +164,7 @@ def test_branches_compute_side_by_side_from_the_first_step_on(frontend, panel):
     expect(frontend.page.get_by_text("AsyncDiff: 2 branches of 1 segment on cpu, cpu").first).to_be_visible()
 
 
+@pytest.mark.slow
 def test_it_comes_back_after_a_reload_in_mid_run(frontend, panel):
     demo(frontend, 120)  # longer than a page takes to load
     prompt = frontend.queue()
