@@ -241,10 +241,12 @@ def test_close_twice_and_call_after_close(folder):
 def test_close_from_another_thread_ends_a_call(folder):
     g = group(seconds=30.0)
     pids = g.pids
-    threading.Timer(0.5, g.close).start()
+    closer = threading.Timer(0.5, g.close)
+    closer.start()
     begin = time.monotonic()
     with pytest.raises((GroupClosedError, WorkerError)):
         call(g)
+    closer.join()  # it may still be tidying up
     assert time.monotonic() - begin < 8.0
     assert_gone(pids)
 
