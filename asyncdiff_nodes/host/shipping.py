@@ -28,6 +28,7 @@ STATELESS = {
     "comfy_extras.nodes_tomesd": _ALWAYS,  # see tome.py for what it draws
     "comfy.model_patcher": _ALWAYS,  # which has one of the host's attentions take the place of another
 }
+# (module, variable): what its patches write before they read it
 _SCRATCH = {("comfy_extras.nodes_sag", "attn_scores"), ("comfy_extras.nodes_tomesd", "u")}
 _ATTENTIONS = "comfy.ldm.modules.attention"
 
@@ -46,7 +47,7 @@ class Variable:
 
 
 class Scratch(Variable):
-    """One that these patches write before they read it: what it is now is of no interest, and does not travel."""
+    """One of :data:`_SCRATCH`: what it is now is of no interest, and does not travel."""
 
     def __init__(self) -> None:
         super().__init__(None)
