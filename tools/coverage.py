@@ -28,6 +28,8 @@ FAMILIES = {
     "sdxl_refiner": "SDXL refiner",
     "vega": "Segmind Vega",
     "koala": "KOALA",
+    "ssd_1b": "SSD-1B",
+    "playground": "Playground 2.5",
     "x4_upscaler": "SD x4 upscaler",
     "svd": "Stable Video Diffusion",
     "animatediff": "AnimateDiff",

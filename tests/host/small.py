@@ -50,6 +50,7 @@ _SVD = {
 # without attention in the middle, without any middle block, and with a prompt for each layer of its noise
 _VEGA = {**_SDXL, "adm_in_channels": 2816, "transformer_depth_output": [0, 0, 2, 2], "transformer_depth_middle": -1}
 _KOALA = {**_SDXL, "adm_in_channels": 2816, "transformer_depth_middle": -2}
+_SSD = {**_SDXL, "adm_in_channels": 2816, "transformer_depth_output": [0, 0, 1, 4], "transformer_depth_middle": -1}
 _X4 = {**_SD2, "in_channels": 7, "num_classes": 1000, "num_res_blocks": [1] * 4, "channel_mult": (1, 1, 2, 2)}
 _X4 |= {"transformer_depth": [0, 1, 1, 1], "transformer_depth_output": [0, 0, 1, 1, 1, 1, 1, 1]}
 _FLUX = {
@@ -98,7 +99,9 @@ KINDS = {
 }
 VARIANTS = {
     "koala": ("KOALA_700M", "SDXL", ModelType.EPS, _KOALA),
+    "playground": ("SDXL", "SDXL", ModelType.EDM, {**_SDXL, "adm_in_channels": 2816}),
     "sdxl_inpaint": ("SDXL", "SDXL", ModelType.EPS, {**_SDXL, "adm_in_channels": 2816, "in_channels": 9}),
+    "ssd_1b": ("SSD1B", "SDXL", ModelType.EPS, _SSD),
     "svd": ("SVD_img2vid", "SVD_img2vid", ModelType.V_PREDICTION_EDM, _SVD),
     "vega": ("Segmind_Vega", "SDXL", ModelType.EPS, _VEGA),
     "x4_upscaler": ("SD_X4Upscaler", "SD_X4Upscaler", ModelType.V_PREDICTION, _X4),
