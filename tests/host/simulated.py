@@ -13,6 +13,8 @@ from asyncdiff_nodes.host.control import ControlNets, take
 from asyncdiff_nodes.host.patches import shippable
 from asyncdiff_nodes.host.quantised import operations_of
 from asyncdiff_nodes.host.rehearsal import rehearse
+from asyncdiff_nodes.host.report import last_run
+from asyncdiff_nodes.host.route import attach
 from asyncdiff_nodes.host.sag import give_back, patch_of
 from asyncdiff_nodes.host.skeleton import family_of, skeleton_of
 from asyncdiff_nodes.host.tome import random_numbers
@@ -82,3 +84,20 @@ def simulated(model, plan, sampler, size=(16, 16), control=None, batch=2):
 
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "simulator", apply)
     return clone, simulator
+
+
+def assert_simulated(model, options, sample, **kwargs):
+    """What the ranks compute of ``model`` with asynchronous calls is what the simulator does, and not what the host does.
+
+    Args:
+        sample: takes a model; samples with Euler's method.
+        kwargs: of :func:`simulated`.
+    """
+    stock, found = sample(model), sample(attach(model, options))
+    plan = options.resolve(items=2)[0]
+    assert last_run().plan == plan and not last_run().notes
+    oracle, simulator = simulated(model, plan, "euler", **kwargs)
+    with simulator:
+        expected = sample(oracle)
+    assert (found - expected).abs().max() <= 1e-5
+    assert (found - stock).abs().max() > 3e-5, "or this test proves nothing"

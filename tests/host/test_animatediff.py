@@ -18,7 +18,7 @@ import test_tome
 import torch
 from comfy.model_base import ModelType
 from controlling import controlled
-from simulated import simulated
+from simulated import assert_simulated
 
 from asyncdiff_nodes.host import live
 from asyncdiff_nodes.host.options import ALWAYS, Options
@@ -165,15 +165,7 @@ def test_each_rank_has_the_motion_modules_that_it_owns(pack, model, prompts):
 )
 def test_asynchronous_calls_equal_the_simulator(pack, model, prompts, ranks, forecast):
     moving, options = animated(pack, model), segmented(ranks, warmup=2, forecast=forecast)
-    stock = sample(moving, prompts, steps=8)
-    found = sample(attach(moving, options), prompts, steps=8)
-    plan = options.resolve(items=2)[0]
-    assert last_run().plan == plan and not last_run().notes
-    oracle, simulator = simulated(moving, plan, "euler", (8, 8), batch=2 * FRAMES)
-    with simulator:
-        expected = sample(oracle, prompts, steps=8)
-    assert (found - expected).abs().max() <= 1e-5
-    assert (found - stock).abs().max() > 3e-5, "or this test proves nothing"
+    assert_simulated(moving, options, lambda m: sample(m, prompts, steps=8), size=(8, 8), batch=2 * FRAMES)
 
 
 @pytest.mark.slow

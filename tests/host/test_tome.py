@@ -5,7 +5,7 @@ import pytest
 import small
 import torch
 from comfy_extras import nodes_sag, nodes_tomesd, nodes_torch_compile
-from simulated import simulated
+from simulated import assert_simulated
 from test_sag import exact, segmented
 
 from asyncdiff_nodes.host import demo
@@ -50,7 +50,6 @@ def test_synchronous_calls_are_the_hosts_bit_by_bit(kind, ranks):
 
 
 CASES = [
-    {"height": 4, "width": 4},  # as many rows of numbers as the batch has items
     {"height": 15, "width": 18},
     {"sampler": "euler_ancestral", "batch": 3},
     {"cfg": 1.0},
@@ -75,9 +74,10 @@ def test_nothing_to_merge(model, prompts):
     assert_exact(merging(model), prompts, height=1)
 
 
-def test_branches_merge_alike(model, prompts):
+@pytest.mark.parametrize("size", [16, 4], ids=["16", "as many rows of numbers as prompts"])
+def test_branches_merge_alike(model, prompts, size):
     merged = merging(model)
-    found, expected = sample(attach(merged, Options(devices="cpu,cpu")), prompts), sample(merged, prompts)
+    found, expected = (sample(m, prompts, height=size, width=size) for m in (attach(merged, Options(devices="cpu,cpu")), merged))
     assert last_run().plan.branches == 2 and {record.rank for record in last_run().stats.records} == {0, 1}
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max(), "the same but for rounding"
 
@@ -88,15 +88,7 @@ def test_branches_merge_alike(model, prompts):
     ids=str,
 )
 def test_asynchronous_calls_equal_the_simulator(model, prompts, changed):
-    merged, options = merging(model), segmented(3, **changed)
-    stock, found = sample(merged, prompts, steps=9), sample(attach(merged, options), prompts, steps=9)
-    plan = options.resolve(items=2)[0]
-    assert last_run().plan == plan and not last_run().notes
-    oracle, simulator = simulated(merged, plan, "euler")
-    with simulator:
-        expected = sample(oracle, prompts, steps=9)
-    assert (found - expected).abs().max() <= 1e-5
-    assert (found - stock).abs().max() > 3e-5, "or this test proves nothing"
+    assert_simulated(merging(model), segmented(3, **changed), lambda m: sample(m, prompts, steps=9))
 
 
 @pytest.mark.slow
