@@ -63,7 +63,7 @@ def _ping(rank: int, devices: tuple[str, ...], store: str, results: Connection) 
         value = torch.zeros(size, device=device)
         for _ in range(_REPEATS):
             begin = time.perf_counter()
-            transport.begin_call()
+            transport.begin_call(synchronous=True)
             back = transport.receive(1 - rank, meta)
             if rank == 0:
                 transport.send(1, value, meta)
@@ -75,8 +75,8 @@ def _ping(rank: int, devices: tuple[str, ...], store: str, results: Connection) 
         found.append(statistics.median(times))
     if rank == 0:
         results.send(found)
-    transport.begin_call()
-    transport.begin_call()  # until all is sent
+    transport.begin_call(synchronous=True)
+    transport.begin_call(synchronous=True)  # until all is sent
     os._exit(0)  # not by return: links with a dead peer would hang in their destructors
 
 

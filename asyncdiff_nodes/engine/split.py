@@ -171,7 +171,7 @@ class SplitModel:
         stream = self._streams[message.stream]
         start, sent = self._watch.mark(), self._transport.bytes_sent
         self._waits = []
-        self._transport.begin_call()
+        self._transport.begin_call(message.synchronous)
         running = self._expect(stream, message, [items for items, _ in parts])
         output, blocks, not_finite = None, {}, []
         if message.computes:
@@ -184,12 +184,14 @@ class SplitModel:
                     self._now = part
                     outputs.append(flatten(self._module(*args, **kwargs)))
             self._now = self._states = None  # a video's hidden states are large
+            self._transport.end_call()
             if len(parts) > 1:  # all of it is there
                 for inbox in stream.inboxes.values():
                     inbox.settle()
             if message.result is not None:
                 output = concatenated([leaves for leaves, _ in outputs]), outputs[0][1]
         else:
+            self._transport.end_call()
             for inbox in stream.inboxes.values():
                 inbox.settle(leave=1)
             if message.ahead:  # nothing was done here that anybody would want to know of

@@ -4,6 +4,12 @@ Each link is a process group of two with its own stream of messages, so that val
 producer sends them, and opposite directions never wait for each other (on NCCL they would share a stream otherwise).
 NCCL serves ranks on two different CUDA devices; gloo everything else, bound to the address of the rank's machine (loopback, where
 all ranks are on one), CUDA tensors staged through pinned memory.
+
+A transfer of NCCL's is a kernel that waits on the GPU for its counterpart on the other one, and until that is there, whatever
+synchronises the device waits as well: the first launch of a kernel, which has to be loaded ("Lazy Loading" in NVIDIA's CUDA
+programming guide), or memory that is freed. A rank that is stopped so before it has launched what the other one's transfers wait
+for would stop both. Hence no such kernel is ever older than work that its counterpart needs: in a synchronous call a receive is
+posted when its value is read, those of earlier blocks before it; in an asynchronous one all transfers are posted at its end.
 """
 
 from __future__ import annotations
@@ -13,7 +19,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -74,6 +81,32 @@ class Incoming:
         return self._target.copy_(self._host, non_blocking=True)
 
 
+class _Later:
+    """A transfer of NCCL's that is posted when it is time to.
+
+    Args:
+        verb: of the link: its ``send`` or ``recv``.
+        tensor: on the GPU.
+        peer: the other end's number in the link.
+        queue: of those that are not posted yet, in the order of the blocks; this one is put at its end.
+    """
+
+    def __init__(self, verb: Callable[..., Any], tensor: torch.Tensor, peer: int, queue: deque[_Later]) -> None:
+        self._verb, self._tensor, self._peer, self._queue = verb, tensor, peer, queue
+        self._work: Any = None
+        queue.append(self)
+
+    def wait(self) -> None:
+        """Have this stream wait for it; posts it, and those before it, if that is still to be done."""
+        while self._work is None:
+            self._queue.popleft().post()
+        self._work.wait()
+
+    def post(self) -> None:
+        """Hand it to NCCL."""
+        self._work = self._verb([flat(self._tensor)], self._peer, 0)
+
+
 class Transport:
     """All links of one rank.
 
@@ -90,6 +123,8 @@ class Transport:
         # sends of this call and of the one before, with their buffers
         self._sending: list[tuple[Any, torch.Tensor]] = []
         self._sent: list[tuple[Any, torch.Tensor]] = []
+        self._synchronous = True
+        self._later: deque[_Later] = deque()
         self._staged: queue.SimpleQueue | None = None
         if len({place.host for place in places}) == 1:
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # its bootstrap listener, too, stays on loopback
@@ -129,19 +164,31 @@ class Transport:
         if not sends:
             self.bandwidth = min(self.bandwidth, _PROBE / max(seconds, 1e-9))
 
-    def begin_call(self) -> None:
-        """Free the buffers of the call before the last: whoever reads its values took them to begin the last one."""
+    def begin_call(self, synchronous: bool) -> None:
+        """A call begins, in which values are read that are sent in it, if it is synchronous.
+
+        Frees the buffers of the call before the last: whoever reads its values took them to begin the last one.
+        """
+        self._synchronous = synchronous
         for work, _ in self._sent:
             work.wait()
         self._sent, self._sending = self._sending, []
+
+    def end_call(self) -> None:
+        """All that this rank computes in the call is under way: post what was left for later."""
+        while self._later:
+            self._later.popleft().post()
 
     def send(self, receiver: int, value: torch.Tensor, meta: TensorMeta) -> None:
         """Start sending ``value`` in layout ``meta``. Its memory may be changed as soon as this returns."""
         link = self._links[self._rank, receiver]
         self.bytes_sent += meta.nbytes
-        if self._device.type != "cuda" or receiver in self._nccl_peers:
-            copy = empty(meta, self._near(receiver)).copy_(value)
-            self._sending.append((link.send([flat(copy)], 1, 0), copy))
+        nccl = receiver in self._nccl_peers
+        if nccl or self._device.type != "cuda":
+            copy = empty(meta, self._device).copy_(value)
+            later = nccl and not self._synchronous
+            work = _Later(link.send, copy, 1, self._later) if later else link.send([flat(copy)], 1, 0)
+            self._sending.append((work, copy))
             return
         if self._staged is None:
             self._staged = queue.SimpleQueue()
@@ -153,14 +200,13 @@ class Transport:
         self._staged.put((ready, link, copy))
 
     def receive(self, sender: int, meta: TensorMeta) -> Incoming:
-        """Start receiving the next value that ``sender`` sends to this rank."""
+        """Expect the next value that ``sender`` sends to this rank; to be called for a call's values in the blocks' order."""
         link = self._links[sender, self._rank]
-        near = self._near(sender)
-        if near == self._device:
-            value = empty(meta, near)
-            return Incoming(link.recv([flat(value)], 0, 0), value)
-        pinned = self._device.type == "cuda"
-        host = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, pin_memory=pinned)
+        nccl = sender in self._nccl_peers
+        if nccl or self._device.type != "cuda":
+            value = empty(meta, self._device)
+            return Incoming(_Later(link.recv, value, 0, self._later) if nccl else link.recv([flat(value)], 0, 0), value)
+        host = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, pin_memory=True)
         return Incoming(link.recv([flat(host)], 0, 0), host, empty(meta, self._device))
 
     def close(self) -> None:
@@ -171,10 +217,6 @@ class Transport:
             work.wait()
         self._sent, self._sending = [], []
         self._links.clear()
-
-    def _near(self, peer: int) -> torch.device:
-        """Where this rank's end of a link to ``peer`` is: on its own GPU with NCCL, in host memory with gloo."""
-        return self._device if peer in self._nccl_peers else torch.device("cpu")
 
 
 def _open_link(store: Any, side: int, host: str | None, timeout: float) -> Any:
