@@ -30,7 +30,7 @@ CUTS = "input_blocks.2, output_blocks.1"  # pictures depend on cuts, and these f
 PLANS = {
     "exact": {"preset": "Exact"},
     "asynchronous": {"preset": "Custom", "segments": 2, "warmup": 1, "cuts": CUTS},
-    "reuse": {"preset": "Custom", "segments": 2, "warmup": 2, "forecast": False, "cuts": CUTS},
+    "reuse": {"preset": "Custom", "segments": 2, "warmup": 1, "forecast": False, "cuts": CUTS},
     "stride": {"preset": "Custom", "devices": "cpu,cpu,cpu", "segments": 2, "stride": 2, "warmup": 1, "cuts": CUTS},
     "branches": {"preset": "Custom", "branches": 2},
 }
