@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,3 +17,14 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         delattr(owner, name) if before is None else setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def layers_with_weights() -> Iterator[None]:
+    """While the host's layers are built: with weights, where its linear ones are otherwise without until their file is read.
+
+    That is so with dynamic VRAM, the default on NVIDIA cards.
+    """
+    memory = sys.modules.get("comfy.memory_management")  # not in 0.3
+    with contextlib.nullcontext() if memory is None else replaced(memory, "aimdo_enabled", False):
+        yield

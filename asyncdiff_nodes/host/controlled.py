@@ -21,7 +21,7 @@ from comfy.ldm.qwen_image import model as qwen_network
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from torch import nn
 
-from .attributes import replaced
+from .attributes import layers_with_weights, replaced
 from .sag import GuidedUNet
 
 MERGE = ("strength", "strength_type", "global_average_pooling")  # what the host's merge of residuals reads
@@ -40,7 +40,8 @@ class ControlNetOnMeta(cldm.ControlNet):
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__(**config)
+        with layers_with_weights():
+            super().__init__(**config)
         self._config = config
         self.requires_grad_(False).eval()
 

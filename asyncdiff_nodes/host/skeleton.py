@@ -21,6 +21,7 @@ from asyncdiff_nodes.engine.graph import tensors_of
 from . import quantised, sag
 from .animated import MotionSource, animated
 from .animatediff import motion_models, motion_sources
+from .attributes import layers_with_weights
 from .compiled import compile_arguments
 from .controlled import controlled
 from .net_configs import on_meta
@@ -100,7 +101,8 @@ def _rebuilt(live: nn.Module, build: Callable[[type], nn.Module], operations: Op
     """
     name, classes = type(live).__name__, _classes_of(live, operations)
     try:
-        rebuilt = build(classes)
+        with layers_with_weights():
+            rebuilt = build(classes)
         for layer, state in quantised.states(live, operations) if operations else ():
             rebuilt.get_submodule(layer).load_state_dict(state, assign=True)
     except Exception as error:
