@@ -77,6 +77,8 @@ def _serve(
     conn: Connection, model: Model, dtype: torch.dtype, device: str, threads: int, inputs: dict[int, Any], repeats: int
 ) -> None:
     torch.set_num_threads(threads)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     unet = model.with_random_weights(dtype, device)
     inputs = torch.utils._pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, inputs)
 

@@ -75,7 +75,11 @@ def _problems(found: dict[str, Any]) -> list[dict[str, Any]]:
     if gpus == 0:
         add(False, "no CUDA device", "processes on the CPU stand in for devices: right for a try, not for speed")
     elif gpus == 1:
-        add(False, "only 1 GPU is visible", "check CUDA_VISIBLE_DEVICES; start ComfyUI on Windows with --cuda-device all")
+        add(
+            False,
+            "only 1 GPU is visible",
+            "check CUDA_VISIBLE_DEVICES; start ComfyUI on Windows with --cuda-device all --disable-pinned-memory",
+        )
     elif not found["nccl"]:
         add(False, "no NCCL", "values between GPUs go through host memory; on Linux install an official CUDA build")
     for name, version in found["packages"].items():

@@ -22,7 +22,7 @@ from .errors import DeviceError, PlanError, ScheduleError, UnsupportedModelError
 from .family import Family, find_family
 from .finite import is_finite
 from .graph import BlockGraph, meta_copy, tensors_of, trace
-from .inputs import Held, Inputs
+from .inputs import Held, Inputs, on_cpu
 from .lookahead import NoiseLevels
 from .plan import PER_RUN, Placement, Plan, place
 from .processes import Processes
@@ -200,7 +200,7 @@ class WorkerGroup:
         self._results.clear()
         self._records.clear()
         self.finite = True
-        self._send_all(("reset", self._run.number), time.monotonic() + self._call_timeout)
+        self._send_all(("reset", self._run.number, backends.snapshot()), time.monotonic() + self._call_timeout)
 
     def __call__(self, *args: Any, stream: Hashable = None, **kwargs: Any) -> Any:
         """One call of the model, routed.
@@ -216,8 +216,13 @@ class WorkerGroup:
 
         Raises:
             ScheduleError, InputChangedError, WorkerError, DeadlineError, GroupClosedError: see their messages.
+            UnsupportedModelError: within ``torch.autocast``, or a forward that cannot be traced with these arguments.
         """
         parts = [Inputs.take(*part, self.family.timestep) for part in self.family.parts(args, kwargs, self.plan.branches)]
+        device = parts[0].device
+        if torch.is_autocast_enabled(device.type):
+            raise UnsupportedModelError("torch.autocast does not reach the ranks: convert the model to another dtype instead")
+        parts = on_cpu(parts)
         streams = [self._stream(branch, stream, inputs) for branch, inputs in enumerate(parts)]
         calls = [state.next(inputs) for state, inputs in zip(streams, parts, strict=True)]
         deadline = time.monotonic() + self._call_timeout
@@ -231,8 +236,18 @@ class WorkerGroup:
         results = [self._last[branch, stream] for branch in range(len(parts))]
         self.finite = self.finite and all(is_finite(leaves) for leaves, _ in results)
         # copies: a caller may change its result in place, and it may be needed again
-        leaves = [leaf.to(parts[0].device, copy=True) for leaf in concatenated([leaves for leaves, _ in results])]
+        leaves = [leaf.to(device, copy=True) for leaf in concatenated([leaves for leaves, _ in results])]
         return unflatten(leaves, results[0][1])
+
+    def tidy(self) -> None:
+        """The run is over: the ranks keep nothing of it, and give back what memory of their devices they do not need.
+
+        What is called before the next :meth:`begin` starts over with a warm-up.
+        """
+        self._streams.clear()
+        self._last.clear()
+        self._results.clear()
+        self._send_all(("tidy",), time.monotonic() + self._call_timeout)
 
     def forget(self, stream: Hashable) -> None:
         """Free what is kept of a stream that will not be called again in this run."""
@@ -369,7 +384,6 @@ class WorkerGroup:
                 compile=compile,
                 prepare=prepare,
                 threads=threads,
-                numerics=backends.snapshot(),
                 timestep=self.family.timestep,
                 sample=self.family.sample,
                 divide=self.family.divide,
@@ -377,7 +391,7 @@ class WorkerGroup:
                 replicated_bytes=self.placement.graph.glue_bytes,
             )
             self._ranks.send(share.rank, boot, deadline=deadline)
-        self._send_all(("reset", self._run.number), deadline)
+        self._send_all(("reset", self._run.number, backends.snapshot()), deadline)
 
     def _send_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]], deadline: float, lacking: Mapping[str, set[int]] | None = None

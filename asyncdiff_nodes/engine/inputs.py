@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import operator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -140,6 +141,23 @@ class Inputs:
                 known.append(leaf if constant else leaf.detach().clone())
                 tensors.append(leaf if constant else wire.dense_on_cpu(known[-1]))
         return packed, tensors, known
+
+
+def on_cpu(calls: Sequence[Inputs]) -> list[Inputs]:
+    """The same with all tensors but parameters on the CPU; a GPU is waited for once."""
+    streams = set()
+
+    def copy(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or isinstance(leaf, nn.Parameter):
+            return leaf
+        if leaf.is_cuda:
+            streams.add(torch.cuda.current_stream(leaf.device))
+        return leaf.to("cpu", non_blocking=leaf.is_cuda)
+
+    copies = [replace(call, leaves=[*map(copy, call.leaves)], timestep=copy(call.timestep)) for call in calls]
+    for stream in streams:
+        stream.synchronize()
+    return copies
 
 
 def only(

@@ -79,6 +79,29 @@ class _Part:
     values: dict[str, Arrival]
 
 
+@dataclass
+class _Logged:
+    """What is known of a call, the times as marks that are read when somebody asks.
+
+    Attributes:
+        facts: fields of its record.
+        waits: where each began and ended.
+        blocks: where each began and ended, if they were timed.
+        inboxes: of its stream.
+        drifts: of the values in those of the blocks ``drifting``, on the CPU once ``noted`` is reached.
+    """
+
+    facts: dict[str, Any]
+    start: Any
+    end: Any
+    waits: list[tuple[Any, Any]]
+    blocks: dict[str, Any]
+    inboxes: dict[str, Inbox]
+    drifting: tuple[str, ...] = ()
+    drifts: torch.Tensor | None = None
+    noted: Any = None
+
+
 class SplitModel:
     """Runs the model's own forward with stubs for foreign blocks; see :class:`Share`."""
 
@@ -95,8 +118,7 @@ class SplitModel:
         self._states: torch.Tensor | None = None  # hidden ones, of what is running, where their changes cross
         self._watch = Stopwatch(device)
         self._waits: list[tuple[Any, Any]] = []
-        # (facts, start, end, waits, drifts, blocks), the times as marks that are read when somebody asks
-        self._log: deque[tuple[dict[str, Any], Any, Any, list[tuple[Any, Any]], dict[str, Any], dict[str, Any]]] = deque()
+        self._log: deque[_Logged] = deque()
         for name in share.blocks:
             block = module.get_submodule(name)
             if name not in share.owned:
@@ -144,6 +166,7 @@ class SplitModel:
         for key in list(self._streams):
             self.forget(key)
         self._log.clear()
+        self._placeholders.clear()
         self._watch.restart()
 
     def forget(self, key: Hashable) -> None:
@@ -207,21 +230,32 @@ class SplitModel:
             "bytes_sent": self._transport.bytes_sent - sent,
             "not_finite": tuple(not_finite),
         }
-        drifts = {name: d for name, inbox in stream.inboxes.items() if (d := inbox.drift()) is not None}
-        self._log.append((facts, start, self._watch.mark(), self._waits, drifts, blocks))
+        self._log.append(_Logged(facts, start, self._watch.mark(), self._waits, blocks, stream.inboxes))
         return output
+
+    def note_drift(self) -> None:
+        """How much the values of the last call differ from those before; apart from it, since nobody waits for that."""
+        if not self._log or self._log[-1].noted is not None:
+            return
+        last = self._log[-1]
+        found = {name: drift for name, inbox in last.inboxes.items() if (drift := inbox.drift()) is not None}
+        if found:
+            last.drifting, last.drifts = tuple(found), torch.stack(list(found.values())).to("cpu", non_blocking=True)
+        last.noted = self._watch.mark()
 
     def records(self, wait: bool = False) -> Iterator[CallRecord]:
         """Telemetry of calls that the device has finished, each call once; with ``wait`` of all calls."""
         seconds, between = self._watch.seconds, self._watch.between
-        while self._log and (wait or self._watch.reached(self._log[0][2])):
-            facts, start, end, waits, drifts, blocks = self._log.popleft()
-            spans = tuple((seconds(a), seconds(b)) for a, b in waits)
+        while self._log and (wait or self._watch.reached(self._log[0].noted)):
+            call = self._log.popleft()
+            seconds(call.noted)
+            spans = tuple((seconds(a), seconds(b)) for a, b in call.waits)
             waited = sum(b - a for a, b in spans)
-            begin, finish = seconds(start), seconds(end)
+            begin, finish = seconds(call.start), seconds(call.end)
             times = {"start": begin, "end": finish, "compute": finish - begin - waited, "wait": waited, "waits": spans}
-            took = {name: between(*marks) for name, marks in blocks.items()}
-            yield CallRecord(**facts, **times, drift={name: float(d) for name, d in drifts.items()}, blocks=took)
+            took = {name: between(*marks) for name, marks in call.blocks.items()}
+            drifts = [] if call.drifts is None else call.drifts.tolist()
+            yield CallRecord(**call.facts, **times, drift=dict(zip(call.drifting, drifts, strict=True)), blocks=took)
 
     def _expect(self, stream: _Stream, message: CallMessage, items: Sequence[int]) -> list[_Part]:
         """Have the inboxes expect the values of this call; the parts that are to be computed."""

@@ -78,8 +78,12 @@ class Inbox:
         (_, kind, old), (_, latest, new) = list(self._history)[-2:]
         if kind != latest:
             return None
-        change = sum((b.float() - a.float()).square().sum() for a, b in zip(old, new, strict=True))
-        return (change / sum(a.float().square().sum() for a in old).clamp_min(1e-30)).sqrt()
+        change = sum(_norm(b - a).square() for a, b in zip(old, new, strict=True))
+        return (change / sum(_norm(a).square() for a in old).clamp_min(1e-30)).sqrt()
+
+
+def _norm(value: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(value, dtype=torch.float32)
 
 
 def make_stub(block: nn.Module, fetch: Callable[[], Any]) -> None:

@@ -176,7 +176,7 @@ class Stopwatch:
         if not self._cuda:
             return time.monotonic()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def seconds(self, mark: Any) -> float:

@@ -70,15 +70,13 @@ def open_store(where: Rendezvous, timeout: float) -> Any:
 class Incoming:
     """A value that is on its way."""
 
-    def __init__(self, work: Any, host: torch.Tensor, target: torch.Tensor | None = None) -> None:
-        self._work, self._host, self._target = work, host, target
+    def __init__(self, work: Any, value: torch.Tensor, device: torch.device) -> None:
+        self._work, self._value, self._device = work, value, device
 
     def wait(self) -> torch.Tensor:
         """The value on this rank's device, once it is there (NCCL: once this stream may read it)."""
         self._work.wait()
-        if self._target is None:
-            return self._host
-        return self._target.copy_(self._host, non_blocking=True)
+        return self._value.to(self._device, non_blocking=True)
 
 
 class _Later:
@@ -126,6 +124,7 @@ class Transport:
         self._synchronous = True
         self._later: deque[_Later] = deque()
         self._staged: queue.SimpleQueue | None = None
+        self._stager: threading.Thread | None = None
         if len({place.host for place in places}) == 1:
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # its bootstrap listener, too, stays on loopback
         self._store = open_store(rendezvous, timeout)
@@ -192,7 +191,8 @@ class Transport:
             return
         if self._staged is None:
             self._staged = queue.SimpleQueue()
-            threading.Thread(target=_send_staged, args=(self._staged,), daemon=True).start()
+            self._stager = threading.Thread(target=_send_staged, args=(self._staged, self._device), daemon=True)
+            self._stager.start()
         copy = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, pin_memory=True)
         copy.copy_(value, non_blocking=True)
         ready = torch.cuda.Event()
@@ -205,17 +205,27 @@ class Transport:
         nccl = sender in self._nccl_peers
         if nccl or self._device.type != "cuda":
             value = empty(meta, self._device)
-            return Incoming(_Later(link.recv, value, 0, self._later) if nccl else link.recv([flat(value)], 0, 0), value)
-        host = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, pin_memory=True)
-        return Incoming(link.recv([flat(host)], 0, 0), host, empty(meta, self._device))
+            work = _Later(link.recv, value, 0, self._later) if nccl else link.recv([flat(value)], 0, 0)
+        else:
+            value = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, pin_memory=True)
+            work = link.recv([flat(value)], 0, 0)
+        return Incoming(work, value, self._device)
 
-    def close(self) -> None:
-        """Close all links, once what was sent has arrived. Those of the other ranks must be closed, too."""
+    def flush(self) -> None:
+        """Wait until all that was sent has arrived, and forget it. The other ranks must receive it."""
         if self._staged is not None:
             self._staged.put(None)
+            self._stager.join()
+            self._staged = self._stager = None
         for work, _ in (*self._sent, *self._sending):
             work.wait()
         self._sent, self._sending = [], []
+        if self._nccl_peers:  # whose works make a stream wait
+            torch.cuda.synchronize(self._device)
+
+    def close(self) -> None:
+        """Close all links, once what was sent has arrived. Those of the other ranks must be closed, too."""
+        self.flush()
         self._links.clear()
 
 
@@ -232,8 +242,9 @@ def _open_link(store: Any, side: int, host: str | None, timeout: float) -> Any:
     return dist.ProcessGroupGloo(store, side, 2, options)
 
 
-def _send_staged(jobs: queue.SimpleQueue) -> None:
+def _send_staged(jobs: queue.SimpleQueue, device: torch.device) -> None:
     """Send each staged tensor once its copy from the GPU is complete, off the thread that launches kernels."""
+    torch.cuda.set_device(device)  # else this thread would open a context on the first one
     while (job := jobs.get()) is not None:
         ready, link, host = job
         ready.synchronize()

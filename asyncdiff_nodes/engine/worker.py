@@ -45,7 +45,6 @@ class Boot:
     compile: Mapping[str, Any] | None
     prepare: Callable[[], None] | None
     threads: int
-    numerics: dict[str, Any]
     timestep: tuple[int, str]
     sample: tuple[int, str]
     divide: Callable[[tuple[Any, ...], dict[str, Any], int, int], list[Arguments]]
@@ -121,7 +120,6 @@ class Rank:
             torch.cuda.set_device(self._device)  # for NCCL and events
         if boot.prepare is not None:
             boot.prepare()
-        backends.restore(boot.numerics)
         self._transport = Transport(boot.share.rank, boot.places, boot.rendezvous, boot.timeout)
         self._share = boot.share
         self._model = SplitModel(pickle.loads(boot.skeleton), boot.share, self._device, self._transport)
@@ -145,7 +143,8 @@ class Rank:
         if verb == "call":
             self._call(rest[0], tensors)
         elif verb == "reset":
-            (self._run,) = rest
+            self._run, numerics = rest
+            backends.restore(numerics)  # the host's modules have set their own when they were imported
             self._model.reset()
             self._inputs.clear()
             self._held = {number: self._held[number] for number in self._used}
@@ -153,6 +152,8 @@ class Rank:
         elif verb == "forget":
             self._model.forget(rest[0])
             self._inputs.pop(rest[0], None)
+        elif verb == "tidy":
+            self._tidy()
         elif verb == "weight":
             self._model.load(rest[0], tensors[0])
         elif verb == "move":
@@ -163,6 +164,15 @@ class Rank:
             self._send_records(wait=True)
             self._send(("report", rest[0], self._report()))
         return verb != "close"
+
+    def _tidy(self) -> None:
+        """Keep nothing of the last run, and give the device's memory back, which other processes cannot have otherwise."""
+        self._send_records(wait=True)
+        self._model.reset()
+        self._inputs.clear()
+        self._transport.flush()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _move(self, share: Share) -> None:
         """Take another share of the model: keep the weights of blocks that stay, free those of others; the rest will follow."""
@@ -200,6 +210,7 @@ class Rank:
                 ("result", message.run, message.stream, message.result, structure),
                 [wire.dense_on_cpu(leaf) for leaf in leaves],
             )
+        self._model.note_drift()
         self._send_records()
 
     def _parts(self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> list[tuple[int, Arguments]]:
@@ -222,10 +233,14 @@ class Rank:
         if kind == "held":
             number, index = what
             if index is not None:
-                self._held[number] = tensors[index].to(self._device)
+                self._held[number] = self._here(tensors[index])
             self._used.add(number)
             return self._held[number]
-        return tensors[what].to(self._device) if kind == "tensor" else what
+        return self._here(tensors[what]) if kind == "tensor" else what
+
+    def _here(self, tensor: torch.Tensor) -> torch.Tensor:
+        """On the rank's device; a GPU's queue is not waited for."""
+        return tensor.to(self._device, non_blocking=True)
 
     def _report(self) -> RankReport:
         return RankReport(

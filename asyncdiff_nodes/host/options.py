@@ -134,8 +134,8 @@ class Options:
             if len(names) < 2:
                 found = "this machine has only one visible GPU" if names else "this machine has no CUDA device"
                 raise OneDeviceError(
-                    f"{found}. If it has more, start ComfyUI so that it sees them (on Windows: --cuda-device all), "
-                    "or name them in AsyncDiff Options, devices"
+                    f"{found}. If it has more, start ComfyUI so that it sees them (on Windows: --cuda-device all "
+                    "--disable-pinned-memory), or name them in AsyncDiff Options, devices"
                 )
         if remote := next((name for name in names if name.startswith("ray://")), None):
             # what a program connects to may have it run anything: not for a workflow, or a request, to choose

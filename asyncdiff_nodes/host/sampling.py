@@ -115,17 +115,19 @@ class Sampling:
             theirs = [*nets.patchers, *self._motion.patchers]  # the ranks'
             others = [other for other in others if not any(other is each for each in theirs)]
             need, least = (size + extra for size in helpers.estimate_memory(patcher, noise_shape, conds))
-            networks = [patcher, *theirs]
-            if plan.branches > 1 and not self._options.branches and not affordable(networks, plan, devices, least):
+            networks, call = [patcher, *theirs], need if items > 1 else least  # of two prompts, or of one
+            # half as much again is what the host wants to see free before it has prompts share a call
+            if plan.branches > 1 and not self._options.branches and not affordable(networks, plan, devices, 1.5 * call):
                 plan, devices = self._options.resolve(items, branching=False)
 
             def load(ranks: list[Any]) -> None:
                 comfy.model_management.load_models_gpu([*others, *ranks], memory_required=need, minimum_memory_required=least)
+                comfy.model_management.soft_empty_cache()  # the ranks are other processes
 
             if self._motion.patchers:
                 self._motion.take_out()
                 noise_shape = [self._motion.frames, *noise_shape[1:]]
-            balance = Balance(patcher, plan, noise_shape, devices, room_for_weights(devices, least / plan.branches))
+            balance = Balance(patcher, plan, noise_shape, devices, room_for_weights(devices, call / plan.branches))
             poll = comfy.model_management.throw_exception_if_processing_interrupted
             acquire = functools.partial(POOL.acquire, patcher, nets.networks, plan, devices, noise_shape, load, poll, balance)
             self._acquire, self._nets = acquire, nets
@@ -137,6 +139,7 @@ class Sampling:
         except _FAILURES as error:
             return self._give_up(error)
         self._prepare_model(patcher)
+        self._batch_as_ranks_can(patcher, devices)
         sampling = patcher.get_model_object("model_sampling")
         calls = rehearse(self._sampler, self._sigmas, patcher)
         levels = _levels(sampling, calls, rest=float(self._sigmas[-1]))
@@ -246,8 +249,11 @@ class Sampling:
         return by_host(self._left)
 
     def close(self) -> None:
-        """However it ended: leave the host's objects as they were."""
+        """However it ended: leave the host's objects as they were, and the memory of its devices to what comes next."""
         self._changes.close()
+        if self.group is not None and not self.group.closed:
+            with contextlib.suppress(AsyncDiffError):  # then the next run starts others
+                self.group.tidy()
 
     def finish(self) -> None:
         """The sampling went well: publish what is known about it."""
@@ -363,6 +369,23 @@ class Sampling:
         for child in patcher.model.children():
             if child is not patcher.model.diffusion_model:
                 child.to(patcher.load_device)
+
+    def _batch_as_ranks_can(self, patcher: ModelPatcher, devices: Sequence[str]) -> None:
+        """In each step the host asks what memory is free and divides what does not fit: tell it what ranks have for their calls.
+
+        It would ask the device that one of them has filled, and divide the prompts among calls, in some steps and not in others.
+        """
+        if not hasattr(patcher, "get_free_memory"):  # before 0.4
+            return
+        placement, its_own = self.group.placement, patcher.get_free_memory
+        weights = [placement.weight_bytes(self.group.plan.segment_of_rank(rank)) for rank in range(len(devices))]
+        least = min(space - size for space, size in zip(room_for_weights(devices, 0.0), weights, strict=True))
+        free = self.group.plan.branches * least
+
+        def get_free_memory(device: torch.device) -> float:
+            return its_own(device) if self._loaded_here else free
+
+        self._changes.enter_context(replaced(patcher, "get_free_memory", get_free_memory))
 
     def _load_here(self, x: torch.Tensor) -> None:
         """Have the host load the network after all."""

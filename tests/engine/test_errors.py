@@ -205,6 +205,14 @@ def test_missing_timestep(toy_group):
         group(x, **kwargs)
 
 
+def test_autocast(toy_group):
+    """Its state is this process's: the ranks would compute in another precision."""
+    group, _ = toy_group(toys.PLAIN)
+    group.begin(TIMESTEPS)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UnsupportedModelError, match="autocast"):
+        toys.denoise(group, TIMESTEPS)
+
+
 def test_find_family_names_what_is_supported():
     with pytest.raises(UnsupportedModelError, match=r"supported: .*UNet2DConditionModel.*Pass family="):
         find_family(torch.nn.Linear(1, 1))

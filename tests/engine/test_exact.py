@@ -67,6 +67,19 @@ def test_random_network(plan, toy_group):
     assert torch.equal(toys.denoise(group, timesteps, batch=3), expected)
 
 
+def test_tidied_up_it_starts_over(toy_group):
+    group, net = toy_group(toys.PLANS[0])
+    timesteps = [900, 700, 500, 300, 100]
+    group.begin(timesteps)
+    first = toys.denoise(group, timesteps)
+    group.tidy()
+    with torch.no_grad():  # in the warm-up
+        assert torch.equal(toys.denoise(group, timesteps[:2]), toys.denoise(net, timesteps[:2]))
+    group.tidy()
+    group.begin(timesteps)
+    assert torch.equal(toys.denoise(group, timesteps), first)
+
+
 def test_random_networks_cover_two_three_and_four_segments_both_linear_and_wrapped():
     explicit = {(plan.segments, plan.cuts[0] != "blocks.0") for plan in toys.PLANS if plan.cuts}
     assert explicit == {(n, wrapped) for n in (2, 3, 4) for wrapped in (False, True)}

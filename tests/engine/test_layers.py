@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 FOREIGN = ("diffusers", "transformers", "comfy", "safetensors", "PIL", "rich", "skimage", "psutil", "ray")
 
@@ -56,7 +59,7 @@ def test_every_numerical_setting_survives_the_way_to_a_worker():
         "torch.backends.cudnn.benchmark = True\n"
         "torch.backends.cudnn.deterministic = True\n"
         "torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False\n"
-        "torch.backends.cuda.enable_flash_sdp(False)\n"
+        "torch.backends.cuda.enable_cudnn_sdp(False)\n"
         "torch.backends.mkldnn.set_flags(False)\n"
         "changed = backends.snapshot()\n"
         "for settings in (original, changed, original):\n"
@@ -65,11 +68,31 @@ def test_every_numerical_setting_survives_the_way_to_a_worker():
         "print(*sorted(name for name in changed if changed[name] != original[name]))\n"
     )
     assert out.split() == [
+        "attention",
         "cuda_matmul",
         "cudnn",
         "deterministic",
         "deterministic_warn_only",
-        "matmul_precision",
+        "fp32",
         "mkldnn",
-        "sdp",
     ]
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this PyTorch has no such settings")
+@pytest.mark.parametrize(
+    "name", ["fp32_precision", "cudnn.fp32_precision", "cudnn.conv.fp32_precision", "cuda.matmul.fp32_precision"]
+)
+def test_settings_of_float32_by_kind_of_layer(name):
+    """Once one of them was used, the older settings cannot be read any more."""
+    run(
+        "import torch\n"
+        "from asyncdiff_nodes.engine import backends\n"
+        "original = backends.snapshot()\n"
+        f"torch.backends.{name} = 'tf32'\n"
+        "changed = backends.snapshot()\n"
+        f"torch.backends.{name} = 'ieee'\n"
+        "assert backends.snapshot() != changed\n"
+        "for settings in (original, changed, original):\n"
+        "    backends.restore(settings)\n"
+        "    assert backends.snapshot() == settings, (backends.snapshot(), settings)\n"
+    )

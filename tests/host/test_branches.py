@@ -6,6 +6,7 @@ import nodes
 import pytest
 import small
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
 
@@ -79,6 +80,17 @@ def test_two_devices_halve_cfg_exactly(kind, sampler):
 def last_run_of_two(model, prompts):
     ksampler(attach(model, TWO), *prompts)
     return last_run()
+
+
+@pytest.mark.skipif(not hasattr(ModelPatcher, "get_free_memory"), reason="this ComfyUI asks its device itself")
+def test_prompts_share_a_call_whatever_is_free_on_the_hosts_own_device(sd15, prompts, monkeypatch):
+    """Ranks fill it. ComfyUI alone evaluates one prompt after the other then."""
+    monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda *_: 0)
+    found = ksampler(attach(sd15, TWO), *prompts)
+    assert not last_run().notes and {record.rank for record in last_run().stats.records} == {0, 1}
+    assert "get_free_memory" not in vars(sd15)
+    monkeypatch.undo()
+    assert torch.equal(found, ksampler(by_halves(sd15), *prompts))
 
 
 @pytest.mark.slow
