@@ -84,6 +84,7 @@ class Sampling:
         self._left = ""  # why the host goes on without the ranks
         self._patches: dict[str, int] = {}  # those of its calls -> a number for each
         self._loaded_here = False
+        self._sampled = False  # there was a call by ranks
         self._started = time.monotonic()
         self._changes = contextlib.ExitStack()  # of the host's objects, for this sampling
         self._progress = Progress(steps=len(sigmas) - 1)
@@ -236,6 +237,7 @@ class Sampling:
 
         try:
             result = self._with_ranks(by_ranks)
+            self._sampled = True
             if self._finite and not self.group.finite:
                 self._explain_nan(x, given)
             return give_back(options, result) if isinstance(result, tuple) else result
@@ -307,12 +309,15 @@ class Sampling:
             if self.group is None:
                 self._enter()
             return work()
-        except _FAILURES as error:
-            log.warning("AsyncDiff: the ranks failed", exc_info=error)
-            if self._restarted or self._options.on_failure != "restart":
+        except (*_FAILURES, GroupClosedError) as error:
+            taken = isinstance(error, GroupClosedError)
+            log.warning("AsyncDiff: the ranks %s", "are gone" if taken else "failed", exc_info=error)
+            # their memory is wanted once where a ControlNet encodes its picture before the first call, later for good
+            if self._restarted or self._options.on_failure != "restart" or (taken and self._sampled):
                 raise
             self._restarted = True
-            self._notes.append(f"{_brief(error)}: others have taken their place")
+            cause = "ComfyUI took the ranks' memory back before the first call" if taken else _brief(error)
+            self._notes.append(f"{cause}: others have taken their place")
         self._enter()
         return work()
 

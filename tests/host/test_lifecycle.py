@@ -1,6 +1,7 @@
 """What becomes of the ranks: reuse, weight updates, cancel, memory; and that none is left behind."""
 
 import gc
+import itertools
 import threading
 import time
 
@@ -11,6 +12,7 @@ import psutil
 import pytest
 import small
 import torch
+from comfy.patcher_extension import WrappersMP
 
 from asyncdiff_nodes.host.options import Options
 from asyncdiff_nodes.host.pool import MAX_GROUPS, POOL
@@ -84,12 +86,12 @@ def test_two_models_in_one_graph_keep_a_group_each_and_a_third_replaces_the_olde
     kinds = ["sd15_inpaint", "sdxl"]
     models = {kind: small.model(kind) for kind in kinds}
     sample(attach(sd15, EXACT), prompts)
-    first = pids()
+    first, oldest = pids(), POOL._held[-1].group
     for kind in kinds:
         pair = small.conditioning(kind, 1), small.conditioning(kind, 2)
         assert torch.equal(sample(attach(models[kind], EXACT), pair), sample(models[kind], pair))
         assert len(POOL._held) <= MAX_GROUPS
-    assert not first & pids()
+    assert oldest.closed and pids() == first, "the third group has the processes of the oldest"
     assert all(not psutil.pid_exists(pid) for pid in first)
 
 
@@ -110,6 +112,22 @@ def test_the_hosts_unloading_ends_the_ranks(sd15, prompts, way):
     assert not any(process.is_running() for process in processes)
     assert torch.equal(sample(attach(sd15, EXACT), prompts), expected)  # the next prompt starts new ones
     assert len([m for m in comfy.model_management.current_loaded_models if "Rank" in type(m.model).__name__]) == 2
+
+
+def test_the_ranks_memory_taken_back_before_the_first_call(sd15, prompts):
+    """A ControlNet may encode its picture there, for which the host ends the ranks; then it has done so."""
+    calls = itertools.count()
+
+    def take_back(executor, *args, **kwargs):
+        if next(calls) == 0:
+            comfy.model_management.free_memory(1e30, torch.device("cpu"))
+        return executor(*args, **kwargs)
+
+    model = attach(sd15, EXACT)
+    model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "test", take_back)
+    assert torch.equal(sample(model, prompts), sample(sd15, prompts))
+    (note,) = last_run().notes
+    assert "before the first call: others have taken their place" in note and last_run().stats.records
 
 
 @pytest.mark.slow
