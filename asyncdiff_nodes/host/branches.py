@@ -47,4 +47,4 @@ def affordable(patchers: Sequence[ModelPatcher], plan: Plan, devices: Sequence[s
     if len(set(map(title, devices))) > 1:
         return False
     size = sum(patcher.model_size() for patcher in patchers)
-    return size / plan.segments < min(room_for_weights(devices, memory / plan.branches))
+    return size / plan.segments < min(room_for_weights(devices, memory / plan.branches, patchers))

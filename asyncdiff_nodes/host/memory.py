@@ -13,20 +13,30 @@ from typing import Any
 
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from asyncdiff_nodes.engine.devices import on_cluster
 
 
-def room_for_weights(devices: Sequence[str], call: float) -> list[float]:
+def room_for_weights(devices: Sequence[str], call: float, networks: Sequence[ModelPatcher]) -> list[float]:
     """Bytes of weights that each of these ranks can hold beside a call, which needs ``call`` bytes on each.
 
     Of a cluster's devices nothing is known, and no limit is set.
+
+    Args:
+        networks: the host's own, which stay on a GPU where it was told to keep all there (--highvram, --gpu-only).
     """
-    ranks, reserved = Counter(devices), comfy.model_management.extra_reserved_memory()
-    total = comfy.model_management.get_total_memory
-    return [
-        math.inf if on_cluster(device) else (total(torch.device(device)) - reserved) / ranks[device] - call for device in devices
-    ]
+    ranks, reserved = Counter(devices), Counter(dict.fromkeys(devices, comfy.model_management.extra_reserved_memory()))
+    for network in networks:
+        if network.offload_device.type != "cpu":
+            reserved[str(network.offload_device)] += network.model_size()
+
+    def room(device: str) -> float:
+        if on_cluster(device):
+            return math.inf
+        return (comfy.model_management.get_total_memory(torch.device(device)) - reserved[device]) / ranks[device] - call
+
+    return list(map(room, devices))
 
 
 class AsyncDiffRank:

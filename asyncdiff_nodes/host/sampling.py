@@ -128,7 +128,8 @@ class Sampling:
             if self._motion.patchers:
                 self._motion.take_out()
                 noise_shape = [self._motion.frames, *noise_shape[1:]]
-            balance = Balance(patcher, plan, noise_shape, devices, room_for_weights(devices, call / plan.branches))
+            room = room_for_weights(devices, call / plan.branches, networks)
+            balance = Balance(patcher, plan, noise_shape, devices, room)
             poll = comfy.model_management.throw_exception_if_processing_interrupted
             acquire = functools.partial(POOL.acquire, patcher, nets.networks, plan, devices, noise_shape, load, poll, balance)
             self._acquire, self._nets = acquire, nets
@@ -140,7 +141,7 @@ class Sampling:
         except _FAILURES as error:
             return self._give_up(error)
         self._prepare_model(patcher)
-        self._batch_as_ranks_can(patcher, devices)
+        self._batch_as_ranks_can(patcher, room_for_weights(devices, 0.0, networks))
         sampling = patcher.get_model_object("model_sampling")
         calls = rehearse(self._sampler, self._sigmas, patcher)
         levels = _levels(sampling, calls, rest=float(self._sigmas[-1]))
@@ -375,17 +376,15 @@ class Sampling:
             if child is not patcher.model.diffusion_model:
                 child.to(patcher.load_device)
 
-    def _batch_as_ranks_can(self, patcher: ModelPatcher, devices: Sequence[str]) -> None:
+    def _batch_as_ranks_can(self, patcher: ModelPatcher, room: Sequence[float]) -> None:
         """In each step the host asks what memory is free and divides what does not fit: tell it what ranks have for their calls.
 
         It would ask the device that one of them has filled, and divide the prompts among calls, in some steps and not in others.
         """
-        if not hasattr(patcher, "get_free_memory"):  # before 0.4
+        if not hasattr(patcher, "get_free_memory"):  # not in 0.3
             return
-        placement, its_own = self.group.placement, patcher.get_free_memory
-        weights = [placement.weight_bytes(self.group.plan.segment_of_rank(rank)) for rank in range(len(devices))]
-        least = min(space - size for space, size in zip(room_for_weights(devices, 0.0), weights, strict=True))
-        free = self.group.plan.branches * least
+        plan, placement, its_own = self.group.plan, self.group.placement, patcher.get_free_memory
+        free = plan.branches * min(space - placement.weight_bytes(plan.segment_of_rank(rank)) for rank, space in enumerate(room))
 
         def get_free_memory(device: torch.device) -> float:
             return its_own(device) if self._loaded_here else free

@@ -1,6 +1,7 @@
 """Branches on the host: prompt and negative prompt on ranks of their own, and when not."""
 
 import contextlib
+from types import SimpleNamespace
 
 import nodes
 import pytest
@@ -13,6 +14,7 @@ from comfy_extras import nodes_custom_sampler as custom
 from asyncdiff_nodes.engine.batch import divide
 from asyncdiff_nodes.host import branches, parts
 from asyncdiff_nodes.host.attributes import replaced
+from asyncdiff_nodes.host.memory import room_for_weights
 from asyncdiff_nodes.host.options import Options
 from asyncdiff_nodes.host.report import last_run
 from asyncdiff_nodes.host.route import attach
@@ -191,5 +193,9 @@ def test_unequal_or_full_devices_get_segments(sd15, monkeypatch):
     assert branches.affordable([sd15], plan, devices, 0)
     assert not branches.affordable([sd15], plan, devices, 1e15), "no room for the calls"
     assert not branches.affordable([sd15] * 10_000, plan, devices, 0), "nor for so many ControlNets"
+    kept = SimpleNamespace(offload_device=torch.device("cuda:1"), model_size=lambda: 2**60)
+    assert [space < 0 for space in room_for_weights(devices, 0, [sd15])] == [False, False]
+    monkeypatch.setattr("comfy.model_management.get_total_memory", lambda device: 2**50)
+    assert [space < 0 for space in room_for_weights(["cpu", "cuda:1"], 0, [kept])] == [False, True], "the host's own stay there"
     monkeypatch.setattr(branches, "title", {"cpu": "RTX 4090", "cuda:1": "RTX 3060"}.get)
     assert not branches.affordable([sd15], plan, ("cpu", "cuda:1"), 0)

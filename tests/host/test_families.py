@@ -157,7 +157,7 @@ def test_devices_get_no_more_weights_than_they_have_room_for(monkeypatch):
     model, placed = small.model("flux"), []
     whole = model.model_size()
     for limit in (whole, 0.6 * whole):
-        monkeypatch.setattr(sampling, "room_for_weights", lambda devices, call, limit=limit: [limit] * len(devices))
+        monkeypatch.setattr(sampling, "room_for_weights", lambda devices, *_, limit=limit: [limit] * len(devices))
         found = sampled(attach(model, Options("Exact", "cpu,cpu")), "flux")
         placed.append([sum(rank.weights.values()) for rank in last_run().stats.ranks])
         POOL.release()
