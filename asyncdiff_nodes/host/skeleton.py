@@ -11,6 +11,7 @@ from typing import Any
 import comfy.ldm.modules.attention
 import comfy.model_detection
 import torch
+from comfy.cldm import cldm
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 from torch.utils._pytree import tree_map
@@ -189,6 +190,8 @@ def _classes_of(live: nn.Module, operations: Operations | None = None) -> type:
     for cls in map(type, live.modules()):
         if quantised.made_by(operations, cls):
             continue
+        if type(live) is cldm.ControlNet and cls.__module__ == cldm.__name__:
+            continue  # union ones have a class within a function, but pickle as what they are built of
         # packs are loaded under path-like names
         if "<locals>" in cls.__qualname__ or not all(part.isidentifier() for part in cls.__module__.split(".")):
             raise UnsupportedModelError(
