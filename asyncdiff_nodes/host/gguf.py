@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,10 +39,9 @@ class GGUF:
         return cls(source, tuple(getattr(made.Linear, name) for name in _OPTIONS))
 
     def classes(self) -> type:
-        """The pack's own class; in a rank with the options of its loader in ComfyUI's process."""
-        first = self.source.package not in sys.modules
+        """The pack's own class; in a rank with the options of its loader, whichever model's the process was before."""
         made = self.source.load().GGMLOps
-        if first:
+        if not self.source.of_host:
             for name, value in zip(_OPTIONS, self.options, strict=True):
                 setattr(made.Linear, name, value)
         return made

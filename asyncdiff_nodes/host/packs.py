@@ -35,6 +35,11 @@ class PackModule:
         """The name of the pack's folder, in lower case: some ways of installing one change that."""
         return self.package.replace("\\", "/").rpartition("/")[2].lower()
 
+    @property
+    def of_host(self) -> bool:
+        """Whether the host itself has loaded the pack, as in ComfyUI's process, and not :meth:`load` this module alone."""
+        return hasattr(sys.modules.get(self.package), "__file__")
+
     def load(self) -> types.ModuleType:
         """The module, imported in a rank from the same file and under the same name.
 

@@ -233,5 +233,6 @@ def _layer_class(operations: Operations, name: str) -> type:
 
 
 def _new_layer(operations: Operations, name: str) -> nn.Module:
+    operations.classes()  # of a process that was another model's rank, and may be set to that one's options
     cls = _layer_class(operations, name)
     return cls.__new__(cls)

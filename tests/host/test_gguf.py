@@ -117,7 +117,6 @@ def test_a_group_serves_files_that_are_quantised_alike(load):
     assert POOL._held[-1].group.pids != pids
 
 
-@pytest.mark.slow
 def test_options_of_the_loader(load):
     usual = assert_exact(load("Q4_0"))
     others = load("Q4_0", loader="UnetLoaderGGUFAdvanced", dequant_dtype="bfloat16")
