@@ -26,10 +26,15 @@ EXACT = Options(preset="Exact", devices="cpu,cpu")
 def no_ranks_left():
     """When the pool has released all groups, no process of theirs is left, whatever the tests did."""
     yield
-    ranks = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
-    assert ranks
+    left = ranks()
+    assert left
     POOL.release()
-    assert not any(child.is_running() for child in ranks)
+    assert not any(child.is_running() for child in left)
+
+
+def ranks():
+    """The processes that are ranks, of whichever group."""
+    return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
 
 
 def sample(model, prompts, latent=None, steps=3):
@@ -92,8 +97,7 @@ def test_two_models_in_one_graph_keep_a_group_each_and_a_third_replaces_the_olde
         assert torch.equal(sample(attach(models[kind], EXACT), pair), sample(models[kind], pair))
         assert len(POOL._held) <= MAX_GROUPS
     assert oldest.closed and pids() == first, "the third group has the processes of the oldest"
-    ranks = {child.pid for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())}
-    assert ranks == {pid for held in POOL._held for pid in held.group.pids}, "and there are no others"
+    assert {child.pid for child in ranks()} == {pid for held in POOL._held for pid in held.group.pids}, "and there are no others"
 
 
 @pytest.mark.slow  # by default, test_server does it through the host's route
