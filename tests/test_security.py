@@ -61,7 +61,7 @@ def test_the_two_places_that_unpickle_read_their_own_pipes():
     found = {name_of(path): calls(path).count("pickle.loads") for path in SHIPPED if "pickle.loads" in calls(path)}
     assert found == {"engine/wire.py": 1, "engine/worker.py": 2}
     wire, worker = ((ROOT / "asyncdiff_nodes" / name).read_text(encoding="utf-8") for name in sorted(UNPICKLES))
-    assert "pickle.loads(_header(conn))" in wire
+    assert "pickle.loads((yield from _header(conn, wait)))" in wire
     assert set(re.findall(r"pickle\.loads\((.*?)\)", worker)) == {"boot.skeleton", "self._boot.skeleton"}
 
 

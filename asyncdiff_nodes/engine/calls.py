@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,8 +37,20 @@ class Run:
     checked: bool = False
 
 
-@dataclass(frozen=True)
-class CallMessage:
+class Opening(NamedTuple):
+    """What stays as it is in all calls of a stream.
+
+    Attributes:
+        structure, positional: as in :class:`~.inputs.Inputs`.
+        layouts: output layouts of all blocks.
+    """
+
+    structure: Any
+    positional: bool
+    layouts: tuple[Any, ...]
+
+
+class CallMessage(NamedTuple):  # which pickles without the names
     """One computing call, for one rank.
 
     Attributes:
@@ -50,9 +62,9 @@ class CallMessage:
         compression: of the values that cross in it.
         timed: its record is to say how long each block took.
         checked: its record is to say which blocks NaN or infinity come from.
-        leaves, structure, positional: as in :class:`~.inputs.Inputs`.
+        leaves: as in :class:`~.inputs.Inputs`.
         timestep: this rank's.
-        layouts: output layouts of all blocks; on a stream's first call only.
+        opening: on a stream's first call only, and on the first one after a move.
         result: index of the call whose result this rank returns, or None.
     """
 
@@ -70,10 +82,8 @@ class CallMessage:
     targets: tuple[int, ...]
     reads: int | None
     leaves: tuple[Packed, ...]
-    structure: Any
     timestep: Packed
-    positional: bool
-    layouts: tuple[Any, ...] | None
+    opening: Opening | None
     result: int | None
 
 
@@ -153,11 +163,11 @@ class Stream:
         for part in (call, *calls_ahead(self._plan, call.index, self._total)):
             if part.computes:
                 packed, tensors, known = inputs.pack(self._sent, always=self._sample)
-                layouts = tuple((b.outputs, b.structure) for b in self.graph.blocks) if self._sent is None else None
+                opening = self._opening(inputs) if self._sent is None else None
                 # whose result is waited for comes first: what the others get ahead with is still to be reckoned
                 order = range(ranks) if part.kind is Kind.SYNCHRONOUS else reversed(range(ranks))
                 for rank in order:
-                    yield rank, *self._message(rank, part, inputs, packed, tensors, layouts)
+                    yield rank, *self._message(rank, part, inputs, packed, tensors, opening)
                 self._sent = known
         self._next = call.index + 1
         self._last_timestep = inputs.timestep
@@ -202,8 +212,17 @@ class Stream:
     def _total(self) -> int | None:
         return None if self._timesteps is None else len(self._timesteps)
 
+    def _opening(self, inputs: Inputs) -> Opening:
+        return Opening(inputs.structure, inputs.positional, tuple((b.outputs, b.structure) for b in self.graph.blocks))
+
     def _message(
-        self, rank: int, call: Call, inputs: Inputs, packed: list[Packed], tensors: list[torch.Tensor], layouts: Any
+        self,
+        rank: int,
+        call: Call,
+        inputs: Inputs,
+        packed: list[Packed],
+        tensors: list[torch.Tensor],
+        opening: Opening | None,
     ) -> tuple[CallMessage, list[torch.Tensor]]:
         plan, synchronous = self._run.plan, call.kind in (Kind.SYNCHRONOUS, Kind.AHEAD)
         computes = call.works(rank, plan.segments)
@@ -231,10 +250,8 @@ class Stream:
             targets=call.targets,
             reads=call.reads[rank] if computes else None,
             leaves=tuple(leaves),
-            structure=inputs.structure,
             timestep=("tensor", len(sent)) if is_tensor else ("value", timestep),
-            positional=inputs.positional,
-            layouts=layouts,
+            opening=opening,
             result=dict(call.results).get(rank),
         )
         return message, [*sent, wire.dense_on_cpu(timestep).clone()] if is_tensor else sent

@@ -33,10 +33,14 @@ class TensorMeta:
     stride: tuple[int, ...]
     dtype: torch.dtype
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The dtype by its name: pickle would look for the module that it comes from, among all, each time."""
+        return _meta, (self.shape, self.stride, str(self.dtype).removeprefix("torch."))
+
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorMeta:
         """Layout of ``tensor``; a tensor with gaps or overlaps (an expanded view) gets the contiguous one."""
-        dense = torch.empty_like(tensor, device="meta")
+        dense = tensor if tensor.is_contiguous() else torch.empty_like(tensor, device="meta")
         return cls(tuple(tensor.shape), dense.stride(), tensor.dtype)
 
     def divides(self, batch: int) -> bool:
@@ -56,6 +60,10 @@ class TensorMeta:
     def nbytes(self) -> int:
         """Size of the elements."""
         return self.numel * self.dtype.itemsize
+
+
+def _meta(shape: tuple[int, ...], stride: tuple[int, ...], dtype: str) -> TensorMeta:
+    return TensorMeta(shape, stride, getattr(torch, dtype))
 
 
 @dataclass(frozen=True)

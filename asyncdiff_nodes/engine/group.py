@@ -235,8 +235,8 @@ class WorkerGroup:
                 self._last[branch, stream] = self._result((branch, stream, call.index), deadline)
         results = [self._last[branch, stream] for branch in range(len(parts))]
         self.finite = self.finite and all(is_finite(leaves) for leaves, _ in results)
-        # copies: a caller may change its result in place, and it may be needed again
-        leaves = [leaf.to(device, copy=True) for leaf in concatenated([leaves for leaves, _ in results])]
+        again = self._run.plan.stride > 1  # it may be, and a caller may change it in place
+        leaves = [leaf.to(device, copy=again) for leaf in concatenated([leaves for leaves, _ in results])]
         return unflatten(leaves, results[0][1])
 
     def tidy(self) -> None:

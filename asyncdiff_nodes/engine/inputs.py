@@ -148,7 +148,7 @@ def on_cpu(calls: Sequence[Inputs]) -> list[Inputs]:
     streams = set()
 
     def copy(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor) or isinstance(leaf, nn.Parameter):
+        if not isinstance(leaf, torch.Tensor) or isinstance(leaf, nn.Parameter) or leaf.is_cpu:
             return leaf
         if leaf.is_cuda:
             streams.add(torch.cuda.current_stream(leaf.device))

@@ -7,13 +7,13 @@ with its parent, a watch on every process sentinel, one deadline per answer, ter
 from __future__ import annotations
 
 import os
-import queue
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from multiprocessing.connection import wait
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from . import wire
 from .errors import AsyncDiffError, WorkerError
 from .outbox import Outbox
 from .ranks import POLL, Message, Ranks
-from .spawning import CONTEXT, IdleWorkers, Worker, end
+from .spawning import IdleWorkers, Worker, end
 from .transport import Place
 
 _REST = 5.0  # seconds that a rank has to forget its model
@@ -31,30 +31,32 @@ _REST = 5.0  # seconds that a rank has to forget its model
 class Processes(Ranks):
     """Worker processes with one message pipe each.
 
-    Messages are read by a thread, and written by others where a pipe is full, so that a rank that stops reading or writing in
-    mid-message can never block the caller beyond its deadline.
+    The caller itself reads messages, as far as they have come, and writes them, as far as a pipe takes them; the rest is a
+    thread's to write. So a rank that stops reading or writing in mid-message can never block the caller beyond its deadline, and
+    no result wakes two threads.
     """
 
     def __init__(self, devices: Sequence[str], poll: Callable[[], None] | None = None, idle: IdleWorkers | None = None) -> None:
         """One process for each of ``devices``, of ``idle`` ones or a new one; see :class:`~.ranks.Ranks`."""
         super().__init__(poll)
         self._places = tuple(Place(device, device) for device in devices)
-        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._inbox: deque[Message] = deque()
         self._lock = threading.Lock()
+        self._reading = threading.RLock()
+        self._incoming: dict[Connection, tuple[int, Iterator[Any]]] = {}  # of those that can still say something
+        self._sentinels: dict[int, int] = {}  # of those not known to be dead
         self._workers: list[Worker] = []
         self._outboxes: list[Outbox] = []
-        self._reader: threading.Thread | None = None
         self._folder = ""
         try:
             self._folder = tempfile.mkdtemp(prefix="asyncdiff-")  # mode 0700; holds the rendezvous file
             for rank, device in enumerate(devices):
                 worker = idle.take(device, self._folder) if idle else None
                 self._workers.append(worker or Worker.start(device, f"asyncdiff-rank-{rank}", self._folder))
-            self._wake_read, self._wake = CONTEXT.Pipe(duplex=False)
-            for worker in self._workers:
+            for rank, worker in enumerate(self._workers):
                 self._outboxes.append(Outbox(worker.conn))
-            self._reader = threading.Thread(target=self._read, daemon=True, name="asyncdiff-read")
-            self._reader.start()
+                self._incoming[worker.conn] = rank, wire.incoming(worker.conn, wait=False)
+                self._sentinels[worker.process.sentinel] = rank
         except OSError as error:
             self.close(grace=0)
             raise WorkerError(
@@ -71,18 +73,25 @@ class Processes(Ranks):
         """Of this machine."""
         return [worker.process.pid for worker in self._workers]
 
+    @property
+    def closed(self) -> bool:
+        """Also whether a rank has died since anybody last listened."""
+        return super().closed or bool(wait(list(self._sentinels), 0))
+
     def meet(self, deadline: float) -> tuple[tuple[Place, ...], str]:
         """Known from the start."""
         return self._places, os.path.join(self._folder, "rendezvous")
 
     def _post(self, rank: int, header: Any, tensors: Sequence[torch.Tensor]) -> bool:
-        return self._outboxes[rank].post(header, tensors, POLL)
+        if self._outboxes[rank].post(header, tensors, POLL):
+            return True
+        self._read(0)  # it may be gone, or wait for somebody to hear it
+        return False
 
     def _next(self) -> Message | None:
-        try:
-            return self._inbox.get(timeout=POLL)
-        except queue.Empty:
-            return None
+        if not self._inbox:
+            self._read(POLL)
+        return self._inbox.popleft() if self._inbox else None
 
     def _explain(self, rank: int, header: Any) -> WorkerError:
         if header[0] == "failure":
@@ -90,7 +99,10 @@ class Processes(Ranks):
             time.sleep(0.2)
             dead = [r for r, worker in enumerate(self._workers) if worker.process.exitcode not in (None, 1)]
             if not dead:
-                return WorkerError(f"rank {rank} failed ({header[1]})", rank, header[2])
+                self._read(0)
+                said = [(rank, header), *((r, h) for r, h, _ in self._inbox if h[0] == "failure")]
+                rank, (_, cause, trace, _) = min(said, key=lambda words: words[1][3])
+                return WorkerError(f"rank {rank} failed ({cause})", rank, trace)
             rank = dead[0]
         process = self._workers[rank].process
         process.join(timeout=1)
@@ -101,28 +113,28 @@ class Processes(Ranks):
             how = "closed its pipe" if code is None else f"exited with code {code}"
         return WorkerError(f"rank {rank} (process {process.pid}) {how}; all ranks were stopped", rank)
 
-    def _read(self) -> None:
-        """Thread: messages of all ranks into one queue, until a rank is gone or the group closes."""
-        waiting: dict[Any, int] = {worker.conn: rank for rank, worker in enumerate(self._workers)}
-        sentinels = {worker.process.sentinel: rank for rank, worker in enumerate(self._workers)}
-        while not self._closing.is_set():
-            ready = wait([*waiting, *sentinels, self._wake_read])
-            conns = [item for item in ready if item in waiting]
-            for conn in conns:
-                rank = waiting[conn]
+    def _read(self, timeout: float) -> None:
+        """Put what the ranks have said into the inbox; waits for it, for at most ``timeout`` seconds."""
+        with self._reading:
+            if self._closing.is_set():
+                return
+            ready = wait([*self._incoming, *self._sentinels], timeout)
+            spoken = [item for item in ready if item in self._incoming]
+            for conn in spoken:
+                rank, messages = self._incoming[conn]
                 try:
-                    self._take(rank, *wire.receive(conn))
+                    if (message := next(messages)) is not None:
+                        self._take(rank, *message)
                 except Exception:  # end of file, or a message that makes no sense: no more will
-                    del waiting[conn]
+                    del self._incoming[conn]
                     self._take(rank, ("died",), [])
-            if not conns:  # last words first, then the news of a death
+            if not spoken:  # last words first, then the news of a death
                 for item in ready:
-                    if item in sentinels:
-                        self._take(sentinels.pop(item), ("died",), [])
+                    self._take(self._sentinels.pop(item), ("died",), [])
 
     def _take(self, rank: int, header: Any, tensors: list[torch.Tensor]) -> None:
         self._heard(rank, header)
-        self._inbox.put((rank, header, tensors))
+        self._inbox.append((rank, header, tensors))
 
     def release(self) -> IdleWorkers:
         """Have all ranks forget their model; see :class:`~.ranks.Ranks`."""
@@ -161,16 +173,12 @@ class Processes(Ranks):
             grace = 0.0
         end(self._workers, grace)
         self._leave()
-        for worker in self._workers:
-            worker.conn.close()
+        with self._reading:
+            for worker in self._workers:
+                worker.conn.close()
 
     def _leave(self) -> None:
         """End the threads, and remove the folder."""
         for outbox in self._outboxes:
             outbox.close()
-        if self._reader is not None:
-            self._wake.close()
-            if self._reader is not threading.current_thread():
-                self._reader.join(timeout=5.0)
-            self._wake_read.close()
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -23,7 +23,7 @@ class Ranks(ABC):
     """A set of worker processes, each of which runs a :class:`~.worker.Rank`.
 
     Nothing blocks the caller beyond its deadline. Where they run, and what carries the messages, is for subclasses to say; of
-    these messages, ``("failure", cause, traceback)`` and ``("died", ...)`` say that a rank is gone.
+    these messages, ``("failure", cause, traceback, when)`` and ``("died", ...)`` say that a rank is gone.
     """
 
     def __init__(self, poll: Callable[[], None] | None) -> None:

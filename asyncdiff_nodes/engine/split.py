@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .compression import Decoder, Encoder
 from .finite import origins
 from .graph import Hidden, TensorMeta, tensors_of
 from .profile import block_marks
-from .stub import Inbox, make_stub, shift
+from .stub import Inbox, drift, make_stub, shift
 from .telemetry import CallRecord, Stopwatch
 from .transport import Transport
 from .trees import flatten, unflatten
@@ -88,7 +89,8 @@ class _Logged:
         waits: where each began and ended.
         blocks: where each began and ended, if they were timed.
         inboxes: of its stream.
-        drifts: of the values in those of the blocks ``drifting``, on the CPU once ``noted`` is reached.
+        norms: see :meth:`~.stub.Inbox.norms`; of all blocks, on the CPU once ``noted`` is reached.
+        counts: how many of them each block has, in this order.
     """
 
     facts: dict[str, Any]
@@ -97,8 +99,8 @@ class _Logged:
     waits: list[tuple[Any, Any]]
     blocks: dict[str, Any]
     inboxes: dict[str, Inbox]
-    drifting: tuple[str, ...] = ()
-    drifts: torch.Tensor | None = None
+    norms: torch.Tensor | None = None
+    counts: dict[str, int] = field(default_factory=dict)
     noted: Any = None
 
 
@@ -238,9 +240,10 @@ class SplitModel:
         if not self._log or self._log[-1].noted is not None:
             return
         last = self._log[-1]
-        found = {name: drift for name, inbox in last.inboxes.items() if (drift := inbox.drift()) is not None}
+        found = {name: norms for name, inbox in last.inboxes.items() if (norms := inbox.norms())}
         if found:
-            last.drifting, last.drifts = tuple(found), torch.stack(list(found.values())).to("cpu", non_blocking=True)
+            last.norms = torch.stack([norm for norms in found.values() for norm in norms]).to("cpu", non_blocking=True)
+            last.counts = {name: len(norms) for name, norms in found.items()}
         last.noted = self._watch.mark()
 
     def records(self, wait: bool = False) -> Iterator[CallRecord]:
@@ -254,8 +257,9 @@ class SplitModel:
             begin, finish = seconds(call.start), seconds(call.end)
             times = {"start": begin, "end": finish, "compute": finish - begin - waited, "wait": waited, "waits": spans}
             took = {name: between(*marks) for name, marks in call.blocks.items()}
-            drifts = [] if call.drifts is None else call.drifts.tolist()
-            yield CallRecord(**call.facts, **times, drift=dict(zip(call.drifting, drifts, strict=True)), blocks=took)
+            norms = iter(() if call.norms is None else call.norms.tolist())
+            drifts = {name: drift(list(islice(norms, count))) for name, count in call.counts.items()}
+            yield CallRecord(**call.facts, **times, drift=drifts, blocks=took)
 
     def _expect(self, stream: _Stream, message: CallMessage, items: Sequence[int]) -> list[_Part]:
         """Have the inboxes expect the values of this call; the parts that are to be computed."""

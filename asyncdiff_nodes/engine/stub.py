@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,19 +72,24 @@ class Inbox:
         calls, values = zip(*((at, leaves) for at, change, leaves in self._history if change == self.change), strict=True)
         return tuple(value_for(call, dict(zip(calls, column, strict=True))) for column in zip(*values, strict=True))
 
-    def drift(self) -> torch.Tensor | None:
-        """Relative L2 difference of the last two values; None before there are two of a kind, or of a block left out."""
-        if len(self._history) < 2 or not self._history[-1][2]:
-            return None
-        (_, kind, old), (_, latest, new) = list(self._history)[-2:]
+    def norms(self) -> list[torch.Tensor]:
+        """L2 norms of how the latest value's leaves differ from those before, and of these; none if they are of two kinds."""
+        if len(self._history) < 2:
+            return []
+        (_, kind, old), (_, latest, new) = self._history[-2], self._history[-1]
         if kind != latest:
-            return None
-        change = sum(_norm(b - a).square() for a, b in zip(old, new, strict=True))
-        return (change / sum(_norm(a).square() for a in old).clamp_min(1e-30)).sqrt()
+            return []
+        return [*(_norm(b - a) for a, b in zip(old, new, strict=True)), *map(_norm, old)]
 
 
 def _norm(value: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(value, dtype=torch.float32)
+
+
+def drift(norms: Sequence[float]) -> float:
+    """Relative L2 difference of two values; see :meth:`Inbox.norms`."""
+    leaves = len(norms) // 2
+    return math.hypot(*norms[:leaves]) / max(math.hypot(*norms[leaves:]), 1e-15)
 
 
 def make_stub(block: nn.Module, fetch: Callable[[], Any]) -> None:

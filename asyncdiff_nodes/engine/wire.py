@@ -12,9 +12,10 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
+import select
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -29,9 +30,10 @@ _BUFFER = 2**20  # bytes on their way in a pipe, if the system allows as many: f
 
 
 def pipe(context: Any) -> tuple[Connection, Connection]:
-    """A duplex pipe of this multiprocessing context."""
+    """A duplex pipe of this multiprocessing context: the end of the parent, which nothing keeps waiting, and that of a rank."""
     ends = context.Pipe(duplex=True)
     if _POSIX:
+        os.set_blocking(ends[0].fileno(), False)
         for end in ends:
             with socket.socket(fileno=os.dup(end.fileno())) as own:
                 own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
@@ -50,6 +52,8 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 
 def dense_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` on the CPU without gaps; itself where it already is."""
+    if tensor.is_cpu and tensor.is_contiguous():
+        return tensor
     tensor = tensor.detach().to("cpu")
     meta = TensorMeta.of(tensor)
     return tensor if tensor.stride() == meta.stride else empty(meta).copy_(tensor)
@@ -75,19 +79,20 @@ class Outgoing:
             for piece in self._left:
                 conn.send_bytes(piece)
             return
-        while self._left:
-            self._written(os.writev(conn.fileno(), self._left[:_AT_ONCE]))
+        while not self.write_what_fits(conn):
+            room = select.poll()
+            room.register(conn.fileno(), select.POLLOUT)
+            room.poll()
 
     def write_what_fits(self, conn: Connection) -> bool:
-        """Write as much as the pipe takes without waiting; returns whether that is all. Raises OSError as :meth:`write` does."""
+        """Write as much as the pipe takes; returns whether that is all, for which a rank's end waits. Raises as :meth:`write`."""
         if not _POSIX:
             return False
-        with socket.socket(fileno=os.dup(conn.fileno())) as own:
+        try:
             while self._left:
-                try:
-                    self._written(own.sendmsg(self._left[:_AT_ONCE], [], socket.MSG_DONTWAIT))
-                except BlockingIOError:
-                    return False
+                self._written(os.writev(conn.fileno(), self._left[:_AT_ONCE]))
+        except BlockingIOError:
+            return False
         return True
 
     def _written(self, count: int) -> None:
@@ -103,33 +108,52 @@ def send(conn: Connection, header: Any, tensors: Sequence[torch.Tensor] = ()) ->
 
 
 def receive(conn: Connection) -> tuple[Any, list[torch.Tensor]]:
-    """Receive what :func:`send` sent. Raises EOFError or OSError when the other end is gone."""
-    header, metas = pickle.loads(_header(conn))
-    tensors = []
-    for meta in metas:
-        tensor = empty(meta)
-        if tensor.numel():
-            _read_into(conn, memory(tensor))
-        tensors.append(tensor)
-    return header, tensors
+    """Wait for what :func:`send` sent. Raises EOFError or OSError when the other end is gone."""
+    return next(incoming(conn, wait=True))
 
 
-def _header(conn: Connection) -> bytes | bytearray:
+def incoming(conn: Connection, wait: bool) -> Iterator[tuple[Any, list[torch.Tensor]] | None]:
+    """The messages that come, one after the other.
+
+    Args:
+        wait: for the rest of a message; otherwise None is in its place, again and again, until that is there.
+
+    Raises:
+        EOFError, OSError: the other end is gone.
+    """
+    while True:
+        header, metas = pickle.loads((yield from _header(conn, wait)))
+        tensors = [empty(meta) for meta in metas]
+        for tensor in tensors:
+            if tensor.numel():
+                yield from _fill(conn, memory(tensor), wait)
+        yield header, tensors
+
+
+def _header(conn: Connection, wait: bool) -> Generator[None, None, bytes | bytearray]:
     if not _POSIX:
+        while not wait and not conn.poll():
+            yield None
         return conn.recv_bytes()
     length = bytearray(_LENGTH.size)
-    _read_into(conn, memoryview(length))
+    yield from _fill(conn, memoryview(length), wait)
     header = bytearray(*_LENGTH.unpack(length))
-    _read_into(conn, memoryview(header))
+    yield from _fill(conn, memoryview(header), wait)
     return header
 
 
-def _read_into(conn: Connection, memory: memoryview) -> None:
+def _fill(conn: Connection, memory: memoryview, wait: bool) -> Iterator[None]:
     if not _POSIX:
+        while not wait and not conn.poll():
+            yield None
         conn.recv_bytes_into(memory)
         return
     while memory:
-        count = os.readv(conn.fileno(), [memory])
+        try:
+            count = os.readv(conn.fileno(), [memory])
+        except BlockingIOError:
+            yield None
+            continue
         if not count:
             raise EOFError
         memory = memory[count:]

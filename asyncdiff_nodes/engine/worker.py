@@ -6,6 +6,7 @@ import gc
 import os
 import pickle
 import shutil
+import time
 import traceback
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 
 from . import backends, wire
 from .batch import Arguments, sample_of
-from .calls import CallMessage
+from .calls import CallMessage, Opening
 from .inputs import join
 from .split import Share, SplitModel
 from .telemetry import RankReport
@@ -97,10 +98,10 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def last_words(error: BaseException) -> tuple[str, str, str]:
-    """What a rank says of the error that it failed with: its first line, and the traceback."""
+def last_words(error: BaseException) -> tuple[str, str, str, float]:
+    """What a rank says of the error that it failed with: its first line, the traceback, and when, on its machine's clock."""
     cause = "".join(traceback.format_exception_only(error)).splitlines()[0]
-    return "failure", cause, "".join(traceback.format_exception(error))
+    return "failure", cause, "".join(traceback.format_exception(error)), time.monotonic()
 
 
 class Rank:
@@ -123,7 +124,7 @@ class Rank:
         self._transport = Transport(boot.share.rank, boot.places, boot.rendezvous, boot.timeout)
         self._share = boot.share
         self._model = SplitModel(pickle.loads(boot.skeleton), boot.share, self._device, self._transport)
-        self._inputs: dict[Hashable, list[Any]] = {}
+        self._known: dict[Hashable, tuple[Opening, list[Any]]] = {}  # of each stream, with the leaves of its last call
         self._held: dict[int, torch.Tensor] = {}  # as the parent's
         self._used: set[int] = set()
         self._run = 0
@@ -146,12 +147,12 @@ class Rank:
             self._run, numerics = rest
             backends.restore(numerics)  # the host's modules have set their own when they were imported
             self._model.reset()
-            self._inputs.clear()
+            self._known.clear()
             self._held = {number: self._held[number] for number in self._used}
             self._used.clear()
         elif verb == "forget":
             self._model.forget(rest[0])
-            self._inputs.pop(rest[0], None)
+            self._known.pop(rest[0], None)
         elif verb == "tidy":
             self._tidy()
         elif verb == "weight":
@@ -169,7 +170,7 @@ class Rank:
         """Keep nothing of the last run, and give the device's memory back, which other processes cannot have otherwise."""
         self._send_records(wait=True)
         self._model.reset()
-        self._inputs.clear()
+        self._known.clear()
         self._transport.flush()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -178,7 +179,7 @@ class Rank:
         """Take another share of the model: keep the weights of blocks that stay, free those of others; the rest will follow."""
         self._send_records(wait=True)
         self._model.reset()
-        self._inputs.clear()
+        self._known.clear()
         model = SplitModel(pickle.loads(self._boot.skeleton), share, self._device, self._transport)
         model.take_over(self._model)
         self._share, self._model = share, model
@@ -194,15 +195,16 @@ class Rank:
         self._send(("ready", self._transport.bandwidth))
 
     def _call(self, message: CallMessage, tensors: list[torch.Tensor]) -> None:
-        known = self._inputs.get(message.stream, [])
+        opening, known = self._known.get(message.stream, (None, []))
+        if message.opening is not None:
+            opening = message.opening
+            self._model.set_layouts(message.stream, opening.layouts)
         leaves = [
             known[i] if kind == "same" else self._leaf(kind, what, tensors) for i, (kind, what) in enumerate(message.leaves)
         ]
-        self._inputs[message.stream] = leaves
+        self._known[message.stream] = opening, leaves
         timestep = self._leaf(*message.timestep, tensors)
-        args, kwargs = join(leaves, message.structure, timestep, self._boot.timestep, message.positional)
-        if message.layouts is not None:
-            self._model.set_layouts(message.stream, message.layouts)
+        args, kwargs = join(leaves, opening.structure, timestep, self._boot.timestep, opening.positional)
         result = self._model.call(message, self._parts(args, kwargs, message.parts))
         if result is not None:
             leaves, structure = result

@@ -225,6 +225,50 @@ def test_interrupt_leaves_the_group_usable_and_the_late_result_is_dropped(folder
             assert not g.closed
 
 
+def test_a_result_that_nobody_takes_holds_up_no_later_run(folder):
+    """It is more than a pipe holds: its rank cannot go on before it is read."""
+    interrupted = threading.Event()
+
+    def poll():
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+
+    net = toys.slow_net(0.3)
+    x, kwargs = toys.inputs(0)
+    large = x.repeat(1, 1, 100, 100)
+    with WorkerGroup(net, Plan(warmup=1, cuts=("blocks.0", "blocks.1")), threads_per_rank=1, family=TOY, poll=poll) as g:
+        interrupted.set()
+        with pytest.raises(KeyboardInterrupt):
+            g(large, 10, **kwargs)
+        interrupted.clear()
+        time.sleep(1.0)
+        g.tidy()
+        g.begin()
+        with torch.no_grad():
+            assert torch.equal(g(large, 10, **kwargs), net(large, 10, **kwargs))
+
+
+def test_the_rank_that_failed_first_is_named_however_late_they_are_heard(folder):
+    interrupted = threading.Event()
+
+    def poll():
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+
+    net = toys.chain(toys.Slow, toys.Slow)
+    net.blocks[0].seconds, net.blocks[1].seconds = 0.8, 0.4
+    with WorkerGroup(net, Plan(warmup=1, cuts=("blocks.0", "blocks.1")), threads_per_rank=1, family=TOY, poll=poll) as g:
+        call(g)
+        interrupted.set()
+        with pytest.raises(KeyboardInterrupt):
+            call(g, context=torch.full((2, 3), 101.0))
+        interrupted.clear()
+        time.sleep(1.5)
+        with pytest.raises(WorkerError, match="the trap has sprung") as failure:
+            call(g)
+        assert failure.value.rank == 1
+
+
 def test_close_twice_and_call_after_close(folder):
     g = group()
     pids = g.pids

@@ -64,6 +64,25 @@ def test_an_end_that_goes_in_mid_message_is_noticed(ends):
         wire.send(here, ("call",))
 
 
+def test_a_message_is_taken_as_far_as_it_has_come(ends):
+    """Nothing of it is lost, nor of the next one, and nobody waits."""
+    here, there = ends
+    messages = wire.incoming(here, wait=False)
+    assert next(messages) is None
+    for number in range(2):
+        message = wire.Outgoing(("result", number), [torch.arange(10.0), torch.ones(3)])
+        pieces = message._left
+        halves = [half for piece in pieces for half in (piece[: len(piece) // 2], piece[len(piece) // 2 :])]
+        for message._left in [[part] for part in (halves if wire._POSIX else pieces)]:
+            assert next(messages) is None
+            message.write(there)
+        header, found = next(messages)
+        assert header == ("result", number) and torch.equal(found[0], torch.arange(10.0)) and torch.equal(found[1], torch.ones(3))
+    there.close()
+    with pytest.raises((EOFError, OSError)):
+        next(messages)
+
+
 def test_many_tensors_in_one_message(ends):
     here, there = ends
     sender = threading.Thread(target=wire.send, args=(here, "many", [torch.tensor([float(i)]) for i in range(1500)]))
