@@ -132,8 +132,7 @@ def incoming(conn: Connection, wait: bool) -> Iterator[tuple[Any, list[torch.Ten
 
 def _header(conn: Connection, wait: bool) -> Generator[None, None, bytes | bytearray]:
     if not _POSIX:
-        while not wait and not conn.poll():
-            yield None
+        yield from _piece(conn, wait)
         return conn.recv_bytes()
     length = bytearray(_LENGTH.size)
     yield from _fill(conn, memoryview(length), wait)
@@ -144,8 +143,7 @@ def _header(conn: Connection, wait: bool) -> Generator[None, None, bytes | bytea
 
 def _fill(conn: Connection, memory: memoryview, wait: bool) -> Iterator[None]:
     if not _POSIX:
-        while not wait and not conn.poll():
-            yield None
+        yield from _piece(conn, wait)
         conn.recv_bytes_into(memory)
         return
     while memory:
@@ -157,6 +155,12 @@ def _fill(conn: Connection, memory: memoryview, wait: bool) -> Iterator[None]:
         if not count:
             raise EOFError
         memory = memory[count:]
+
+
+def _piece(conn: Connection, wait: bool) -> Iterator[None]:
+    """Until one has begun to come, where the connection's own methods read; those wait anyway."""
+    while not wait and not conn.poll():
+        yield None
 
 
 def memory(tensor: torch.Tensor) -> memoryview:

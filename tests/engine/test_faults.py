@@ -34,6 +34,14 @@ def group(seconds=0.0, plan=None, **options):
     return WorkerGroup(toys.slow_net(seconds), plan, threads_per_rank=1, family=TOY, **options)
 
 
+class Interrupt(threading.Event):
+    """What a group polls; an interrupt from when it is set until it is cleared."""
+
+    def poll(self):
+        if self.is_set():
+            raise KeyboardInterrupt
+
+
 def call(g, **kwargs):
     x, given = toys.inputs(0)
     return g(x, 10, **{**given, **kwargs})
@@ -195,18 +203,13 @@ def test_interrupt_while_starting_leaves_nothing_behind(folder):
 
 
 def test_interrupt_leaves_the_group_usable_and_the_late_result_is_dropped(folder):
-    interrupt = threading.Event()
-
-    def poll():
-        if interrupt.is_set():
-            raise KeyboardInterrupt
-
+    interrupt = Interrupt()
     net = toys.slow_net(0.5)
     x, kwargs = toys.inputs(0)
     plan = Plan(warmup=2, cuts=("blocks.0", "blocks.1"))
     with torch.no_grad():
         expected = net(x, 10, **kwargs)
-    with WorkerGroup(net, plan, threads_per_rank=1, family=TOY, poll=poll) as g:
+    with WorkerGroup(net, plan, threads_per_rank=1, family=TOY, poll=interrupt.poll) as g:
         for finished in (0, 3):  # interrupted in a synchronous and in an asynchronous call
             g.begin()
             for _ in range(finished):
@@ -227,20 +230,16 @@ def test_interrupt_leaves_the_group_usable_and_the_late_result_is_dropped(folder
 
 def test_a_result_that_nobody_takes_holds_up_no_later_run(folder):
     """It is more than a pipe holds: its rank cannot go on before it is read."""
-    interrupted = threading.Event()
-
-    def poll():
-        if interrupted.is_set():
-            raise KeyboardInterrupt
-
+    interrupt = Interrupt()
     net = toys.slow_net(0.3)
     x, kwargs = toys.inputs(0)
     large = x.repeat(1, 1, 100, 100)
-    with WorkerGroup(net, Plan(warmup=1, cuts=("blocks.0", "blocks.1")), threads_per_rank=1, family=TOY, poll=poll) as g:
-        interrupted.set()
+    plan = Plan(warmup=1, cuts=("blocks.0", "blocks.1"))
+    with WorkerGroup(net, plan, threads_per_rank=1, family=TOY, poll=interrupt.poll) as g:
+        interrupt.set()
         with pytest.raises(KeyboardInterrupt):
             g(large, 10, **kwargs)
-        interrupted.clear()
+        interrupt.clear()
         time.sleep(1.0)
         g.tidy()
         g.begin()
@@ -249,20 +248,16 @@ def test_a_result_that_nobody_takes_holds_up_no_later_run(folder):
 
 
 def test_the_rank_that_failed_first_is_named_however_late_they_are_heard(folder):
-    interrupted = threading.Event()
-
-    def poll():
-        if interrupted.is_set():
-            raise KeyboardInterrupt
-
+    interrupt = Interrupt()
     net = toys.chain(toys.Slow, toys.Slow)
     net.blocks[0].seconds, net.blocks[1].seconds = 0.8, 0.4
-    with WorkerGroup(net, Plan(warmup=1, cuts=("blocks.0", "blocks.1")), threads_per_rank=1, family=TOY, poll=poll) as g:
+    plan = Plan(warmup=1, cuts=("blocks.0", "blocks.1"))
+    with WorkerGroup(net, plan, threads_per_rank=1, family=TOY, poll=interrupt.poll) as g:
         call(g)
-        interrupted.set()
+        interrupt.set()
         with pytest.raises(KeyboardInterrupt):
             call(g, context=torch.full((2, 3), 101.0))
-        interrupted.clear()
+        interrupt.clear()
         time.sleep(1.5)
         with pytest.raises(WorkerError, match="the trap has sprung") as failure:
             call(g)
