@@ -254,7 +254,7 @@ class Stream:
             opening=opening,
             result=dict(call.results).get(rank),
         )
-        return message, [*sent, wire.dense_on_cpu(timestep).clone()] if is_tensor else sent
+        return message, [*sent, wire.copied(timestep)] if is_tensor else sent
 
     def _timed(self, call: Call) -> bool:
         """The first few calls of either kind, but for the very first one, in which kernels are loaded and caches are cold."""

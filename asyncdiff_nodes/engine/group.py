@@ -20,7 +20,6 @@ from .calls import Run, Stream
 from .devices import on_cluster, resolve_devices
 from .errors import DeviceError, PlanError, ScheduleError, UnsupportedModelError
 from .family import Family, find_family
-from .finite import is_finite
 from .graph import BlockGraph, meta_copy, tensors_of, trace
 from .inputs import Held, Inputs, on_cpu
 from .lookahead import NoiseLevels
@@ -234,9 +233,9 @@ class WorkerGroup:
             if call.kind is not Kind.REPEATED:
                 self._last[branch, stream] = self._result((branch, stream, call.index), deadline)
         results = [self._last[branch, stream] for branch in range(len(parts))]
-        self.finite = self.finite and all(is_finite(leaves) for leaves, _ in results)
+        self.finite = self.finite and all(finite for _, _, finite in results)
         again = self._run.plan.stride > 1  # it may be, and a caller may change it in place
-        leaves = [leaf.to(device, copy=again) for leaf in concatenated([leaves for leaves, _ in results])]
+        leaves = [leaf.to(device, copy=again) for leaf in concatenated([leaves for leaves, _, _ in results])]
         return unflatten(leaves, results[0][1])
 
     def tidy(self) -> None:
@@ -459,7 +458,7 @@ class WorkerGroup:
             self.close()
             raise
 
-    def _result(self, key: tuple[int, Hashable, int], deadline: float) -> tuple[list[torch.Tensor], Any]:
+    def _result(self, key: tuple[int, Hashable, int], deadline: float) -> tuple[list[torch.Tensor], Any, bool]:
         while key not in self._results:
             self._accept(*self._ranks.next_message(deadline, f"the result of call {key[2] + 1}"))
         return self._results.pop(key)
@@ -468,10 +467,10 @@ class WorkerGroup:
         """Keep a result or a record of this run; what an interrupted run left behind is dropped."""
         verb, *rest = header
         if verb == "result" and rest[0] == self._run.number:
-            _, stream, index, structure = rest
+            _, stream, index, structure, finite = rest
             branch = rank // self.plan.branch_size
             if (branch, stream) in self._streams:  # not forgotten
-                self._results[branch, stream, index] = tensors, structure
+                self._results[branch, stream, index] = tensors, structure, finite
         elif verb == "record" and rest[0] == self._run.number:
             self._records.append(rest[1])
             if self._on_record is not None:

@@ -17,6 +17,8 @@ from .batch import sample_of
 from .graph import TensorMeta
 from .trees import flatten, unflatten
 
+_ALONE = 2**15  # elements up to which PyTorch works in the calling thread only
+
 # ("same", None), ("value", object), ("tensor", index into a message's tensors), or ("unused", layout) of a tensor not needed;
 # ("held", (number, index)) of a parameter, without an index where the rank has it from an earlier run
 Packed = tuple[str, Any]
@@ -131,16 +133,21 @@ class Inputs:
                 continue
             constant = isinstance(leaf, nn.Parameter)
             # others by value: a caller may build the same conditioning anew each step, or change a tensor in place
-            same = operator.is_ if constant else torch.equal
+            same = operator.is_ if constant else _equal
             if sent is not None and position != always and same(leaf, sent[position]):
                 packed.append(("same", None))
                 known.append(sent[position])
             else:
                 packed.append(("tensor", len(tensors)))
                 # a copy: the sending threads and the next comparison read it later
-                known.append(leaf if constant else leaf.detach().clone())
-                tensors.append(leaf if constant else wire.dense_on_cpu(known[-1]))
+                known.append(leaf if constant else wire.copied(leaf))
+                tensors.append(known[-1])
         return packed, tensors, known
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """``torch.equal`` of tensors of one dtype, in this thread alone; see :func:`.wire.copied`."""
+    return a.shape == b.shape and all(map(torch.equal, a.reshape(-1).split(_ALONE), b.reshape(-1).split(_ALONE)))
 
 
 def on_cpu(calls: Sequence[Inputs]) -> list[Inputs]:

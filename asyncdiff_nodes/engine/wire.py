@@ -59,6 +59,15 @@ def dense_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride() == meta.stride else empty(meta).copy_(tensor)
 
 
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A dense copy on the CPU, made by this thread alone: to wake others takes longer, the more so where ranks use all cores."""
+    copy = empty(TensorMeta.of(tensor))
+    if tensor.is_cpu and tensor.stride() == copy.stride() and tensor.numel():
+        memory(copy)[:] = memory(tensor)
+        return copy
+    return copy.copy_(tensor.detach())
+
+
 class Outgoing:
     """A message on its way.
 

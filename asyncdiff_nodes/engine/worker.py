@@ -19,6 +19,7 @@ import torch
 from . import backends, wire
 from .batch import Arguments, sample_of
 from .calls import CallMessage, Opening
+from .finite import is_finite
 from .inputs import join
 from .split import Share, SplitModel
 from .telemetry import RankReport
@@ -207,11 +208,8 @@ class Rank:
         args, kwargs = join(leaves, opening.structure, timestep, self._boot.timestep, opening.positional)
         result = self._model.call(message, self._parts(args, kwargs, message.parts))
         if result is not None:
-            leaves, structure = result
-            self._send(
-                ("result", message.run, message.stream, message.result, structure),
-                [wire.dense_on_cpu(leaf) for leaf in leaves],
-            )
+            leaves, structure = [wire.dense_on_cpu(leaf) for leaf in result[0]], result[1]
+            self._send(("result", message.run, message.stream, message.result, structure, is_finite(leaves)), leaves)
         self._model.note_drift()
         self._send_records()
 
