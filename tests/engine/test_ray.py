@@ -260,7 +260,7 @@ def test_devices_that_the_cluster_does_not_have(devices, message):
 
 def run(program, **environment):
     return subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", program], env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, timeout=100
     ).stdout
 
 
