@@ -52,6 +52,7 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 
 def dense_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` on the CPU without gaps; itself where it already is."""
+    tensor = _as_in_memory(tensor)
     if tensor.is_cpu and tensor.is_contiguous():
         return tensor
     tensor = tensor.detach().to("cpu")
@@ -60,12 +61,22 @@ def dense_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """A dense copy on the CPU, made by this thread alone: to wake others takes longer, the more so where ranks use all cores."""
+    """A dense copy on the CPU.
+
+    Where the tensor is dense and there, this thread alone makes it: to wake others takes longer, the more so where ranks use all
+    cores.
+    """
+    tensor = _as_in_memory(tensor.detach())
     copy = empty(TensorMeta.of(tensor))
     if tensor.is_cpu and tensor.stride() == copy.stride() and tensor.numel():
         memory(copy)[:] = memory(tensor)
         return copy
-    return copy.copy_(tensor.detach())
+    return copy.copy_(tensor)
+
+
+def _as_in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Itself, but where PyTorch conjugates or negates only as it reads: then a tensor whose memory holds the values."""
+    return tensor.resolve_conj().resolve_neg()
 
 
 class Outgoing:

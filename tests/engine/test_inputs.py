@@ -66,6 +66,15 @@ def test_a_copy_is_dense_and_has_memory_of_its_own(tensor):
     assert not tensor.numel() or copy.data_ptr() != tensor.data_ptr()
 
 
+@pytest.mark.parametrize("make", [wire.copied, wire.dense_on_cpu])
+@pytest.mark.parametrize("lazy", [torch.Tensor.conj, torch._neg_view, lambda tensor: tensor.conj().imag])
+def test_what_pytorch_conjugates_or_negates_as_it_reads_is_so_in_memory(make, lazy):
+    tensor = lazy(torch.tensor([1 + 2j, 3 - 4j]))
+    assert tensor.is_conj() or tensor.is_neg()
+    made = make(tensor)
+    assert torch.equal(made, tensor) and not made.is_conj() and not made.is_neg()
+
+
 def test_the_caller_wakes_no_threads():
     """Those of the ranks may be at work on the same cores. PyTorch starts its threads when it first needs them."""
     program = """
