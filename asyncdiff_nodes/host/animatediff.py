@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.model_management
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
@@ -15,6 +14,7 @@ from asyncdiff_nodes.engine.graph import tensors_of
 
 from .animated import MODULE, MotionSource, State
 from .ipadapter import constant
+from .memory import unload
 from .packs import PackModule
 
 NOT_PLAIN = "it tells its motion modules what a rank cannot be told"
@@ -132,10 +132,7 @@ class Motion:
 
     def take_out(self) -> None:
         """Have the host's network without the motion modules that one of its clones put there: the host puts them back."""
-        networks = {id(each.model) for each in (self._patcher, *self.patchers)}
-        loaded = comfy.model_management.current_loaded_models
-        others = [each for each in loaded if id(getattr(each.model, "model", None)) not in networks]
-        comfy.model_management.free_memory(1e30, self._patcher.load_device, others)  # more than there is: all of these
+        unload([self._patcher, *self.patchers], self._patcher.load_device)
         for motion in self.patchers:
             motion.model.eject(self._patcher)  # the host forgets who put them there if that clone is gone
 

@@ -20,6 +20,16 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without(owner: Any, name: str) -> Iterator[None]:
+    """``owner`` with what its class has under ``name``."""
+    value = vars(owner).pop(name)
+    try:
+        yield
+    finally:
+        setattr(owner, name, value)
+
+
+@contextlib.contextmanager
 def layers_with_weights() -> Iterator[None]:
     """While the host's layers are built: with weights, where its linear ones are otherwise without until their file is read.
 

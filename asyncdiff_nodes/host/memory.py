@@ -5,10 +5,11 @@ So that *Unload models*, memory pressure and a model switch free them.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import comfy.model_management
@@ -37,6 +38,27 @@ def room_for_weights(devices: Sequence[str], call: float, networks: Sequence[Mod
         return (comfy.model_management.get_total_memory(torch.device(device)) - reserved[device]) / ranks[device] - call
 
     return list(map(room, devices))
+
+
+def unload(patchers: Sequence[ModelPatcher], device: torch.device) -> None:
+    """Have the host unload these models, and their clones, from ``device``, as it does where memory is short."""
+    models = {id(patcher.model) for patcher in patchers}
+    loaded = comfy.model_management.current_loaded_models
+    others = [each for each in loaded if id(getattr(each.model, "model", None)) not in models]
+    comfy.model_management.free_memory(1e30, device, others)  # more than there is: all of these
+
+
+@contextlib.contextmanager
+def kept_from_host(ranks: Sequence[RankMemory]) -> Iterator[None]:
+    """While these are not among the host's loaded models, so that it does not end them to make room for others."""
+    loaded = comfy.model_management.current_loaded_models
+    entries = [entry for entry in loaded if any(entry.model is rank for rank in ranks)]
+    for entry in entries:
+        loaded.remove(entry)
+    try:
+        yield
+    finally:
+        loaded.extend(entries)
 
 
 class AsyncDiffRank:

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 
 from asyncdiff_nodes.engine import AsyncDiffError, DeviceError, Plan, PlanError
+from asyncdiff_nodes.engine.compression import COMPRESSIONS
 from asyncdiff_nodes.engine.devices import on_cluster, resolve_devices
 
 from .settings import setting
+from .values import number, shown, whole
 
-PRESETS = ("Exact", "Balanced", "Fast", "Turbo", "Custom")
-CONTROL_NETS = ("shared", "fresh")
-ON_FAILURE = ("restart", "finish")
+CHOICES = {
+    "preset": ("Exact", "Balanced", "Fast", "Turbo", "Custom"),
+    "control_nets": ("shared", "fresh"),
+    "on_failure": ("restart", "finish"),
+    "compression": COMPRESSIONS,
+    "verify": ("auto", "off", "first", "always"),
+}
 ALWAYS = 1_000_000  # a warm-up longer than any run: every step is synchronous
 
 
@@ -43,6 +51,7 @@ class Options:
         on_failure: when a rank dies or hangs. ``restart``: others take over at the step that it was in, once per sampling;
             ``finish``, and after that: the host goes on by itself.
         compression: see :class:`~asyncdiff_nodes.engine.Plan`.
+        verify: which calls the host computes as well, to compare; see :class:`~.audit.Audit`. ``auto`` for what the settings say.
     """
 
     preset: str = "Balanced"
@@ -59,6 +68,7 @@ class Options:
     control_nets: str = "shared"
     on_failure: str = "restart"
     compression: str = "none"
+    verify: str = "auto"
 
     def resolve(self, items: int = 1, branching: bool = True) -> tuple[Plan, tuple[str, ...]]:
         """The plan, and one device per rank.
@@ -69,32 +79,45 @@ class Options:
 
         Raises:
             OneDeviceError: fewer than two devices.
-            PlanError, DeviceError: a value that is out of range, or a device that this machine does not have.
+            PlanError, DeviceError: a value that is of another type or out of range, or a device that this machine does not have.
         """
-        if self.preset not in PRESETS:
-            raise PlanError(f"preset={self.preset!r}: choose one of {', '.join(PRESETS)}")
-        if self.control_nets not in CONTROL_NETS:
-            raise PlanError(f"control_nets={self.control_nets!r}: choose one of {', '.join(CONTROL_NETS)}")
-        if self.on_failure not in ON_FAILURE:
-            raise PlanError(f"on_failure={self.on_failure!r}: choose one of {', '.join(ON_FAILURE)}")
+        return self._checked()._resolve(items, branching)
+
+    def _checked(self) -> Options:
+        """The same with plain numbers, once every widget has a value of its kind."""
+        return Options(**{each.name: _plain(each.name, each.type, getattr(self, each.name)) for each in fields(self)})
+
+    def _resolve(self, items: int, branching: bool) -> tuple[Plan, tuple[str, ...]]:
+        """As :meth:`resolve`, of options that are checked."""
+        custom = {name: getattr(self, name) for name in ("stride", "warmup", "time_shift", "cooldown")}
+        if self.preset == "Custom":
+            if self.speedup and not 1 <= self.speedup < math.inf:
+                raise PlanError(f"speedup={self.speedup:g} is out of range: choose 1 or more, or 0 for none in particular")
+            if self.segments < 0:
+                raise PlanError(f"segments={self.segments} is out of range: choose 2 or more, or 0 for automatic")
+            if self.branches < 0:
+                raise PlanError(f"branches={self.branches} is out of range: choose 1 or more, or 0 for as many as are of use")
+            Plan(**custom)  # what it refuses is out of range with any devices
         devices = self._devices()
         count = len(devices)
         knobs: dict[str, Any] = {"cuts": tuple(_words(self.cuts)) or None, "compression": self.compression}
         branches = self._branches(count, 2 if branching and items % 2 == 0 else 1)
         each = count // branches
         if self.preset == "Custom":
-            if self.speedup and not 1 <= self.speedup < math.inf:
-                raise PlanError(f"speedup={self.speedup:g} is out of range: choose 1 or more, or 0 for none in particular")
-            if self.segments < 0:
-                raise PlanError(f"segments={self.segments} is out of range: choose 2 or more, or 0 for automatic")
             segments = self.segments or each - self.stride + 1
-            if segments < (2 if self.stride > 1 or branches == 1 else 1):
+            if self.segments == 1 and branches == 1:
                 raise PlanError(
-                    f"stride={self.stride} with branches={branches} needs {branches * (self.stride + 1)} devices or more, "
-                    f"and there are {count}: lower one of them"
+                    f"segments=1 with branches={self.branches}: one segment needs 2 or more branches: choose 2 or more of either "
+                    "of them, or segments=0 for automatic"
                 )
-            knobs |= {name: getattr(self, name) for name in ("stride", "warmup", "time_shift", "cooldown")}
-            knobs["forecast"] = int(self.forecast)
+            least = 2 if self.stride > 1 or branches == 1 else 1
+            if not self.segments and segments < least:
+                needed = branches * (least + self.stride - 1)
+                raise PlanError(
+                    f"stride={self.stride} with branches={branches} needs {needed} devices or more, and there are {count}: lower "
+                    "one of them"
+                )
+            knobs |= custom | {"forecast": int(self.forecast)}
         else:
             preset = "Fast" if self.preset == "Turbo" and each < 3 else self.preset  # stride 2 takes three devices
             stride = 2 if preset == "Turbo" else 1
@@ -106,17 +129,14 @@ class Options:
         if plan.world_size > count:
             raise PlanError(
                 f"segments={plan.segments} with stride={plan.stride} and branches={plan.branches} needs {plan.world_size} "
-                f"devices (branches * (segments + stride - 1)), and there are {count}: {', '.join(devices)}"
+                f"devices (branches * (segments + stride - 1)), and there are {count}, {', '.join(devices)}: lower one of them"
             )
         return plan, devices[: plan.world_size]
 
     def _branches(self, count: int, useful: int) -> int:
         """How many there will be on ``count`` devices, if there is work for as many as are ``useful``."""
-        if self.preset == "Custom":
-            if self.branches < 0:
-                raise PlanError(f"branches={self.branches} is out of range: choose 1 or more, or 0 for as many as are of use")
-            if self.branches:
-                return self.branches
+        if self.preset == "Custom" and self.branches:
+            return self.branches
         # who says what the segments are, or wants the host's picture bit by bit, means the whole batch
         given = self.cuts or (self.preset == "Custom" and self.segments) or self.preset == "Exact"
         if given or count % useful:
@@ -152,3 +172,31 @@ class Options:
 
 def _words(text: str) -> list[str]:
     return [word for word in re.split(r"[\s,;]+", text.strip()) if word]
+
+
+def _plain(name: str, kind: str, value: Any) -> Any:
+    """``value`` of the widget ``name``, as its plain type ``kind``."""
+    take, cure = _KINDS[kind]
+    found, cure = take(value), _CURES.get(name, cure)
+    if found is None or found not in CHOICES.get(name, (found,)):
+        raise (DeviceError if name == "devices" else PlanError)(f"{name}={shown(value)}: {cure}")
+    return found
+
+
+def _is_bool(value: Any) -> bool:
+    """Whether this is True or False, or NumPy's."""
+    return isinstance(value, bool | np.bool_)
+
+
+# by the type of a field: its value as that type, or None
+_KINDS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "str": (lambda value: value if isinstance(value, str) else None, "choose a text"),
+    "int": (lambda value: None if _is_bool(value) else whole(value), "choose a whole number"),
+    "bool": (lambda value: bool(value) if _is_bool(value) else None, "choose True or False"),
+    "float": (lambda value: None if _is_bool(value) else number(value), "choose a number"),
+}
+_CURES = {
+    "devices": "name those to use, such as cuda:0, cuda:1, or choose auto",
+    "cuts": "name the blocks, separated by commas, or none",
+    **{name: f"choose one of {', '.join(choices)}" for name, choices in CHOICES.items()},
+}

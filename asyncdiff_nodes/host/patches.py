@@ -9,11 +9,15 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from asyncdiff_nodes.engine.trees import flatten
 
 from . import animatediff
 from .ipadapter import ImageAttention
+from .packs import code_name
 from .sag import Attention
 from .shipping import ShippedPatch, Variable, is_plain
 from .tome import Merging
@@ -48,7 +52,7 @@ def obstacle(patcher: ModelPatcher, model_options: dict[str, Any]) -> str | None
 def call_obstacle(network: nn.Module, transformer_options: dict[str, Any]) -> str | None:
     """Why a call of ``network`` with these options cannot be routed; None if it can."""
     found = {
-        f"{place} ({_name(patch)})"
+        f"{place} ({code_name(patch)})"
         for kind in _PATCHES
         for place, patches in transformer_options.get(kind, {}).items()
         for patch in _values(patches)
@@ -56,11 +60,22 @@ def call_obstacle(network: nn.Module, transformer_options: dict[str, Any]) -> st
     }
     # without patches, the network's own code reads only those of the other options that are functions
     found |= {
-        f"{key} ({_name(value)})"
+        f"{key} ({code_name(value)})"
         for key, value in transformer_options.items()
         if key not in _HOST_ONLY and callable(value) and (key != _ATTENTION or not _is_routed(value, network))
     }
     return f"the model carries patches that run inside the network: {', '.join(sorted(found))}" if found else None
+
+
+def surroundings(given: dict[str, Any], network: nn.Module) -> str | None:
+    """Why the ranks cannot compute a call of ``network`` with these arguments where it is made; None if they can."""
+    tensors = [leaf for leaf in flatten(given)[0] if isinstance(leaf, torch.Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *network.parameters())):
+        return "a gradient is taken through the network, which the ranks have none of"
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+    if strange := [code_name(mode) for mode in modes if not isinstance(mode, DeviceContext)]:
+        return f"another node watches every operation of the network: {', '.join(strange)}"
+    return None
 
 
 def shippable(transformer_options: dict[str, Any]) -> dict[str, Any]:
@@ -104,12 +119,3 @@ def _is_routed(patch: Any, network: nn.Module) -> bool:
 
 def _values(patches: Any) -> Any:
     return patches.values() if isinstance(patches, dict) else patches
-
-
-def _name(function: Any) -> str:
-    """Where a patch comes from, as its author wrote it."""
-    if isinstance(function, tuple):  # forward_timestep_embed_patch: (class, function)
-        function = function[-1]
-    named = function if hasattr(function, "__qualname__") else type(function)
-    module = named.__module__.replace("\\", "/").rpartition("/")[2]  # packs are loaded under path-like names
-    return f"{module}.{named.__qualname__.split('.<locals>')[0]}"

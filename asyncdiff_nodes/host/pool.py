@@ -14,19 +14,18 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
-from asyncdiff_nodes.engine import IdleWorkers, Placement, Plan, UnsupportedModelError, WorkerGroup
+from asyncdiff_nodes.engine import AsyncDiffError, IdleWorkers, Placement, Plan, UnsupportedModelError, WorkerGroup
 from asyncdiff_nodes.engine.devices import on_cluster
-from asyncdiff_nodes.engine.graph import tensors_of
 from asyncdiff_nodes.engine.plan import PER_RUN
 
-from .animatediff import motion_models
 from .balance import Balance
 from .compiled import compile_arguments
-from .memory import RankMemory
+from .memory import RankMemory, kept_from_host
 from .quantised import changed_by_patches
+from .sent import Sent, Sources
 from .settings import setting
 from .skeleton import family_of, fingerprint_of, outline_of, skeleton_of
-from .weights import motion_prefix, net_prefix, patches_of, versions_of, weights_of
+from .weights import weights_of
 from .worker import HostSettings
 
 log = logging.getLogger(__name__)
@@ -37,28 +36,32 @@ _START_TIMEOUT = 900.0  # a large checkpoint on a slow disk
 _CALL_TIMEOUT = 300.0
 
 
+class BusyError(AsyncDiffError, RuntimeError):
+    """A sampling within others would need ranks that these use."""
+
+
 @dataclass(eq=False)
 class Held:
     """A group and what is in it.
 
     Attributes:
         model: the host's model whose weights the ranks have.
-        versions: the host's ids of the patches in these weights; see :func:`~.weights.versions_of`.
-        patched: names of the patched weights.
+        sent: what these weights were.
         fingerprint: of the network without its weights.
         skeleton: what the ranks have, on the meta device.
         nets: the networks of the ControlNets whose weights they have.
         memory: one per rank, but for those on a cluster.
+        busy: a sampling that goes on uses it: another one within that can neither have nor end it.
     """
 
     group: WorkerGroup
     model: weakref.ref
-    versions: tuple[Any, ...]
-    patched: frozenset[str]
+    sent: Sent
     fingerprint: str
     skeleton: nn.Module
     nets: list[weakref.ref[nn.Module]]
     memory: list[RankMemory]
+    busy: bool = False
 
     def fits(self, plan: Plan, devices: Sequence[str], patcher: ModelPatcher, nets: Sequence[nn.Module]) -> bool:
         """Whether ``plan`` can run in this group once it has the right weights.
@@ -102,6 +105,10 @@ class Held:
         """Names and values of those in ``names``, as ``patcher`` and the ControlNets have them."""
         return weights_of(patcher, self.skeleton, names, [ref() for ref in self.nets])
 
+    def sources(self, patcher: ModelPatcher) -> Sources:
+        """What the weights of ``patcher`` and the ControlNets are made of now."""
+        return Sources.of(patcher, [ref() for ref in self.nets])
+
 
 class Pool:
     """The groups of this process, the latest used last."""
@@ -139,7 +146,7 @@ class Pool:
         poll: Callable[[], None],
         balance: Balance,
     ) -> WorkerGroup:
-        """A group that computes ``patcher``'s diffusion model as ``plan`` says.
+        """A group that computes ``patcher``'s diffusion model as ``plan`` says; it is the caller's until :meth:`give_back`.
 
         Args:
             nets: networks of the ControlNets that it computes as well.
@@ -150,20 +157,36 @@ class Pool:
 
         Raises:
             UnsupportedModelError: the model cannot be split.
+            BusyError: others use all groups that there can be.
             AsyncDiffError: see :class:`~asyncdiff_nodes.engine.WorkerGroup`.
         """
         self._retired.clear()
         self.bury()
         skeleton = skeleton_of(patcher, nets)
+        busy = [held for held in self._held if held.busy]
+        if len(busy) >= MAX_GROUPS:
+            raise BusyError(f"all {len(busy)} groups of ranks are in use by the samplings that this one is a part of")
+
+        def load_beside(ranks: list[Any]) -> None:
+            with kept_from_host([memory for held in busy for memory in held.memory]):
+                load(ranks)
+
         if held := self._find(patcher, nets, plan, devices):
-            load(held.memory)
+            load_beside(held.memory)
         if held is None or held.group.closed:  # closed: the host needed its memory for what it loaded
             with contextlib.closing(self._make_way(patcher)) as idle:
-                return self._start(patcher, nets, plan, devices, shape, skeleton, load, poll, balance, idle).group
-        self._held.remove(held)
-        self._held.append(held)
-        self._update(held, patcher, nets)
+                held = self._start(patcher, nets, plan, devices, shape, skeleton, load_beside, poll, balance, idle)
+        else:
+            self._held.remove(held)
+            self._held.append(held)
+            self._update(held, patcher, nets)
+        held.busy = True
         return held.group
+
+    def give_back(self, group: WorkerGroup) -> None:
+        """The sampling that acquired ``group`` is over."""
+        for held in self._held:
+            held.busy = held.busy and held.group is not group
 
     def slots(self, group: WorkerGroup, nets: Sequence[nn.Module]) -> list[int]:
         """Where ``group``, which was acquired for them, has these ControlNets."""
@@ -207,7 +230,7 @@ class Pool:
 
     def _find(self, patcher: ModelPatcher, nets: Sequence[nn.Module], plan: Plan, devices: Sequence[str]) -> Held | None:
         """The group that needs least work: same model, then one whose model is gone, then the oldest if there is no room."""
-        fitting = [held for held in self._held if held.fits(plan, devices, patcher, nets)]
+        fitting = [held for held in self._held if not held.busy and held.fits(plan, devices, patcher, nets)]
         same = [held for held in fitting if held.model() is patcher.model]
         gone = [held for held in fitting if held.model() is None]
         oldest = fitting if len(self._held) >= MAX_GROUPS else []
@@ -216,10 +239,12 @@ class Pool:
     def _make_way(self, patcher: ModelPatcher) -> IdleWorkers:
         """End the groups that one for ``patcher`` takes the place of; returns their processes."""
         idle = IdleWorkers()
-        for held in [held for held in self._held if held.model() is patcher.model]:
+        free = [held for held in self._held if not held.busy]
+        for held in [held for held in free if held.model() is patcher.model]:
             self._end(held, idle)  # the same weights under another plan
+            free.remove(held)
         while len(self._held) >= MAX_GROUPS:
-            self._end(self._held[0], idle)
+            self._end(free.pop(0), idle)
         return idle
 
     def _start(
@@ -253,6 +278,7 @@ class Pool:
             load(memory)
             log.info("AsyncDiff: starting %d ranks on %s", plan.world_size, ", ".join(devices))
 
+        sent, sources = Sent(), Sources.of(patcher, nets)
         compiled = compile_arguments(patcher)
         try:
             inputs = family.example_inputs(skeleton, tuple(shape[2:]), 2 * shape[0])
@@ -267,7 +293,7 @@ class Pool:
                 room=balance.room,
                 family=family,
                 example_inputs=inputs,
-                weights=weights_of(patcher, skeleton, nets=nets),
+                weights=sent.noting(weights_of(patcher, skeleton, nets=nets), sources.patches),
                 compile=compiled,
                 prepare=HostSettings.current(),
                 on_placed=make_room,
@@ -280,33 +306,24 @@ class Pool:
             for rank in memory:
                 rank.forget()
             raise
-        model, patched = weakref.ref(patcher.model), frozenset(patches_of(patcher))
+        sent.take(sources)
         refs = list(map(weakref.ref, nets))
-        held = Held(group, model, versions_of(patcher), patched, fingerprint_of(patcher), skeleton, refs, memory)
+        held = Held(group, weakref.ref(patcher.model), sent, fingerprint_of(patcher), skeleton, refs, memory)
         started.append(weakref.ref(held))
         self._held.append(held)
         return held
 
     def _update(self, held: Held, patcher: ModelPatcher, nets: Sequence[nn.Module]) -> None:
         """Send the weights in which model and ControlNets differ from what the ranks have."""
-        patched, names = frozenset(patches_of(patcher)), frozenset()
-        if held.model() is not patcher.model:
-            names = frozenset(name for name, _ in tensors_of(patcher.model.diffusion_model))
-        elif held.versions[0] != patcher.patches_uuid:
-            names = changed_by_patches(held.skeleton, held.patched | patched)
-        versions = versions_of(patcher)
-        for slot, motion in enumerate(motion_models(patcher)):
-            if held.versions[1 + slot] != versions[1 + slot]:
-                names |= {motion_prefix(slot) + name for name, _ in tensors_of(motion.model)}
         for slot, net in zip(held.slots(nets), nets, strict=True):
-            if held.nets[slot]() is not net:
-                held.nets[slot] = weakref.ref(net)
-                names |= {net_prefix(slot) + name for name, _ in tensors_of(net)}
-        if not names:
-            return
-        log.info("AsyncDiff: sending %d weights to the running ranks", len(names))
-        held.group.load_weights(held.weights(patcher, names))
-        held.model, held.versions, held.patched = weakref.ref(patcher.model), versions, patched
+            held.nets[slot] = weakref.ref(net)
+        held.model, sources = weakref.ref(patcher.model), held.sources(patcher)
+        changed, patches = held.sent.changed(sources)
+        names = changed | changed_by_patches(held.skeleton, patches)
+        if names:
+            log.info("AsyncDiff: sending %d weights to the running ranks", len(names))
+            held.group.load_weights(held.sent.noting(held.weights(patcher, names), sources.patches))
+            held.sent.take(sources, changed | patches)
 
     def _end(self, held: Held, idle: IdleWorkers | None = None) -> None:
         """End a group; its processes only if nobody collects them in ``idle``."""

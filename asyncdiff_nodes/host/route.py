@@ -10,10 +10,11 @@ import functools
 import inspect
 from typing import Any
 
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
-from .attributes import replaced
+from .attributes import replaced, without
 from .control import KEY
 from .options import OneDeviceError, Options
 from .pool import POOL
@@ -42,6 +43,7 @@ def attach(patcher: ModelPatcher, options: Options | None = None) -> ModelPatche
         (WrappersMP.PREPARE_SAMPLING, route.prepare_sampling),
         (WrappersMP.DIFFUSION_MODEL, route.diffusion_model),
         (WrappersMP.APPLY_MODEL, route.apply_model),
+        (WrappersMP.PREDICT_NOISE, route.predict_noise),
     ):
         clone.remove_wrappers_with_key(kind, KEY)
         clone.add_wrapper_with_key(kind, KEY, hook)
@@ -76,9 +78,15 @@ class Route:
             return prepared
         return executor(*args, **kwargs)
 
+    def predict_noise(self, executor: WrapperExecutor, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """One evaluation of the model by the sampler, which may take several calls of the network."""
+        if self._sampling is not None:
+            self._sampling.evaluate(x, sigma)
+        return executor(x, sigma, *args, **kwargs)
+
     def diffusion_model(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         """One call of the network."""
-        if self._sampling is None or self._sampling.group is None:
+        if self._sampling is None or not self._sampling.computes(executor.class_obj):
             return executor(*args, **kwargs)
         # the hooks of other nodes after ours still apply; only the network at the end of the chain is ours
         inner = executor.wrappers[executor.idx + 1 :]
@@ -92,12 +100,15 @@ class Route:
     def apply_model(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         """One evaluation of the model, whose network may have no hook of its own."""
         network = executor.class_obj.diffusion_model
-        if self._sampling is None or self._sampling.group is None or type(network).__name__ not in _WITHOUT_HOOK:
+        elsewhere = self._sampling is None or type(network).__name__ not in _WITHOUT_HOOK
+        if elsewhere or not self._sampling.computes(network):
             return executor(*args, **kwargs)
-        forward = network.forward
+        forward, theirs = network.forward, vars(network).get("forward")
 
         def routed(*args: Any, **kwargs: Any) -> Any:
-            return self._sampling.call(_by_name(network, args, kwargs), lambda: forward(*args, **kwargs))
+            # a replacement by others is looked for in every call, and is not ours
+            with without(network, "forward") if theirs is None else replaced(network, "forward", theirs):
+                return self._sampling.call(_by_name(network, args, kwargs), lambda: forward(*args, **kwargs))
 
         with replaced(network, "forward", routed):
             return executor(*args, **kwargs)

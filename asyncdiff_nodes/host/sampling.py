@@ -32,19 +32,23 @@ from asyncdiff_nodes.engine import (
 
 from .animatediff import NOT_PLAIN, Motion
 from .attributes import replaced
+from .audit import Audit, distrusted, strangers
 from .balance import Balance
 from .branches import affordable, items_per_call
 from .compiled import without_compiled_network
 from .control import ControlNets, complete, take, without_ranks
+from .foreign import Watched
 from .live import Progress
-from .memory import room_for_weights
+from .memory import room_for_weights, unload
 from .options import ALWAYS, OneDeviceError, Options
-from .patches import call_obstacle, identity, obstacle, shippable
-from .pool import POOL
+from .patches import call_obstacle, identity, obstacle, shippable, surroundings
+from .pool import POOL, BusyError
 from .rehearsal import rehearse
 from .report import RunRecord, publish
 from .sag import give_back
-from .tome import random_numbers
+from .streams import Streams, outline_of, rest_of
+from .tome import NUMBERS, random_numbers
+from .weights import originals_of
 from .windows import Windows
 
 log = logging.getLogger(__name__)
@@ -76,6 +80,10 @@ class Sampling:
         self._nets: ControlNets | None = None  # that the ranks compute
         self._motion: Motion
         self._windows = Windows()
+        self._streams: Streams
+        self._streams_seen: set[Any] = set()
+        self._watched: Watched
+        self._audit: Audit
         self._slots: list[int] = []  # where they have them
         self._acquire: Callable[[], WorkerGroup]
         self._begin: Callable[[WorkerGroup], None] | None = None  # None before the run has begun
@@ -99,7 +107,7 @@ class Sampling:
         **_: Any,
     ) -> tuple[Any, Any, list[Any]] | None:
         """Get a group ready, and the host's other models. None: the host's own path, for the reason that was noted."""
-        if reason := obstacle(patcher, model_options or {}) or without_ranks(conds):
+        if reason := distrusted(patcher) or obstacle(patcher, model_options or {}) or without_ranks(conds):
             return self._note(reason)
         self._motion = Motion(patcher)
         steps = len(self._sigmas) - 1
@@ -134,15 +142,18 @@ class Sampling:
             acquire = functools.partial(POOL.acquire, patcher, nets.networks, plan, devices, noise_shape, load, poll, balance)
             self._acquire, self._nets = acquire, nets
             self._with_ranks(lambda: None)
-        except OneDeviceError as error:
+        except (OneDeviceError, BusyError) as error:
             return self._note(str(error))
         except UnsupportedModelError as error:
             return self._note(f"this model cannot be split: {error}")
         except _FAILURES as error:
             return self._give_up(error)
         self._prepare_model(patcher)
-        self._batch_as_ranks_can(patcher, room_for_weights(devices, 0.0, networks))
+        self._watched = Watched(patcher.model.diffusion_model)
         sampling = patcher.get_model_object("model_sampling")
+        self._streams = Streams(sampling, noise_shape, self._guider, self._sampler, model_options)
+        self._audit = Audit(self._options.verify, patcher, strangers(patcher, model_options, self._guider))
+        self._batch_as_ranks_can(patcher, room_for_weights(devices, 0.0, networks))
         calls = rehearse(self._sampler, self._sigmas, patcher)
         levels = _levels(sampling, calls, rest=float(self._sigmas[-1]))
         plan = _in_calls(plan, len(calls) / steps)
@@ -181,24 +192,43 @@ class Sampling:
         without_compiled_network(model_options)
         return patcher.model, conds, others
 
+    def evaluate(self, x: torch.Tensor, sigma: torch.Tensor) -> None:
+        """The sampler evaluates the model at its latent ``x`` [B, C, ...], whose noise is ``sigma`` [B]."""
+        if self.group is not None:
+            self._streams.evaluate(x, sigma)
+
+    def computes(self, network: Any) -> bool:
+        """Whether calls of ``network`` are those of this sampling; others pass, such as those of a guider's second model."""
+        if self.group is None:
+            return False
+        own = self._patcher.model.diffusion_model
+        if network is not own:
+            self._note(f"ComfyUI computes what is called of another model within this sampling ({type(network).__name__})")
+        return network is own
+
     def call(self, given: dict[str, Any], network: Callable[[], torch.Tensor]) -> torch.Tensor:
         """One call of the network with these arguments, latent and timesteps first; by the group if that can be."""
+        comfy.model_management.throw_exception_if_processing_interrupted()  # a quick call never waits long enough to look
         (x, timesteps, *_), options = given.values(), given.get("transformer_options") or {}
         control = given.get("control")
         nets = take(control)
+
+        def on_host() -> torch.Tensor:
+            self._load_here(x)
+            complete(control, nets)  # in the dictionary that the network is called with
+            return network()
 
         def by_host(reason: str) -> torch.Tensor:
             self._note(reason)
             if self._motion.patchers:
                 self._left = reason  # the host's network now has the motion modules, and weights of other names
-            self._load_here(x)
-            complete(control, nets)  # in the dictionary that the network is called with
-            return network()
+            return on_host()
 
-        if reason := self._left or call_obstacle(self._patcher.model.diffusion_model, options):
+        if reason := self._left or self._call_obstacle(given, options):
             return by_host(reason)
         if not all(net.fits(x, timesteps) for net in nets):
             return by_host("a ControlNet is given another latent than the model")
+        rest = rest_of(given)
         path = ""
         if self._motion.patchers:
             given["motion"] = state = self._motion.state()
@@ -211,11 +241,9 @@ class Sampling:
         # the same prompt under a guidance patch, a control net that starts in mid-run, a window of frames: streams of their own
         patches = self._patches.setdefault(identity(shipped), len(self._patches))
         shipped |= random_numbers(self._patcher.model.diffusion_model, shipped, x)
-        outline = _outline(control), tuple(net.net for net in nets)
-        stream = (tuple(options.get("uuids", ())), tuple(x.shape), outline, patches, repr(window), path)
-        moved_on = []
-        if window is not None:
-            stream, moved_on = self._windows.stream(stream, float(timesteps.flatten()[0]))
+        kind = tuple(x.shape), outline_of(rest), _outline(control), tuple(net.net for net in nets), patches
+        prompt = tuple(options.get("uuids", ())), *kind, repr(window), path
+        stream, moved_on = self._stream(prompt, x, timesteps, rest, window)
         self._progress.call(stream, self._windows.turn)
         if self._plan.branches > len(x):
             self._note(
@@ -241,6 +269,12 @@ class Sampling:
             self._sampled = True
             if self._finite and not self.group.finite:
                 self._explain_nan(x, given)
+            if self._to_compare(stream, kind, x, shipped):
+                expected = self._by_host_as_well(on_host)
+                if report := self._audit.differs(self.group, result, expected, x, {"arguments": kind}):
+                    self._left = report
+                    self._note(report)
+                    return expected
             return give_back(options, result) if isinstance(result, tuple) else result
         except UnsupportedModelError as error:
             return by_host(f"this call cannot be split: {error}")
@@ -251,12 +285,52 @@ class Sampling:
             POOL.bury()
         return by_host(self._left)
 
+    def _call_obstacle(self, given: dict[str, Any], options: dict[str, Any]) -> str | None:
+        """Why only the host can compute this call; None if the ranks can."""
+        network = self._patcher.model.diffusion_model
+        if found := self._watched.changes():
+            return f"another node replaced code of the network: {', '.join(sorted(found)[:3])}"
+        return surroundings(given, network) or call_obstacle(network, options)
+
+    def _stream(
+        self, prompt: Any, x: torch.Tensor, timesteps: torch.Tensor, rest: list[Any], window: Any
+    ) -> tuple[Any, list[Any]]:
+        """The stream of a call, and those that will not be called again."""
+        if window is not None:
+            return self._windows.stream(prompt, float(timesteps.flatten()[0]))
+        if self._plan.warmup >= ALWAYS or self._plan.segments == 1:  # no call builds on another
+            return prompt, []
+        stream = self._streams.of(prompt[0], prompt, x, rest)
+        if stream is None:
+            self._do_synchronously()
+        return stream or prompt, []
+
+    def _to_compare(self, stream: Any, kind: Any, x: torch.Tensor, shipped: dict[str, Any]) -> bool:
+        """Whether the host is to compute this call as well: the first of its stream, which was synchronous."""
+        first = stream not in self._streams_seen
+        self._streams_seen.add(stream)
+        # motion modules are put into the host's network for good, and random numbers that are drawn again are others
+        return first and not self._motion.patchers and NUMBERS not in shipped and self._audit.wants(kind, x)
+
+    def _by_host_as_well(self, compute: Callable[[], Any]) -> Any:
+        """What the host computes, which then has its network unloaded again, and random numbers as before."""
+        loaded, device = self._loaded_here, self._patcher.load_device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            result = compute()
+        if not loaded:
+            unload([self._patcher], device)
+            self._prepare_model(self._patcher)
+            self._loaded_here = False
+        return result
+
     def close(self) -> None:
         """However it ended: leave the host's objects as they were, and the memory of its devices to what comes next."""
         self._changes.close()
-        if self.group is not None and not self.group.closed:
-            with contextlib.suppress(AsyncDiffError):  # then the next run starts others
-                self.group.tidy()
+        if self.group is not None:
+            POOL.give_back(self.group)
+            if not self.group.closed:
+                with contextlib.suppress(AsyncDiffError):  # then the next run starts others
+                    self.group.tidy()
 
     def finish(self) -> None:
         """The sampling went well: publish what is known about it."""
@@ -356,7 +430,19 @@ class Sampling:
         """The calls are not those that were announced: only the sampler knows which there are (dpm_adaptive, another pack's)."""
         without = "nothing is computed ahead" if self._plan.stride == 1 else f"stride={self._plan.stride} is not possible"
         self._note(f"which calls of the network this sampler makes is not known beforehand: {without}")
-        plan = self._plan = replace(self._plan, stride=1, forecast=0)
+        self._go_on(replace(self._plan, stride=1, forecast=0))
+
+    def _do_synchronously(self) -> None:
+        """It cannot be told which earlier call a call goes on from: none of its values may reach another."""
+        self._note(
+            "a node calls the network for other parts of the latent, or with other arguments, in a way that changes from step to "
+            "step: every step is synchronous, and none is faster"
+        )
+        self._go_on(replace(self._plan, warmup=ALWAYS, stride=1, forecast=0, cooldown=0))
+
+    def _go_on(self, plan: Plan) -> None:
+        """With another plan, and without the schedule."""
+        self._plan = plan
 
         def begin(group: WorkerGroup) -> None:
             group.begin(plan=plan, on_record=self._on_record)
@@ -367,6 +453,9 @@ class Sampling:
 
     def _prepare_model(self, patcher: ModelPatcher) -> None:
         """What loading would have done to the rest of the model: other nodes' object patches, and small parts to the device."""
+        live = dict(patcher.model.diffusion_model.named_parameters())
+        if any(name in live and kept.shape != live[name].shape for name, kept in originals_of(patcher).items()):
+            unload([patcher], patcher.load_device)  # the host looks at shapes, which a clone's patches have changed
         patcher.model_patches_to(patcher.load_device)
         patcher.model_patches_to(patcher.model_dtype())
         patcher.unpatch_model(patcher.offload_device, unpatch_weights=False)

@@ -9,6 +9,8 @@ from comfy.cli_args import args
 from asyncdiff_nodes.engine import PlanError
 from asyncdiff_nodes.prompt_server import prompt_server
 
+from .values import shown
+
 _DEFAULTS: dict[str, Any] = {"Preset": "Balanced", "Devices": "auto", "KeepMinutes": 0}
 
 
@@ -25,7 +27,7 @@ def setting(name: str) -> Any:
     kind = str if isinstance(default, str) else (int, float)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise PlanError(
-            f"Settings, AsyncDiff, {name} is {value!r}: set it again in ComfyUI's settings; its default is {default!r}"
+            f"Settings, AsyncDiff, {name} is {shown(value)}: set it again in ComfyUI's settings; its default is {default!r}"
         )
     return value
 

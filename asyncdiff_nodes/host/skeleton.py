@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import comfy.ldm.modules.attention
@@ -25,10 +26,11 @@ from .animatediff import motion_models, motion_sources
 from .attributes import layers_with_weights
 from .compiled import compile_arguments
 from .controlled import controlled
+from .foreign import foreign_classes, functions_of
 from .net_configs import on_meta
 from .parts import divide
 from .quantised import Operations
-from .weights import patches_of
+from .weights import originals_of, patches_of, reshaped
 
 
 def skeleton_of(patcher: ModelPatcher, nets: Sequence[nn.Module] = ()) -> nn.Module:
@@ -39,16 +41,21 @@ def skeleton_of(patcher: ModelPatcher, nets: Sequence[nn.Module] = ()) -> nn.Mod
 
     Raises:
         UnsupportedModelError: no block list for its class; layers of classes that a rank cannot have, or that apply patches
-            themselves; layers that other nodes replaced.
+            themselves; layers that other nodes replaced, or code.
     """
     live = patcher.model.diffusion_model
     find_family(live)
+    name = type(live).__name__
+    if found := foreign_classes(live):
+        raise UnsupportedModelError(f"its {name} runs code of others: {', '.join(found[:3])}")
+    if wide := reshaped(patcher):
+        raise UnsupportedModelError(f"a patch, such as a LoRA with inputs of its own, changes the shape of {', '.join(wide[:3])}")
     operations = quantised.operations_of(patcher)
 
     def build(classes: type) -> nn.Module:
         return type(live)(**patcher.model.model_config.unet_config, device="meta", operations=classes)
 
-    rebuilt = _rebuilt(live, build, operations).requires_grad_(False).eval()
+    rebuilt = _rebuilt(live, build, operations, originals_of(patcher)).requires_grad_(False).eval()
     if patcher.force_cast_weights:  # another node chose the precision of the computation
         for module in rebuilt.modules():
             if hasattr(module, "comfy_cast_weights"):
@@ -94,11 +101,17 @@ def net_skeleton(net: nn.Module, patcher: ModelPatcher) -> nn.Module:
         return _rebuilt(net, functools.partial(on_meta, net, told.unet_config))
 
 
-def _rebuilt(live: nn.Module, build: Callable[[type], nn.Module], operations: Operations | None = None) -> nn.Module:
+def _rebuilt(
+    live: nn.Module,
+    build: Callable[[type], nn.Module],
+    operations: Operations | None = None,
+    originals: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> nn.Module:
     """What ``build`` makes with the layer classes of ``live``, if that is the same network. Raises as :func:`skeleton_of`.
 
     Args:
         operations: how to get at these classes, if they cannot be imported.
+        originals: see :func:`~.weights.originals_of`.
     """
     name, classes = type(live).__name__, _classes_of(live, operations)
     try:
@@ -108,18 +121,28 @@ def _rebuilt(live: nn.Module, build: Callable[[type], nn.Module], operations: Op
             rebuilt.get_submodule(layer).load_state_dict(state, assign=True)
     except Exception as error:
         raise UnsupportedModelError(f"its {name} could not be rebuilt from the host's configuration ({error})") from error
-    _compare(rebuilt, live, "the host's configuration says")
+    says = "the host's configuration says"
+    _compare(rebuilt, live, says, originals)
+    ours, theirs = _settings(rebuilt), _settings(live)
+    both = ours.keys() & theirs.keys()  # some are only there once a network was used
+    _refuse_others(live, "settings", says, {name: ours[name] for name in both}, {name: theirs[name] for name in both})
     return rebuilt
 
 
-def _compare(rebuilt: nn.Module, live: nn.Module, says: str) -> None:
-    """Raises as :func:`skeleton_of` if they are not the same network."""
-    for what, describe in (("layers", _classes), ("weights", _shapes), ("attention heads", _heads)):
-        ours, theirs = describe(rebuilt), describe(live)
-        if ours != theirs:
-            changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-            name = type(live).__name__
-            raise UnsupportedModelError(f"its {name} has other {what} than {says}: {', '.join(changed[:3])}")
+def _compare(
+    rebuilt: nn.Module, live: nn.Module, says: str, originals: Mapping[str, torch.Tensor] = MappingProxyType({})
+) -> None:
+    """Raises as :func:`skeleton_of` if they are not the same network, the live one with its ``originals``."""
+    for what, describe in (("layers", _classes), ("weights", _shapes), ("code", functions_of), ("attention heads", _heads)):
+        theirs = describe(live)
+        if describe is _shapes:
+            theirs |= {name: tuple(tensor.shape) for name, tensor in originals.items()}
+        _refuse_others(live, what, says, describe(rebuilt), theirs)
+
+
+def _refuse_others(live: nn.Module, what: str, says: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    if changed := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
+        raise UnsupportedModelError(f"its {type(live).__name__} has other {what} than {says}: {', '.join(changed[:3])}")
 
 
 def fingerprint_of(patcher: ModelPatcher) -> str:
@@ -219,4 +242,15 @@ def _shapes(module: nn.Module) -> dict[str, Any]:
 
 def _heads(module: nn.Module) -> dict[str, Any]:
     """Which no weight tells."""
-    return {name: child.heads for name, child in module.named_modules() if isinstance(getattr(child, "heads", None), int)}
+    return {name: value for name, value in _settings(module).items() if name.endswith(".heads")}
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Numbers and the like that layers are set to; not those of the host's loader, or of training."""
+    kinds = bool | int | float | str | tuple | torch.dtype
+    return {
+        f"{name}.{attribute}": value
+        for name, child in module.named_modules()
+        for attribute, value in vars(child).items()
+        if isinstance(value, kinds) and attribute != "training" and "comfy" not in attribute
+    }

@@ -34,11 +34,6 @@ def motion_prefix(slot: int) -> str:
     return f"motion.{slot}."
 
 
-def versions_of(patcher: ModelPatcher) -> tuple[Any, ...]:
-    """The host's ids of the patches in the weights of the model, and of each of its motion models."""
-    return tuple(each.patches_uuid for each in (patcher, *motion_models(patcher)))
-
-
 def patches_of(patcher: ModelPatcher) -> dict[str, Sequence[Any]]:
     """Name, without prefix, of each of the diffusion model's weights that has patches, and these."""
     return {key.removeprefix(PREFIX): patches for key, patches in patcher.patches.items() if key.startswith(PREFIX)}
@@ -91,14 +86,12 @@ def weights_of(
 
 def _loaded(patcher: ModelPatcher, key: str, operations: Operations | None) -> torch.Tensor:
     """The weight ``key`` of the model as the host would load it."""
-    value, set_weight, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
-    if key in patcher.backup:  # it is loaded
-        value = patcher.backup[key].weight
-    if key in patcher.hook_backup:
-        value = patcher.hook_backup[key][0]
-    value = _filled(value)
+    live, set_weight, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+    value = _filled(unpatched(patcher, key, live))
     if key not in patcher.patches or (operations and operations.carries(value)):
         return value
+    if loaded_as_patched(patcher, key):
+        return live
     device, dtype = patcher.load_device, value.dtype
     compute_dtype = operations and operations.patch_dtype
     if compute_dtype is None:
@@ -110,6 +103,39 @@ def _loaded(patcher: ModelPatcher, key: str, operations: Operations | None) -> t
     if set_weight is not None:  # of a quantised layer
         return set_weight(value, seed=_string_to_seed(key), return_weight=True)
     return comfy.float.stochastic_rounding(value, dtype, seed=_string_to_seed(key))
+
+
+def unpatched(patcher: ModelPatcher, key: str, live: torch.Tensor) -> torch.Tensor:
+    """The weight ``key`` without patches, which is not the ``live`` one where the host has loaded it with some."""
+    if key in patcher.hook_backup:
+        return patcher.hook_backup[key][0]
+    return patcher.backup[key].weight if key in patcher.backup else live
+
+
+def originals_of(patcher: ModelPatcher) -> dict[str, torch.Tensor]:
+    """The diffusion model's weights, by name, in whose place the host has loaded patched ones, of ``patcher`` or of a clone."""
+    return {key.removeprefix(PREFIX): kept.weight for key, kept in patcher.backup.items() if key.startswith(PREFIX)}
+
+
+def loaded_as_patched(patcher: ModelPatcher, key: str) -> bool:
+    """Whether the host has loaded the weight ``key`` with the patches of ``patcher``: then what it is now counts."""
+    dynamic = getattr(patcher, "is_dynamic", bool)()  # not in 0.3
+    return key in patcher.backup and not dynamic and patcher.model.current_weight_patches_uuid == patcher.patches_uuid
+
+
+def reshaped(patcher: ModelPatcher) -> list[str]:
+    """Names of the weights to which a patch gives another shape, as LoRAs do that come with inputs of their own."""
+    shape_of = getattr(comfy.lora, "calculate_shape", None)  # not in 0.3
+    if shape_of is None:
+        return []
+    live = dict(tensors_of(patcher.model.diffusion_model))
+
+    def shapes(name: str) -> set[tuple[int, ...]]:
+        key = PREFIX + name
+        weight = unpatched(patcher, key, live[name])
+        return {tuple(weight.shape), tuple(shape_of(patcher.patches[key], weight, key))}
+
+    return [name for name in patches_of(patcher) if name in live and len(shapes(name)) > 1]
 
 
 def _filled(weight: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,8 @@ class AsyncDiffCompare(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, options: Any = None, vae: Any = None, **inputs: Any) -> io.NodeOutput:
         """Both latents, and the text on the node as well."""
+        from asyncdiff_nodes.host.checks import checked
         from asyncdiff_nodes.host.compare import compare
 
-        routed, usual, text = compare(model, options, vae, **inputs)
+        routed, usual, text = compare(**checked(cls, model=model, options=options, vae=vae, **inputs))
         return io.NodeOutput(routed, usual, text, ui=ui.PreviewText(text))

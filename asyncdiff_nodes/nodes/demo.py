@@ -75,6 +75,8 @@ class AsyncDiffDemoTextEncode(io.ComfyNode):
         Raises:
             FileNotFoundError: a file of the pack is missing.
         """
+        from asyncdiff_nodes.host.checks import checked
         from asyncdiff_nodes.host.demo import encode
 
+        checked(cls, text=text)
         return io.NodeOutput(encode(text))

@@ -56,8 +56,10 @@ class AsyncDiffModel(ReadsSettings):
     @classmethod
     def execute(cls, model: Any, options: Any = None) -> io.NodeOutput:
         """Attach the hooks to a clone."""
+        from asyncdiff_nodes.host.checks import checked
         from asyncdiff_nodes.host.route import attach
 
+        checked(cls, model=model, options=options)
         return io.NodeOutput(attach(model, options))
 
 

@@ -34,9 +34,11 @@ class AsyncDiffReport(io.ComfyNode):
     @classmethod
     def execute(cls, latent: Any) -> io.NodeOutput:
         """Text and timeline of the last run."""
+        from asyncdiff_nodes.host.checks import checked
         from asyncdiff_nodes.host.report import last_run
         from asyncdiff_nodes.host.timeline import timeline
 
+        checked(cls, latent=latent)
         record = last_run()
         if record is None:
             raise ValueError(

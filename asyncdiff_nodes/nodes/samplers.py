@@ -48,6 +48,16 @@ def _model_input() -> io.Input:
     return io.Model.Input("model", tooltip="The model that denoises. Its network is split over the devices.")
 
 
+def _routed(node: type[io.ComfyNode], **inputs: Any) -> dict[str, Any]:
+    """Inputs of the host's node, checked, from those of ``node``: its model is denoised by all devices."""
+    from asyncdiff_nodes.host.checks import checked
+    from asyncdiff_nodes.host.route import attach
+
+    inputs = checked(node, **inputs)
+    options = inputs.pop("options")
+    return inputs | {"model": attach(inputs["model"], options)}
+
+
 class AsyncDiffKSampler(ReadsSettings):
     """KSampler on all devices."""
 
@@ -68,9 +78,7 @@ class AsyncDiffKSampler(ReadsSettings):
         """Sample with the host's own node."""
         import nodes
 
-        from asyncdiff_nodes.host.route import attach
-
-        return io.NodeOutput(*nodes.KSampler().sample(attach(model, options), **inputs))
+        return io.NodeOutput(*nodes.KSampler().sample(**_routed(cls, model=model, options=options, **inputs)))
 
 
 class AsyncDiffKSamplerAdvanced(ReadsSettings):
@@ -109,6 +117,4 @@ class AsyncDiffKSamplerAdvanced(ReadsSettings):
         """Sample with the host's own node."""
         import nodes
 
-        from asyncdiff_nodes.host.route import attach
-
-        return io.NodeOutput(*nodes.KSamplerAdvanced().sample(attach(model, options), **inputs))
+        return io.NodeOutput(*nodes.KSamplerAdvanced().sample(**_routed(cls, model=model, options=options, **inputs)))

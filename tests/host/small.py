@@ -23,6 +23,7 @@ from comfy.ldm.flux.model import FluxParams
 from comfy.ldm.hunyuan_video.model import HunyuanVideoParams
 from comfy.model_base import ModelType
 from comfy.taesd.taesd import TAESD
+from comfy_extras import nodes_custom_sampler
 
 _UNET = {
     "image_size": 32,
@@ -270,6 +271,20 @@ def lora(patcher: comfy.model_patcher.ModelPatcher, seed: int = 4) -> dict:
             found[f"{key}.lora_up.weight"] = torch.randn(weight.shape[0], 4, *[1] * (weight.ndim - 2), generator=generator) * 0.1
             found[f"{key}.alpha"] = torch.tensor(4.0)
     return found
+
+
+def custom_sample(
+    model: comfy.model_patcher.ModelPatcher,
+    prompts: tuple[list, list],
+    sampler: object,
+    steps: int = 4,
+    scheduler: str = "normal",
+    start: dict | None = None,
+) -> torch.Tensor:
+    """What SamplerCustom makes of a LATENT at CFG 1; ``sampler`` is a name, or a function that samples."""
+    made = comfy.samplers.sampler_object(sampler) if isinstance(sampler, str) else comfy.samplers.KSAMPLER(sampler)
+    sigmas = node(nodes_custom_sampler.BasicScheduler, model, scheduler, steps, 1.0)
+    return node(nodes_custom_sampler.SamplerCustom, model, True, 1, 1.0, *prompts, made, sigmas, start or latent())["samples"]
 
 
 def node(cls: type, *args: object) -> object:

@@ -1,0 +1,176 @@
+"""Code that others have put on a live network: a rank builds the network anew from the files of its classes, and has none of it.
+
+It is found on the objects (functions among a module's attributes, forward hooks, other children), on their classes (methods
+defined elsewhere), and among the functions that these classes' modules call by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import os
+import sys
+import sysconfig
+import types
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import comfy
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from .packs import code_name, origins_of
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_GLOBAL_HOOKS = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
+# of every class of the host, and what these call: looked through as the modules of a network's own classes are
+_SHARED = ("comfy.ops", "comfy.ldm.modules.attention", "torch.nn.functional")
+_OWN = vars(nn.Module()).keys()  # what every module has: no attribute of a network's
+_HOST = os.path.dirname(os.path.abspath(next(iter(comfy.__path__))))
+_LIBRARIES = tuple({os.path.dirname(os.path.dirname(torch.__file__)), *map(sysconfig.get_path, ("purelib", "platlib"))})
+
+# class or module -> its functions when they were last found to be its own
+_known: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
+
+
+def functions_of(network: nn.Module) -> dict[str, Any]:
+    """What can be called among the attributes of ``network`` and its modules, by place; comparable with that of another one."""
+    found = {}
+    for name, module in network.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute not in _OWN and callable(value):
+                found[_place(name, attribute)] = _comparable(value)
+            elif attribute in _HOOKS and value:
+                found |= {_place(name, f"forward hook {code_name(hook)}"): hook for hook in value.values()}
+    return found
+
+
+def foreign_classes(network: nn.Module) -> list[str]:
+    """Names of functions from elsewhere, on the classes of ``network`` and its modules or in the Python modules of these.
+
+    From elsewhere is what neither the class's own module defines, nor the host, PyTorch or the standard library.
+    """
+    return _foreign(_owners(network))
+
+
+class Watched:
+    """The code of a live network as it was at first, to see quickly in every call whether it still is.
+
+    Two thousand modules, as SDXL has, take half a millisecond.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network, self._owners = network, _owners(network)
+        self._look()
+
+    def _look(self) -> None:
+        network = self._network
+        self._functions = functions_of(network)
+        self._modules = list(network.modules())
+        self._attributes = list(map(vars, self._modules))
+        self._children = [each["_modules"] for each in self._attributes]
+        self._hooks = [each[name] for each in self._attributes for name in _HOOKS]
+        self._kept = [(each, name, each[name]) for each in self._attributes for name in each if _is_function(each, name)]
+        self._before = self._outline()
+
+    def _outline(self) -> tuple[list[Any], ...]:
+        """Equal as long as nobody adds or replaces anything; lists find that fast, as each looks for the same objects first."""
+        children = list(chain.from_iterable(each.values() for each in self._children))
+        return list(map(len, self._attributes)), children, list(map(len, self._hooks)), list(map(type, self._modules))
+
+    def changes(self) -> list[str]:
+        """Names of the functions, hooks and modules that others have put there meanwhile."""
+        found = _foreign(self._owners)
+        if self._outline() == self._before and all(each.get(name) is value for each, name, value in self._kept):
+            return found
+        functions = functions_of(self._network)
+        found += [place for place, value in functions.items() if self._functions.get(place) != value]
+        found += self._functions.keys() - functions.keys()
+        before = dict(zip(map(id, self._modules), self._before[-1], strict=True))
+        found += [name or "the network" for name, each in self._network.named_modules() if before.get(id(each)) is not type(each)]
+        if not found:  # the host's own loader has been here
+            self._look()
+        return found
+
+
+def _is_function(attributes: dict[str, Any], name: str) -> bool:
+    return name not in _OWN and callable(attributes[name])
+
+
+def _place(module: str, attribute: str) -> str:
+    return f"{module}.{attribute}" if module else attribute
+
+
+def _comparable(value: Any) -> Any:
+    """Equal for functions of two networks of one class: those that a class's ``__init__`` makes are made anew for each."""
+    if isinstance(value, functools.partial):
+        return _comparable(value.func), repr(value.keywords)
+    if isinstance(value, types.MethodType):
+        return _comparable(value.__func__), type(value.__self__)
+    if isinstance(value, types.FunctionType):
+        return value.__code__
+    return value if isinstance(value, types.BuiltinFunctionType | type) else type(value)
+
+
+def _owners(network: nn.Module) -> list[tuple[Any, str, str]]:
+    """The classes and Python modules whose functions ``network`` runs: each, the name of its module, and its own."""
+    classes = dict.fromkeys(cls for module in network.modules() for cls in type(module).__mro__ if cls is not object)
+    modules = dict.fromkeys((*_SHARED, *(cls.__module__ for cls in classes if cls.__module__.startswith("comfy."))))
+    return [(cls, cls.__module__, cls.__qualname__) for cls in classes] + [(sys.modules[name], name, name) for name in modules]
+
+
+def _foreign(owners: Sequence[tuple[Any, str, str]]) -> list[str]:
+    """Names of the functions among the members of ``owners`` that are foreign there; quick where they are known not to be."""
+    found = [f"forward hook {code_name(hook)} on all modules" for hooks in _GLOBAL_HOOKS for hook in hooks.values()]
+    for owner, module, place in owners:
+        members = vars(owner)
+        now, before = list(members.values()), _known.get(owner, ())
+        if len(before) == len(now) and all(map(operator.is_, before, now)):
+            continue
+        strange = [
+            f"{place}.{name} ({code_name(function)})"
+            for name, value in list(members.items())
+            for function in _functions_in(value)
+            if not all(_is_at_home(origin, module, imports=not isinstance(owner, type)) for origin in origins_of(function))
+        ]
+        if strange:
+            found += strange
+        else:
+            _known[owner] = now
+    return found
+
+
+def _functions_in(value: Any) -> list[Any]:
+    """The functions, or what is called like one, that a member of a class or module stands for."""
+    if isinstance(value, property):
+        return [each for each in (value.fget, value.fset) if each is not None]
+    return [value] if isinstance(value, staticmethod | classmethod) or (callable(value) and not isinstance(value, type)) else []
+
+
+def _is_at_home(origin: str, module: str, imports: bool) -> bool:
+    """Whether ``module`` may have code of the module ``origin`` in a process that has loaded no packs, too.
+
+    Args:
+        imports: whether it may be a library's.
+    """
+    top, home = origin.partition(".")[0], module.partition(".")[0]
+    if origin == module or top in sys.stdlib_module_names or top == "torch":
+        return True
+    if home == "torch":
+        return False
+    if home == "comfy" and not imports:
+        return top.startswith("comfy") and _is_installed(top)
+    return origin.rpartition(".")[0] == module.rpartition(".")[0] or _is_installed(top)
+
+
+def _is_installed(package: str) -> bool:
+    """Whether a package is the host's own, or a library: neither a pack nor a script."""
+    found = sys.modules.get(package)
+    file = os.path.abspath(getattr(found, "__file__", None) or next(iter(getattr(found, "__path__", ())), ""))
+    if any(file.startswith(folder + os.sep) for folder in _LIBRARIES):
+        return True
+    inside = os.path.relpath(file, _HOST) if file.startswith(_HOST + os.sep) else ""
+    return inside.startswith("comfy")
