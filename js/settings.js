@@ -29,6 +29,16 @@ export const SETTINGS = [
     defaultValue: 0,
   },
   {
+    id: "AsyncDiff.Verify",
+    category: ["AsyncDiff", "Sampling", "Verify"],
+    name: "Verify",
+    tooltip:
+      "Have ComfyUI compute a call of each kind as well, and compare. auto: as first, where something of another pack hangs on a model.",
+    type: "combo",
+    options: ["auto", "off", "first", "always"],
+    defaultValue: "auto",
+  },
+  {
     id: "AsyncDiff.Refresh",
     category: ["AsyncDiff", "Panel", "Refresh"],
     name: "Panel refresh, seconds",

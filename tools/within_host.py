@@ -44,7 +44,8 @@ def found_by(script: str, *arguments: str) -> Any:
         sys.exit("no ComfyUI was found: set COMFYUI_PATH, and COMFYUI_PYTHON to the Python that runs it")
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
-        places = os.pathsep.join(map(str, (comfyui, ROOT, ROOT / "tests" / "host")))
+        tools = Path(sys.prefix) / "host-tools"  # of tests/host/run.py
+        places = os.pathsep.join(map(str, (comfyui, ROOT, ROOT / "tests" / "host", tools)))
         environment = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
         subprocess.run([python, script, "--inside", str(found), *arguments], env=environment, cwd=ROOT, check=True)
         return json.loads(found.read_text(encoding="utf-8"))

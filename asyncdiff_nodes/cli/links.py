@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from multiprocessing.connection import Connection
 
 import torch
 import torch.multiprocessing as mp
 
-from asyncdiff_nodes.engine import Plan, WorkerError, WorkerGroup
+from asyncdiff_nodes.engine import Plan, WorkerError, WorkerGroup, wire
 from asyncdiff_nodes.engine.clock import Link
 from asyncdiff_nodes.engine.graph import TensorMeta
+from asyncdiff_nodes.engine.rendezvous import PipeStore
 from asyncdiff_nodes.engine.transport import Place, Transport
 
 from .zoo import find_model
@@ -27,34 +28,35 @@ _SIZES = (1, 4 * 2**20)  # elements of 4 bytes: nothing but latency, and as much
 def measure_link(devices: Sequence[str]) -> Link:
     """Of two ranks on ``devices``: half of what a value takes there and back."""
     context = mp.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="asyncdiff-") as folder:
-        here, there = context.Pipe(duplex=False)
-        store = os.path.join(folder, "rendezvous")
-        ranks = [
-            context.Process(target=_ping, args=(rank, tuple(devices), store, there), daemon=True, name="asyncdiff-link")
-            for rank in range(2)
-        ]
+    here, there = context.Pipe(duplex=False)
+    ends = context.Pipe()
+    ranks = [
+        context.Process(target=_ping, args=(rank, tuple(devices), ends[rank], there), daemon=True, name="asyncdiff-link")
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        rank.start()
+    for end in (there, *ends):
+        end.close()
+    try:
+        small, large = here.recv()
+    except EOFError:
+        raise WorkerError(f"the link between {' and '.join(devices)} could not be measured", rank=-1) from None
+    finally:
         for rank in ranks:
-            rank.start()
-        there.close()
-        try:
-            small, large = here.recv()
-        except EOFError:
-            raise WorkerError(f"the link between {' and '.join(devices)} could not be measured", rank=-1) from None
-        finally:
-            for rank in ranks:
-                rank.join(10)
-                rank.kill()
+            rank.join(10)
+            rank.kill()
     nbytes = 4 * (_SIZES[1] - _SIZES[0])
     return Link(latency=small, bandwidth=nbytes / max(large - small, 1e-9))
 
 
 @torch.inference_mode()
-def _ping(rank: int, devices: tuple[str, ...], store: str, results: Connection) -> None:
+def _ping(rank: int, devices: tuple[str, ...], other: Connection, results: Connection) -> None:
     torch.set_num_threads(1)
     device = torch.device(devices[rank])
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    store = PipeStore(partial(wire.send, other), partial(wire.receive, other))
     transport = Transport(rank, [Place(name, name) for name in devices], store, timeout=60)
     transport.open([(0, 1), (1, 0)])
     found = []

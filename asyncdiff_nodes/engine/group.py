@@ -277,7 +277,7 @@ class WorkerGroup:
         try:
             self._send_weights(weights, time.monotonic() + self._call_timeout)
         except BaseException:
-            self.close()
+            self._ranks.close(grace=0)  # a polite word would wait behind the weights
             raise
 
     def move(self, placement: Placement, weights: Callable[[frozenset[str]], Iterable[tuple[str, torch.Tensor]]]) -> None:
@@ -305,7 +305,7 @@ class WorkerGroup:
             self._send_weights(weights(frozenset(lacking)), deadline, lacking)
             self._connect(deadline)
         except BaseException:
-            self.close()
+            self._ranks.close(grace=0)
             raise
         self._results.clear()
         for stream in self._streams.values():
@@ -397,6 +397,7 @@ class WorkerGroup:
     ) -> None:
         """One at a time, so that no more than a few are ever in memory twice; if ``lacking`` is given, only to these segments."""
         for name, tensor in weights:
+            self._ranks.look(deadline, "the ranks to take all weights")
             segments = holders(self.placement, name) if lacking is None else lacking.get(name, set())
             tensor = wire.dense_on_cpu(tensor)
             for rank in range(self.plan.world_size):
@@ -413,6 +414,8 @@ class WorkerGroup:
             if header[0] == "ready":
                 ready.add(rank)
                 self.bandwidth = min(self.bandwidth, header[1])
+            elif header[0] == "meet":
+                self._send(((other, header, ()) for other in range(world) if other != rank), deadline)
             else:
                 self._accept(rank, header, tensors)
 
@@ -455,7 +458,7 @@ class WorkerGroup:
             for rank, header, tensors in messages:
                 self._ranks.send(rank, header, tensors, deadline=deadline)
         except BaseException:
-            self.close()
+            self._ranks.close(grace=0)  # one of them does not listen
             raise
 
     def _result(self, key: tuple[int, Hashable, int], deadline: float) -> tuple[list[torch.Tensor], Any, bool]:

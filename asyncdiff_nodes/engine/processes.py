@@ -6,9 +6,6 @@ with its parent, a watch on every process sentinel, one deadline per answer, ter
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 import threading
 import time
 from collections import deque
@@ -47,12 +44,10 @@ class Processes(Ranks):
         self._sentinels: dict[int, int] = {}  # of those not known to be dead
         self._workers: list[Worker] = []
         self._outboxes: list[Outbox] = []
-        self._folder = ""
         try:
-            self._folder = tempfile.mkdtemp(prefix="asyncdiff-")  # mode 0700; holds the rendezvous file
             for rank, device in enumerate(devices):
-                worker = idle.take(device, self._folder) if idle else None
-                self._workers.append(worker or Worker.start(device, f"asyncdiff-rank-{rank}", self._folder))
+                worker = idle.take(device) if idle else None
+                self._workers.append(worker or Worker.start(device, f"asyncdiff-rank-{rank}"))
             for rank, worker in enumerate(self._workers):
                 self._outboxes.append(Outbox(worker.conn))
                 self._incoming[worker.conn] = rank, wire.incoming(worker.conn, wait=False)
@@ -61,7 +56,7 @@ class Processes(Ranks):
             self.close(grace=0)
             raise WorkerError(
                 f"rank {len(self._workers)} could not be started ({error}): see that there is room for {len(devices)} more "
-                "processes in memory, and in the temporary folder",
+                "processes in memory",
                 len(self._workers),
             ) from error
         except BaseException:
@@ -78,9 +73,9 @@ class Processes(Ranks):
         """Also whether a rank has died since anybody last listened."""
         return super().closed or bool(wait(list(self._sentinels), 0))
 
-    def meet(self, deadline: float) -> tuple[tuple[Place, ...], str]:
+    def meet(self, deadline: float) -> tuple[tuple[Place, ...], None]:
         """Known from the start."""
-        return self._places, os.path.join(self._folder, "rendezvous")
+        return self._places, None
 
     def _post(self, rank: int, header: Any, tensors: Sequence[torch.Tensor]) -> bool:
         if self._outboxes[rank].post(header, tensors, POLL):
@@ -178,7 +173,6 @@ class Processes(Ranks):
                 worker.conn.close()
 
     def _leave(self) -> None:
-        """End the threads, and remove the folder."""
+        """End the threads."""
         for outbox in self._outboxes:
             outbox.close()
-        shutil.rmtree(self._folder, ignore_errors=True)

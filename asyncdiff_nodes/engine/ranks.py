@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from .errors import DeadlineError, GroupClosedError, WorkerError
+from .rendezvous import Rendezvous
 from .spawning import IdleWorkers
-from .transport import Place, Rendezvous
+from .transport import Place
 
 POLL = 0.05  # seconds between looks at the deadline, the interrupt and the ranks
 
@@ -29,6 +30,7 @@ class Ranks(ABC):
     def __init__(self, poll: Callable[[], None] | None) -> None:
         """``poll`` is called while waiting and may raise, to interrupt."""
         self._poll = poll
+        self._looked = time.monotonic()  # at the deadline and the interrupt
         self._closing = threading.Event()
         self._lost: tuple[int, Any] | None = None  # the first rank that failed, and its last words
         self._failure = ""  # text: an error holds the frames that it went through, and these the group
@@ -94,6 +96,7 @@ class Ranks(ABC):
             DeadlineError: none came in time. The group is closed.
         """
         while True:
+            self.look(deadline, what)
             message = self._next()
             if message is None:
                 self._check(deadline, what)
@@ -103,6 +106,14 @@ class Ranks(ABC):
                 return message
             self._fail(self._explain(rank, header))
 
+    def look(self, deadline: float, what: str) -> None:
+        """Look at the deadline, the interrupt and the ranks, unless that was done within :data:`POLL`.
+
+        Args, Raises: as of :meth:`next_message`.
+        """
+        if time.monotonic() - self._looked > POLL:
+            self._check(deadline, what)
+
     def _check_open(self) -> None:
         if self._failure:
             raise GroupClosedError(f"this worker group has failed before ({self._failure}): start a new one")
@@ -110,6 +121,7 @@ class Ranks(ABC):
             raise GroupClosedError("this worker group is closed: start a new one")
 
     def _check(self, deadline: float, what: str) -> None:
+        self._looked = time.monotonic()
         self._check_open()
         if self._lost is not None:  # a sender sees it here: nobody empties the queue of a rank that is gone
             self._fail(self._explain(*self._lost))

@@ -40,18 +40,15 @@ class Worker:
     death: Connection
 
     @classmethod
-    def start(cls, device: str, name: str, folder: str) -> Worker:
+    def start(cls, device: str, name: str) -> Worker:
         """A new process.
-
-        Args:
-            folder: of the group's temporary files, which the process removes if the parent cannot.
 
         Raises:
             OSError: no room for it.
         """
         conn, child_conn = wire.pipe(CONTEXT)
         child_death, death = CONTEXT.Pipe(duplex=False)
-        process = CONTEXT.Process(target=spawned.main, args=(child_conn, child_death, folder), name=name, daemon=True)
+        process = CONTEXT.Process(target=spawned.main, args=(child_conn, child_death), name=name, daemon=True)
         try:
             with spawning():
                 process.start()
@@ -96,15 +93,12 @@ class IdleWorkers:
         self._workers = list(workers)
         weakref.finalize(self, _end_idle, self._workers)
 
-    def take(self, device: str, folder: str) -> Worker | None:
-        """One that was started for ``device``, and has ``folder`` now, as in :meth:`Worker.start`; None if there is none."""
-        for worker in [worker for worker in self._workers if worker.device == device]:
-            try:
-                wire.send(worker.conn, ("folder", folder))
-            except OSError:
-                continue  # it is gone
-            self._workers.remove(worker)
-            return worker
+    def take(self, device: str) -> Worker | None:
+        """One that was started for ``device`` and is alive; None if there is none."""
+        for worker in self._workers:
+            if worker.device == device and worker.process.is_alive():
+                self._workers.remove(worker)
+                return worker
         return None
 
     def absorb(self, other: IdleWorkers) -> None:

@@ -35,10 +35,6 @@ LOOPBACK = "127.0.0.1"
 _PROBE = 2**23  # bytes that links between machines are measured with
 
 
-#: Where the ranks of a group find each other: the path of a file that all of them can write, or host and port of a store.
-Rendezvous = str | tuple[str, int]
-
-
 @dataclass(frozen=True)
 class Place:
     """Where a rank is.
@@ -58,13 +54,6 @@ def uses_nccl(a: Place, b: Place) -> bool:
     """Whether two ranks at these places talk through NCCL."""
     kinds = {torch.device(place.device).type for place in (a, b)}
     return kinds == {"cuda"} and a.name != b.name and dist.is_nccl_available()
-
-
-def open_store(where: Rendezvous, timeout: float) -> Any:
-    """The store of a group's ranks, as one of them sees it."""
-    if isinstance(where, str):
-        return dist.FileStore(where, -1)
-    return dist.TCPStore(*where, timeout=timedelta(seconds=timeout))
 
 
 class Incoming:
@@ -108,14 +97,19 @@ class _Later:
 class Transport:
     """All links of one rank.
 
+    Args:
+        rank, places: which of these places is this rank's.
+        store: in which the ranks find each other; see :mod:`.rendezvous`.
+        timeout: seconds until a link whose other end says nothing fails.
+
     Attributes:
         bytes_sent: payload bytes handed to the links so far, counted at each send.
         bandwidth: bytes per second of the slowest link from another machine to this rank; infinite if there is none.
     """
 
-    def __init__(self, rank: int, places: Sequence[Place], rendezvous: Rendezvous, timeout: float) -> None:
+    def __init__(self, rank: int, places: Sequence[Place], store: dist.Store, timeout: float) -> None:
         self.bytes_sent, self.bandwidth = 0, math.inf
-        self._rank, self._places, self._timeout = rank, places, timeout
+        self._rank, self._places, self._store, self._timeout = rank, places, store, timeout
         self._device = torch.device(places[rank].device)
         self._links: dict[tuple[int, int], Any] = {}
         # sends of this call and of the one before, with their buffers
@@ -127,7 +121,6 @@ class Transport:
         self._stager: threading.Thread | None = None
         if len({place.host for place in places}) == 1:
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # its bootstrap listener, too, stays on loopback
-        self._store = open_store(rendezvous, timeout)
         self._nccl_peers = {r for r, place in enumerate(places) if uses_nccl(place, places[rank])}
 
     def open(self, pairs: Iterable[tuple[int, int]]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import pickle
-import shutil
 import time
 import traceback
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -21,9 +21,10 @@ from .batch import Arguments, sample_of
 from .calls import CallMessage, Opening
 from .finite import is_finite
 from .inputs import join
+from .rendezvous import Rendezvous, open_store
 from .split import Share, SplitModel
 from .telemetry import RankReport
-from .transport import Place, Rendezvous, Transport
+from .transport import Place, Transport
 
 
 @dataclass(frozen=True)
@@ -54,35 +55,30 @@ class Boot:
     replicated_bytes: int
 
 
-def serve(conn: Connection, folders: list[str]) -> None:
+def serve(conn: Connection) -> None:
     """Be a rank, and then one of another group, until the parent says that it is over, or is gone; ends the process.
 
     Args:
         conn: duplex pipe for messages; see :mod:`.wire`.
-        folders: the group's temporary folder, alone; another group's is put in its place.
     """
     try:
-        _serve(conn, folders)
+        _serve(conn)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        shutil.rmtree(folders[0], ignore_errors=True)  # the parent closed the group, or is gone and cannot do it
+        pass  # the parent closed the group, or is gone
     except BaseException as error:
-        try:
+        with contextlib.suppress(OSError):
             wire.send(conn, last_words(error))
-        except OSError:
-            shutil.rmtree(folders[0], ignore_errors=True)
         os._exit(1)  # not sys.exit: links with a dead peer would hang in their destructors
     os._exit(0)
 
 
-def _serve(conn: Connection, folders: list[str]) -> None:
+def _serve(conn: Connection) -> None:
     send, rank = partial(wire.send, conn), None
     while True:
         header, tensors = wire.receive(conn)
         if isinstance(header, Boot):
-            rank = Rank(header, send)
+            rank = Rank(header, send, partial(wire.receive, conn))
             gc.enable()  # see asyncdiff_nodes.spawned
-        elif header[0] == "folder":
-            folders[0] = header[1]
         elif header[0] == "rest":
             rank.close()
             rank = None
@@ -111,9 +107,10 @@ class Rank:
     Args:
         boot: what it is.
         send: takes header and tensors of a message to the parent.
+        receive: waits for one of the parent's, to be given where the parent hands on what ranks say to each other.
     """
 
-    def __init__(self, boot: Boot, send: Callable[..., None]) -> None:
+    def __init__(self, boot: Boot, send: Callable[..., None], receive: Callable[[], Any] | None = None) -> None:
         self._send = send
         self._boot = boot
         self._device = torch.device(boot.places[boot.share.rank].device)
@@ -122,7 +119,8 @@ class Rank:
             torch.cuda.set_device(self._device)  # for NCCL and events
         if boot.prepare is not None:
             boot.prepare()
-        self._transport = Transport(boot.share.rank, boot.places, boot.rendezvous, boot.timeout)
+        self._store = open_store(boot.rendezvous, boot.timeout, send, receive)
+        self._transport = Transport(boot.share.rank, boot.places, self._store, boot.timeout)
         self._share = boot.share
         self._model = SplitModel(pickle.loads(boot.skeleton), boot.share, self._device, self._transport)
         self._known: dict[Hashable, tuple[Opening, list[Any]]] = {}  # of each stream, with the leaves of its last call
@@ -162,6 +160,8 @@ class Rank:
             self._move(rest[0])
         elif verb == "connect":
             self._connect(rest[0])
+        elif verb == "meet":  # of links that this rank has no part in, or has opened
+            self._store.take(*rest)
         elif verb == "report":
             self._send_records(wait=True)
             self._send(("report", rest[0], self._report()))

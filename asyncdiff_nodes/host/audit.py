@@ -18,8 +18,6 @@ from asyncdiff_nodes.engine import WorkerGroup
 
 from .packs import around, code_name, of_host
 
-VERIFY = ("auto", "off", "first", "always")
-
 # of the result's length: rounding adds up over the layers of a network; other weights or code change much more
 _ROUNDING = {torch.float16: 3e-2, torch.bfloat16: 1e-1}
 _ROUNDING_OF_OTHERS = 1e-3
@@ -48,12 +46,16 @@ class Audit:
     """The comparisons of one sampling.
 
     Args:
-        mode: one of :data:`VERIFY`. ``first``: a call of each kind, once per model; ``always``: once per sampling; ``auto``: as
-            first, if there are strangers, and room for the host's network.
+        mode: ``off``; ``first``: a call of each kind, once per model; ``always``: once per sampling; ``auto``: as first, if there
+            are strangers, and room for the host's network.
         strange: see :func:`strangers`.
+
+    Attributes:
+        agreed: how many calls were what the host computes.
     """
 
     def __init__(self, mode: str, patcher: ModelPatcher, strange: list[str]) -> None:
+        self.agreed = 0
         self._mode, self._patcher, self._strange = mode, patcher, strange
         self._kinds: set[Hashable] = set() if mode == "always" else _compared.setdefault(patcher.model, set())
 
@@ -78,12 +80,14 @@ class Audit:
         found, expected = (each[0] if isinstance(each, tuple) else each for each in (found, expected))
         alike = found.shape == expected.shape and found.dtype == expected.dtype
         if alike and torch.equal(found, expected):
+            self.agreed += 1
             return None
         far = float("inf")
         if alike:
             a, b = found.double(), expected.double()
             far = float((a - b).norm() / b.norm().clamp_min(1e-12))
             if not _bit_by_bit(group, x.device) and far <= _ROUNDING.get(x.dtype, _ROUNDING_OF_OTHERS):
+                self.agreed += 1
                 return None
         network = self._patcher.model.diffusion_model
         reason = f"a call of its {type(network).__name__} by the ranks was not what ComfyUI computes (verified)"

@@ -40,11 +40,12 @@ def functions_of(network: nn.Module) -> dict[str, Any]:
     """What can be called among the attributes of ``network`` and its modules, by place; comparable with that of another one."""
     found = {}
     for name, module in network.named_modules():
-        for attribute, value in vars(module).items():
-            if attribute not in _OWN and callable(value):
-                found[_place(name, attribute)] = _comparable(value)
-            elif attribute in _HOOKS and value:
-                found |= {_place(name, f"forward hook {code_name(hook)}"): hook for hook in value.values()}
+        attributes = vars(module)
+        for attribute in attributes.keys() - _OWN:
+            if callable(attributes[attribute]):
+                found[_place(name, attribute)] = _comparable(attributes[attribute])
+        for hooks in _HOOKS:
+            found |= {_place(name, f"forward hook {code_name(hook)}"): hook for hook in attributes[hooks].values()}
     return found
 
 
@@ -67,13 +68,14 @@ class Watched:
         self._look()
 
     def _look(self) -> None:
-        network = self._network
-        self._functions = functions_of(network)
-        self._modules = list(network.modules())
+        self._modules = list(self._network.modules())
         self._attributes = list(map(vars, self._modules))
         self._children = [each["_modules"] for each in self._attributes]
         self._hooks = [each[name] for each in self._attributes for name in _HOOKS]
-        self._kept = [(each, name, each[name]) for each in self._attributes for name in each if _is_function(each, name)]
+        self._kept = [
+            (each, name, each[name]) for each in self._attributes for name in each.keys() - _OWN if callable(each[name])
+        ]
+        self._functions = functions_of(self._network)
         self._before = self._outline()
 
     def _outline(self) -> tuple[list[Any], ...]:
@@ -94,10 +96,6 @@ class Watched:
         if not found:  # the host's own loader has been here
             self._look()
         return found
-
-
-def _is_function(attributes: dict[str, Any], name: str) -> bool:
-    return name not in _OWN and callable(attributes[name])
 
 
 def _place(module: str, attribute: str) -> str:

@@ -18,13 +18,14 @@ from asyncdiff_nodes.engine import AsyncDiffError, IdleWorkers, Placement, Plan,
 from asyncdiff_nodes.engine.devices import on_cluster
 from asyncdiff_nodes.engine.plan import PER_RUN
 
+from .animatediff import motion_models
 from .balance import Balance
 from .compiled import compile_arguments
 from .memory import RankMemory, kept_from_host
 from .quantised import changed_by_patches
 from .sent import Sent, Sources
 from .settings import setting
-from .skeleton import family_of, fingerprint_of, outline_of, skeleton_of
+from .skeleton import check, description_of, family_of, fingerprint_of, outline_of, skeleton_of
 from .weights import weights_of
 from .worker import HostSettings
 
@@ -47,6 +48,7 @@ class Held:
     Attributes:
         model: the host's model whose weights the ranks have.
         sent: what these weights were.
+        description: of the model's network, as it was compared with the skeleton.
         fingerprint: of the network without its weights.
         skeleton: what the ranks have, on the meta device.
         nets: the networks of the ControlNets whose weights they have.
@@ -57,6 +59,7 @@ class Held:
     group: WorkerGroup
     model: weakref.ref
     sent: Sent
+    description: tuple[Any, ...]
     fingerprint: str
     skeleton: nn.Module
     nets: list[weakref.ref[nn.Module]]
@@ -162,7 +165,7 @@ class Pool:
         """
         self._retired.clear()
         self.bury()
-        skeleton = skeleton_of(patcher, nets)
+        check(patcher)
         busy = [held for held in self._held if held.busy]
         if len(busy) >= MAX_GROUPS:
             raise BusyError(f"all {len(busy)} groups of ranks are in use by the samplings that this one is a part of")
@@ -172,8 +175,12 @@ class Pool:
                 load(ranks)
 
         if held := self._find(patcher, nets, plan, devices):
+            if (now := description_of(patcher)) != held.description or motion_models(patcher):
+                skeleton_of(patcher, nets)  # raises where the ranks' is none of this network any more
+                held.description = now
             load_beside(held.memory)
         if held is None or held.group.closed:  # closed: the host needed its memory for what it loaded
+            skeleton = skeleton_of(patcher, nets)
             with contextlib.closing(self._make_way(patcher)) as idle:
                 held = self._start(patcher, nets, plan, devices, shape, skeleton, load_beside, poll, balance, idle)
         else:
@@ -308,7 +315,8 @@ class Pool:
             raise
         sent.take(sources)
         refs = list(map(weakref.ref, nets))
-        held = Held(group, weakref.ref(patcher.model), sent, fingerprint_of(patcher), skeleton, refs, memory)
+        model, network = weakref.ref(patcher.model), (description_of(patcher), fingerprint_of(patcher), skeleton)
+        held = Held(group, model, sent, *network, refs, memory)
         started.append(weakref.ref(held))
         self._held.append(held)
         return held

@@ -24,29 +24,33 @@ class RunRecord:
         plan: None where the host computed everything itself.
         placement, stats: None there, too, and where the ranks were gone before they could report.
         notes: why something was not done as asked, in sentences.
+        verified: how many calls the host computed as well, with the same result.
     """
 
     notes: tuple[str, ...]
     plan: Plan | None = None
     placement: Placement | None = field(default=None, repr=False)
     stats: RunStats | None = field(default=None, repr=False)
+    verified: int = 0
 
     @classmethod
-    def of(cls, group: WorkerGroup | None, plan: Plan | None, notes: Sequence[str], timeout: float) -> RunRecord:
+    def of(
+        cls, group: WorkerGroup | None, plan: Plan | None, notes: Sequence[str], timeout: float, verified: int = 0
+    ) -> RunRecord:
         """The record of the run that ``group`` (None: the host) has just finished; waits for it ``timeout`` seconds at most."""
         if group is None:
             return cls(tuple(notes))
-        return cls(tuple(notes), plan, group.placement, group.stats(timeout))
+        return cls(tuple(notes), plan, group.placement, group.stats(timeout), verified)
 
     @property
     def line(self) -> str:
         """One line for the node."""
         if self.stats is None:
-            return ("" if self.plan else "ComfyUI sampled as usual: ") + "; ".join(self.notes)
+            return ("" if self.plan else "ComfyUI sampled as usual: ") + "; ".join(map(_first_line, self.notes))
         timing = self.timing
         devices = ", ".join(timing.devices)
         gain = f" · {timing.speedup:.2f}x" if timing.speedup else ""
-        return f"{_in_words(self.plan)} on {devices}{gain}" + "".join(f" · {note}" for note in self.notes)
+        return f"{_in_words(self.plan)} on {devices}{gain}" + "".join(f" · {_first_line(note)}" for note in self.notes)
 
     @property
     def timing(self) -> Timing | None:
@@ -80,6 +84,8 @@ class RunRecord:
             f"Sent between ranks: {_mib(self.stats.bytes_per_call)} per call; planned {_mib(self.stats.planned_bytes)}"
             + (" in asynchronous ones" if fewer else "")
         )
+        if self.verified:
+            lines.append(f"Verified: {self.verified} calls were what ComfyUI computes")
         lines += [self._rank_line(rank, timing) for rank in self.stats.ranks]
         drifts: dict[int, list[float]] = {}
         for call in calls:
@@ -119,6 +125,10 @@ def publish(record: RunRecord) -> None:
     server = prompt_server()
     if context is not None and server is not None:
         server.send_progress_text(f"AsyncDiff: {record.line}", context.node_id)
+
+
+def _first_line(note: str) -> str:
+    return note.partition("\n")[0]
 
 
 def _in_words(plan: Plan) -> str:

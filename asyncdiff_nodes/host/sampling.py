@@ -46,6 +46,7 @@ from .pool import POOL, BusyError
 from .rehearsal import rehearse
 from .report import RunRecord, publish
 from .sag import give_back
+from .settings import setting
 from .streams import Streams, outline_of, rest_of
 from .tome import NUMBERS, random_numbers
 from .weights import originals_of
@@ -152,7 +153,8 @@ class Sampling:
         self._watched = Watched(patcher.model.diffusion_model)
         sampling = patcher.get_model_object("model_sampling")
         self._streams = Streams(sampling, noise_shape, self._guider, self._sampler, model_options)
-        self._audit = Audit(self._options.verify, patcher, strangers(patcher, model_options, self._guider))
+        verify = setting("Verify") if self._options.verify == "auto" else self._options.verify
+        self._audit = Audit(verify, patcher, strangers(patcher, model_options, self._guider))
         self._batch_as_ranks_can(patcher, room_for_weights(devices, 0.0, networks))
         calls = rehearse(self._sampler, self._sigmas, patcher)
         levels = _levels(sampling, calls, rest=float(self._sigmas[-1]))
@@ -337,7 +339,8 @@ class Sampling:
         try:
             left = RunRecord(tuple(self._notes), self._plan)
             rest = _REPORT_GRACE + time.monotonic() - self._started  # what is worked ahead takes no longer than all before it
-            record = left if self._left else RunRecord.of(self.group, self._plan, self._notes, rest)
+            verified = self._audit.agreed if self.group else 0
+            record = left if self._left else RunRecord.of(self.group, self._plan, self._notes, rest, verified)
         except AsyncDiffError as error:  # the picture is done: it must not be lost for a report
             self._note(f"there is no report on this run: {_brief(error)}")
             POOL.bury()

@@ -29,7 +29,9 @@ _ALL = 2**22  # as all are of a model that has no more than these
 _POINTS = 64  # elements that are looked at of a larger one
 _PATCH = "\0patch"  # between the name of a weight and the number of a tensor among its patches
 
-Place = tuple[int, int | None, Any]  # address, PyTorch's count of changes (None where it keeps none), layout
+_USUAL = (torch.Tensor, nn.Parameter)
+
+Place = tuple[int, int | None, Any, Any]  # address, PyTorch's count of changes (None where it keeps none), shape and strides
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Sent:
                 self._patched |= _samples({name: value})
             yield name, value
 
+    @torch.no_grad()
     def take(self, sources: Sources, names: Collection[str] | None = None) -> None:
         """The ranks have what these sources are now; of these names only, if they are given."""
         tensors = {name: plain for name, plain in _plain(sources.tensors) if names is None or name.partition("\0")[0] in names}
@@ -106,6 +109,7 @@ class Sent:
             self._places[name], self._sums[name] = _place(tensor), _sum(tensor)
         self._patches = sources.patches
 
+    @torch.no_grad()
     def changed(self, sources: Sources) -> tuple[set[str], set[str]]:
         """Names of the weights that the ranks have not as they are now; and of those of which only the patches are others."""
         weights: set[str] = set()
@@ -132,28 +136,33 @@ class Sent:
 def _plain(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """The same as plain tensors: quantised ones are made of several; without those that the host has no values of."""
     for name, tensor in tensors.items():
-        if is_traceable_wrapper_subclass(tensor):
-            parts, _ = tensor.__tensor_flatten__()
-            yield from _plain({f"{name}\0{part}": getattr(tensor, part) for part in parts})
-        elif not tensor.is_meta and tensor.numel():
-            yield name, tensor if type(tensor) is torch.Tensor else tensor.detach().as_subclass(torch.Tensor)
+        if type(tensor) not in _USUAL:
+            if is_traceable_wrapper_subclass(tensor):
+                parts, _ = tensor.__tensor_flatten__()
+                yield from _plain({f"{name}\0{part}": getattr(tensor, part) for part in parts})
+                continue
+            tensor = tensor.as_subclass(torch.Tensor)
+        if not tensor.is_meta and tensor.numel():
+            yield name, tensor
 
 
 def _memory(tensor: torch.Tensor) -> torch.Tensor:
     """The elements in memory from the first to the last of ``tensor``."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.as_strided((span,), (1,))
 
 
 def _samples(tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
     """Some bytes of each tensor, the same ones each time; each device is waited for once."""
-    memory = {name: _memory(tensor) for name, tensor in tensors.items()}
-    few = sum(each.nbytes for each in memory.values()) <= _ALL
+    few = sum(tensor.nbytes for tensor in tensors.values()) <= _ALL
     groups: dict[Any, dict[str, torch.Tensor]] = {}
-    for name, each in memory.items():
-        # an odd distance, so that not all of them lie in one column
-        picked = each if few or each.nbytes <= _WHOLE else each[:: len(each) // _POINTS | 1]
-        groups.setdefault((each.device, each.dtype), {})[name] = picked
+    for name, tensor in tensors.items():
+        each = _memory(tensor)
+        if not few and each.nbytes > _WHOLE:
+            each = each[:: len(each) // _POINTS | 1]  # an odd distance, so that not all of them lie in one column
+        groups.setdefault((each.device, each.dtype), {})[name] = each
     found: dict[str, bytes] = {}
     for picked in groups.values():
         joined = memoryview(torch.cat(list(picked.values())).view(torch.uint8).cpu().numpy())
@@ -165,8 +174,7 @@ def _samples(tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
 
 
 def _place(tensor: torch.Tensor) -> Place:
-    version = None if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, (tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version, tensor.shape, tensor.stride()
 
 
 def _sum(tensor: torch.Tensor) -> int:

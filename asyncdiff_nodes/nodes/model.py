@@ -187,6 +187,16 @@ def _option_widgets() -> list[io.Input]:
                 "step before. Exact steps stay exact.",
             )
         ),
+        advanced(
+            io.Combo.Input(
+                "verify",
+                options=["auto", "off", "first", "always"],
+                default="auto",
+                tooltip="Have ComfyUI compute a call of each kind as well, and compare. first: of the first picture of a model "
+                "and what hangs on it. always: of every picture. auto: as the settings say, by default as first where something "
+                "of another pack hangs on the model. A difference is reported, and ComfyUI then samples that model itself.",
+            )
+        ),
     ]
 
 

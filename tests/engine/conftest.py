@@ -93,13 +93,13 @@ def group_of(start):
 
 @pytest.fixture
 def own_tmp(tmp_path, monkeypatch):
-    """The folder in which this test's groups keep their temporary files."""
+    """The folder for temporary files that this test's process makes."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
 
 @pytest.fixture
 def folder(own_tmp):
-    """Where the test's groups keep their temporary files; there must be none at its end."""
+    """The same; there must be none at its end."""
     yield own_tmp
     assert list(own_tmp.iterdir()) == []

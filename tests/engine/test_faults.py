@@ -1,5 +1,6 @@
 """Nothing waits for ever, nothing survives its parent, and the next group works."""
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -306,7 +307,7 @@ def test_failure_within_a_with_block_ends_the_ranks(folder):
     assert_gone(pids, within=0.5)
 
 
-def test_listens_on_loopback_only_and_keeps_its_files_private(folder):
+def test_listens_on_loopback_only(folder):
     with group() as g:
         call(g)
         listening = [
@@ -317,33 +318,61 @@ def test_listens_on_loopback_only_and_keeps_its_files_private(folder):
         ]
         assert listening, "gloo listens somewhere, so this test looks in the wrong place"
         assert set(listening) <= {"127.0.0.1", "::1"}
-        if os.name == "posix":
-            private = [path for path in folder.rglob("*") if path.stat().st_mode & 0o077 == 0]
-            assert private
-            assert private == list(folder.rglob("*"))
+
+
+HEAD = f"""
+    import signal, sys
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where these tests run in a shell's background
+    sys.path[:0] = [{str(HERE)!r}, {str(HERE.parents[1])!r}]
+    import toys
+    from asyncdiff_nodes.engine import *
+    """
+STARTED = """
+    group = WorkerGroup(toys.slow_net(0.3), threads_per_rank=1, family=toys.TOY)
+    print(*group.pids, flush=True)
+    x, kwargs = toys.inputs(0)
+    """
+
+
+def program(tmp_path, body, before=()):
+    """Start a program of its own, without a ``__main__`` guard, which has a temporary folder of its own."""
+    path, temporary = tmp_path / "program.py", tmp_path / "temporary"
+    path.write_text(textwrap.dedent(HEAD) + body, encoding="utf-8")
+    temporary.mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    return subprocess.Popen(
+        [*before, sys.executable, path], stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment
+    )
 
 
 def script(tmp_path, body, before=()):
-    """Start a program of its own, without a ``__main__`` guard; returns it and its ranks' process ids."""
-    path = tmp_path / "program.py"
-    head = f"""
-        import signal, sys, tempfile
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where these tests run in a shell's background
-        sys.path[:0] = [{str(HERE)!r}, {str(HERE.parents[1])!r}]
-        tempfile.tempdir = {str(tmp_path.parent)!r}
-        import torch.distributed.nn  # which makes a folder of its own, and leaves it when it is killed
-        tempfile.tempdir = {str(tmp_path)!r}
-        import toys
-        from asyncdiff_nodes.engine import *
-        group = WorkerGroup(toys.slow_net(0.3), threads_per_rank=1, family=toys.TOY)
-        print(*group.pids, flush=True)
-        x, kwargs = toys.inputs(0)
-        """
-    path.write_text(textwrap.dedent(head) + body, encoding="utf-8")
-    process = subprocess.Popen([*before, sys.executable, path], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    """As :func:`program`, with a group; returns it and its ranks' process ids."""
+    process = program(tmp_path, textwrap.dedent(STARTED) + body, before)
     pids = [int(word) for word in next(said(process)).split()]
     assert len(pids) == 2
     return process, pids
+
+
+def ours(tmp_path):
+    """What is in the program's temporary folder, but for what PyTorch leaves there."""
+    return [path.name for path in (tmp_path / "temporary").iterdir() if path.name.startswith("asyncdiff")]
+
+
+def assert_over(session, within=2.0):
+    """No process of this session is alive; of those that are dead, the system may not have taken note yet."""
+
+    def alive():
+        found = []
+        for process in psutil.process_iter(["status"]):
+            with contextlib.suppress(ProcessLookupError):
+                if os.getsid(process.pid) == session and process.info["status"] != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    end = time.monotonic() + within
+    while time.monotonic() < end and alive():
+        time.sleep(0.05)
+    assert alive() == []
 
 
 def said(process):
@@ -354,29 +383,94 @@ def said(process):
 FOREVER = "while True: group(x, 10, **kwargs)\n"
 
 
-def test_a_killed_parent_leaves_neither_ranks_nor_files(tmp_path):
-    process, pids = script(tmp_path, FOREVER)
+@needs_posix
+@pytest.mark.parametrize(
+    ("name", "whom"),
+    [
+        ("SIGTERM", "group"),
+        pytest.param("SIGHUP", "group", marks=pytest.mark.slow),
+        ("SIGKILL", "group"),
+        ("SIGINT", "group"),
+        pytest.param("SIGTERM", "parent", marks=pytest.mark.slow),
+        ("SIGKILL", "parent"),
+    ],
+)
+def test_a_signal_leaves_neither_processes_nor_files(tmp_path, name, whom):
+    """A service manager, ``timeout`` and a closed terminal send theirs to all at once: nobody is left to tidy up."""
+    process, _ = script(tmp_path, FOREVER)
     time.sleep(0.5)
-    process.kill()
+    (os.killpg if whom == "group" else os.kill)(process.pid, getattr(signal, name))
+    assert process.wait(timeout=15) != 0
+    assert_over(process.pid)
+    assert ours(tmp_path) == []
+
+
+@needs_posix
+@pytest.mark.parametrize("whom", ["parent", pytest.param("group", marks=pytest.mark.slow)])
+def test_a_signal_in_the_midst_of_a_start_leaves_neither_processes_nor_files(tmp_path, whom):
+    body = """
+        def weights():
+            yield from net.state_dict().items()
+            print("all are there", flush=True)
+
+        net = toys.slow_net(0.3)
+        WorkerGroup(net, threads_per_rank=1, family=toys.TOY, weights=weights())
+        """
+    process = program(tmp_path, textwrap.dedent(body))
+    assert next(said(process)) == "all are there\n"
+    (os.killpg if whom == "group" else os.kill)(process.pid, signal.SIGKILL)
     process.wait()
-    assert_gone(pids, within=5.0)
-    assert [path.name for path in tmp_path.iterdir()] == ["program.py"]
+    assert_over(process.pid)
+    assert ours(tmp_path) == []
 
 
-def test_a_rank_whose_parent_is_gone_before_it_is_heard_removes_the_folder(tmp_path):
+def test_nothing_of_ours_is_on_disk(tmp_path):
+    """Neither of a group, nor of one whose blocks move to other ranks, nor of one in processes of another."""
+    body = """
+        import os, tempfile
+        from dataclasses import replace
+        from asyncdiff_nodes.engine.graph import tensors_of
+        from asyncdiff_nodes.engine.shares import shares
+
+        def look(what):
+            print(what, *[name for name in os.listdir(tempfile.gettempdir()) if name.startswith("asyncdiff")], flush=True)
+
+        def links(placement):
+            return {(sender, own.rank) for own in shares(placement) for sender in own.sources.values()}
+
+        look("started")
+        idle = group.release()
+        look("released")
+        net, plan = toys.random_net(2), Plan(3, warmup=1, forecast=0, cuts=("blocks.0", "blocks.2", "blocks.4"))
+        group = WorkerGroup(net, plan, ["cpu"] * 3, threads_per_rank=1, family=toys.TOY, idle=idle)
+        group(x, 10, **kwargs)
+        look("taken")
+        graph = group.placement.graph
+        other = type(group.placement)(graph, plan, place(graph, replace(plan, cuts=("blocks.1", "blocks.3", "blocks.5"))).starts)
+        assert links(other) - links(group.placement), "no link is new"
+        group.move(other, lambda names: tensors_of(net))
+        group(x, 10, **kwargs)
+        look("moved")
+        group.close()
+        look("closed")
+        """
+    process, _ = script(tmp_path, textwrap.dedent(body))
+    assert list(said(process)) == [f"{what}\n" for what in ("started", "released", "taken", "moved", "closed")]
+    assert process.wait(timeout=30) == 0
+    assert ours(tmp_path) == []
+
+
+def test_a_rank_whose_parent_is_gone_before_it_is_heard_ends(folder):
     """Whichever of its two threads learns of it first."""
-    folder = tmp_path / "rendezvous"
-    folder.mkdir()
     context = multiprocessing.get_context("spawn")
     (conn, child_conn), (child_death, death) = wire.pipe(context), context.Pipe(duplex=False)
-    rank = context.Process(target=spawned.main, args=(child_conn, child_death, str(folder)))
+    rank = context.Process(target=spawned.main, args=(child_conn, child_death))
     with spawning():
         rank.start()
     for end in (conn, child_conn, child_death, death):
         end.close()
     rank.join(60)
     assert rank.exitcode is not None
-    assert not folder.exists()
 
 
 def test_a_folder_put_first_does_not_hide_the_standard_library(folder, tmp_path_factory, monkeypatch):
@@ -389,16 +483,6 @@ def test_a_folder_put_first_does_not_hide_the_standard_library(folder, tmp_path_
     with group() as g:
         call(g)
     assert sys.path == before
-
-
-@needs_posix
-def test_ctrl_c_leaves_nothing_behind(tmp_path):
-    process, pids = script(tmp_path, FOREVER)
-    time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=15) != 0
-    assert_gone(pids)
-    assert [path.name for path in tmp_path.iterdir()] == ["program.py"]
 
 
 @pytest.mark.slow
@@ -419,4 +503,4 @@ def test_program_without_a_guard_works_and_ends_by_itself(tmp_path):
     assert next(said(process)).startswith("torch.Size([2, 4, 8, 8])")
     assert process.wait(timeout=30) == 0
     assert_gone(pids)
-    assert [path.name for path in tmp_path.iterdir()] == ["program.py"]
+    assert ours(tmp_path) == []

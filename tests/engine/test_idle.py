@@ -13,7 +13,7 @@ from torch import nn
 
 import toys
 from asyncdiff_nodes.engine import GroupClosedError, IdleWorkers, Plan, Simulator, WorkerError, WorkerGroup
-from test_faults import assert_gone, said, script
+from test_faults import assert_gone, ours, said, script
 from toys import TOY
 
 STEPS = [9, 8, 7, 6, 5]
@@ -96,7 +96,7 @@ def test_a_group_that_has_failed_releases_none(folder):
     os.kill(pids[1], signal.SIGKILL)
     with pytest.raises(WorkerError):
         draw(g)
-    assert g.release().take("cpu", "") is None
+    assert g.release().take("cpu") is None
     assert_gone(pids, within=0.5)
 
 
@@ -106,16 +106,16 @@ def test_ranks_that_do_not_answer_are_ended(folder):
     pids = g.pids
     os.kill(pids[0], signal.SIGSTOP)
     begin = time.monotonic()
-    assert g.release().take("cpu", "") is None
+    assert g.release().take("cpu") is None
     assert time.monotonic() - begin < 15.0
     assert_gone(pids, within=0.5)
 
 
 def test_of_another_device_are_not_taken():
-    assert IdleWorkers().take("cpu", "") is None
+    assert IdleWorkers().take("cpu") is None
     with group(toys.random_net(1)) as g:
         idle = g.release()
-        assert idle.take("cuda:0", "") is None and idle.take("cpu", "") is not None
+        assert idle.take("cuda:0") is None and idle.take("cpu") is not None
 
 
 class Heavy(toys.ToyBlock):
@@ -149,4 +149,4 @@ def test_a_killed_parent_leaves_neither_processes_nor_files(tmp_path, then):
     process.wait()
     process.stdout.close()
     assert_gone(pids, within=5.0)
-    assert [path.name for path in tmp_path.iterdir()] == ["program.py"]
+    assert ours(tmp_path) == []

@@ -341,8 +341,7 @@ class Chaos:
 
     def _leaked_files(self) -> int:
         """In the temporary folder, the user's, and shared memory."""
-        ours = {held.group._ranks._folder for held in POOL._held}
-        temporary = [path for path in (*self._temporary.iterdir(), *self._another.iterdir()) if str(path) not in ours]
+        temporary = [*self._temporary.iterdir(), *self._another.iterdir()]
         kept = [path for path in self._user.rglob("*") if path.is_file() and path.name != "block_times.json"]
         leaked = len(temporary) + len(kept) + len(_shared_memory() - self._shared)
         for path in temporary:  # counted once

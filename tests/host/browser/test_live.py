@@ -21,7 +21,12 @@ def watcher(server):
 @pytest.fixture
 def settings(server):
     """Change settings of the pack for one test."""
-    defaults = {"AsyncDiff.Preset": "Balanced", "AsyncDiff.Devices": "auto", "AsyncDiff.KeepMinutes": 0}
+    defaults = {
+        "AsyncDiff.Preset": "Balanced",
+        "AsyncDiff.Devices": "auto",
+        "AsyncDiff.KeepMinutes": 0,
+        "AsyncDiff.Verify": "auto",
+    }
     yield lambda **values: server.post("/settings", {f"AsyncDiff.{name}": value for name, value in values.items()})
     server.post("/settings", defaults)
 

@@ -252,8 +252,11 @@ def test_an_error_is_a_toast_that_names_the_cure(frontend):
 
 def test_the_settings_are_there(frontend):
     get = "id => window.app.extensionManager.setting.get(id)"
-    found = {name: frontend.page.evaluate(get, f"AsyncDiff.{name}") for name in ("Preset", "Devices", "KeepMinutes", "Refresh")}
-    assert found == {"Preset": "Balanced", "Devices": "auto", "KeepMinutes": 0, "Refresh": 0.25}
+    found = {
+        name: frontend.page.evaluate(get, f"AsyncDiff.{name}")
+        for name in ("Preset", "Devices", "KeepMinutes", "Verify", "Refresh")
+    }
+    assert found == {"Preset": "Balanced", "Devices": "auto", "KeepMinutes": 0, "Verify": "auto", "Refresh": 0.25}
 
 
 def test_it_speaks_chinese(chinese):

@@ -1,0 +1,83 @@
+"""Sample thousands of compositions, as tests/host/compositions.py draws them, with the stock sampler and with preset Exact.
+
+python tools/compose.py [--compositions 2000] [--seed 1] [FILE]
+
+Every latent must be the stock sampler's, bit for bit, and no process may be left.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import within_host
+
+SLOW = 60.0  # seconds after which a composition counts as hanging
+PART = 250  # compositions of one seed
+
+
+def main() -> None:
+    """Write the file."""
+    from asyncdiff_nodes.cli.report import write_json
+
+    asked = within_host.asked(__doc__.splitlines()[0], "compositions", 2000, "compositions.json")
+    rows = within_host.found_by(__file__, str(asked.count), str(asked.seed))
+    write_json(asked.file, {"rows": rows}, f"python tools/compose.py --compositions {asked.count} --seed {asked.seed}")
+    print(f"written: {asked.file}")
+
+
+def inside(file: str, count: int, seed: int) -> None:
+    """Within the host: one part after the other, each with a seed of its own."""
+    within_host.on_cpu()
+    rows = [part(seed + number, min(PART, count - begin)) for number, begin in enumerate(range(0, count, PART))]
+    Path(file).write_text(json.dumps(rows), encoding="utf-8")
+
+
+def part(seed: int, count: int) -> dict[str, Any]:
+    """What came of ``count`` compositions drawn by ``seed``."""
+    import compositions
+    import hypothesis
+    import psutil
+    import torch
+
+    from asyncdiff_nodes.host.pool import POOL
+
+    counts: Counter[str] = Counter(tried=0, routed=0, host=0, refused=0, different=0, slow=0)
+    begin = time.monotonic()
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(compositions.strategy())
+    def draw(composition: compositions.Composition) -> None:
+        start = time.monotonic()
+        with torch.inference_mode():
+            outcome, _ = compositions.run(composition, compositions.EXACT)
+        counts["tried"] += 1
+        counts["routed" if outcome.routed else "host"] += 1
+        counts["refused"] += bool(outcome.error)
+        counts["slow"] += time.monotonic() - start > SLOW
+        if not outcome.same:
+            counts["different"] += 1
+            print(f"DIFFERENT: {composition} {outcome}", flush=True)
+
+    draw()
+    POOL.release()
+    # Python's own helper ends with this process
+    left = sum("resource_tracker" not in " ".join(each.cmdline()) for each in psutil.Process().children(recursive=True))
+    row = {"seed": seed, **counts, "processes_left": left, "seconds": time.monotonic() - begin}
+    print(row, flush=True)
+    return row
+
+
+if __name__ == "__main__":
+    inside(sys.argv[2], int(sys.argv[3]), int(sys.argv[4])) if sys.argv[1:2] == ["--inside"] else main()
