@@ -21,6 +21,7 @@ from asyncdiff_nodes.engine import UnsupportedModelError
 from .animatediff import motion_models
 from .attributes import replaced
 from .controlled import CONTROLLED, MERGE, Residuals
+from .foreign import foreign_classes
 from .skeleton import net_skeleton
 
 KEY = "asyncdiff"  # what is ours among the host's: its hooks, and the calls of ControlNets among a call's residuals
@@ -192,6 +193,8 @@ def _obstacle(control: ControlNet, patcher: ModelPatcher, model_options: dict[st
     ours = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
     if dtype != ours:
         return f"it computes in {dtype}, the model in {ours}"
+    if code := foreign_classes(network):
+        return f"its {type(network).__name__} runs code of others: {', '.join(code[:3])}"
     try:
         net_skeleton(network, patcher)
     except UnsupportedModelError as error:

@@ -28,6 +28,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
 # of every class of the host, and what these call: looked through as the modules of a network's own classes are
 _SHARED = ("comfy.ops", "comfy.ldm.modules.attention", "torch.nn.functional")
+_NETWORKS = ("comfy.ldm.", "comfy.cldm.")  # the host's modules of networks
 _OWN = vars(nn.Module()).keys()  # what every module has: no attribute of a network's
 _HOST = os.path.dirname(os.path.abspath(next(iter(comfy.__path__))))
 _LIBRARIES = tuple({os.path.dirname(os.path.dirname(torch.__file__)), *map(sysconfig.get_path, ("purelib", "platlib"))})
@@ -116,7 +117,14 @@ def _comparable(value: Any) -> Any:
 def _owners(network: nn.Module) -> list[tuple[Any, str, str]]:
     """The classes and Python modules whose functions ``network`` runs: each, the name of its module, and its own."""
     classes = dict.fromkeys(cls for module in network.modules() for cls in type(module).__mro__ if cls is not object)
-    modules = dict.fromkeys((*_SHARED, *(cls.__module__ for cls in classes if cls.__module__.startswith("comfy."))))
+    modules = dict.fromkeys((*_SHARED, *(cls.__module__ for cls in classes if cls.__module__.startswith(_NETWORKS))))
+    reached = list(modules)
+    for name in reached:  # which grows meanwhile
+        if name.startswith(_NETWORKS):
+            named = {getattr(value, "__module__", None) or "" for value in vars(sys.modules[name]).values()}
+            new = sorted(each for each in named if each.startswith(_NETWORKS) and each not in modules and each in sys.modules)
+            modules |= dict.fromkeys(new)
+            reached += new
     return [(cls, cls.__module__, cls.__qualname__) for cls in classes] + [(sys.modules[name], name, name) for name in modules]
 
 

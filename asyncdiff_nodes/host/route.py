@@ -86,32 +86,43 @@ class Route:
 
     def diffusion_model(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         """One call of the network."""
-        if self._sampling is None or not self._sampling.computes(executor.class_obj):
+        network = executor.class_obj
+        if not self._ranks_are_ready:
+            return executor(*args, **kwargs)
+        if not self._sampling.computes(network):
+            self._sampling.pass_by(network, _by_name(network, args, kwargs))
             return executor(*args, **kwargs)
         # the hooks of other nodes after ours still apply; only the network at the end of the chain is ours
         inner = executor.wrappers[executor.idx + 1 :]
 
         def routed(*args: Any, **kwargs: Any) -> Any:
-            given = _by_name(executor.class_obj, args, kwargs)
+            given = _by_name(network, args, kwargs)
             return self._sampling.call(given, lambda: executor.original(*args, **kwargs))
 
-        return WrapperExecutor.new_class_executor(routed, executor.class_obj, inner).execute(*args, **kwargs)
+        return WrapperExecutor.new_class_executor(routed, network, inner).execute(*args, **kwargs)
 
     def apply_model(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         """One evaluation of the model, whose network may have no hook of its own."""
         network = executor.class_obj.diffusion_model
-        elsewhere = self._sampling is None or type(network).__name__ not in _WITHOUT_HOOK
-        if elsewhere or not self._sampling.computes(network):
+        if not self._ranks_are_ready or type(network).__name__ not in _WITHOUT_HOOK:
             return executor(*args, **kwargs)
         forward, theirs = network.forward, vars(network).get("forward")
 
         def routed(*args: Any, **kwargs: Any) -> Any:
+            given = _by_name(network, args, kwargs)
             # a replacement by others is looked for in every call, and is not ours
             with without(network, "forward") if theirs is None else replaced(network, "forward", theirs):
-                return self._sampling.call(_by_name(network, args, kwargs), lambda: forward(*args, **kwargs))
+                if self._sampling.computes(network):
+                    return self._sampling.call(given, lambda: forward(*args, **kwargs))
+                self._sampling.pass_by(network, given)
+                return forward(*args, **kwargs)
 
         with replaced(network, "forward", routed):
             return executor(*args, **kwargs)
+
+    @property
+    def _ranks_are_ready(self) -> bool:
+        return self._sampling is not None and self._sampling.group is not None
 
 
 _signature = functools.cache(inspect.signature)  # of the few classes of networks: it takes longer than the call's other overhead

@@ -31,7 +31,6 @@ from asyncdiff_nodes.engine import (
 )
 
 from .animatediff import NOT_PLAIN, Motion
-from .attributes import replaced
 from .audit import Audit, distrusted, strangers
 from .balance import Balance
 from .branches import affordable, items_per_call
@@ -39,8 +38,9 @@ from .compiled import without_compiled_network
 from .control import ControlNets, complete, take, without_ranks
 from .foreign import Watched
 from .live import Progress
-from .memory import room_for_weights, unload
+from .memory import room_for_weights
 from .options import ALWAYS, OneDeviceError, Options
+from .own_network import OwnNetwork
 from .patches import call_obstacle, identity, obstacle, shippable, surroundings
 from .pool import POOL, BusyError
 from .rehearsal import rehearse
@@ -49,7 +49,6 @@ from .sag import give_back
 from .settings import setting
 from .streams import Streams, outline_of, rest_of
 from .tome import NUMBERS, random_numbers
-from .weights import originals_of
 from .windows import Windows
 
 log = logging.getLogger(__name__)
@@ -83,7 +82,7 @@ class Sampling:
         self._windows = Windows()
         self._streams: Streams
         self._streams_seen: set[Any] = set()
-        self._watched: Watched
+        self._watched: list[Watched]  # the network, and those of ControlNets
         self._audit: Audit
         self._slots: list[int] = []  # where they have them
         self._acquire: Callable[[], WorkerGroup]
@@ -92,7 +91,7 @@ class Sampling:
         self._finite = True  # as far as is known
         self._left = ""  # why the host goes on without the ranks
         self._patches: dict[str, int] = {}  # those of its calls -> a number for each
-        self._loaded_here = False
+        self._own: OwnNetwork
         self._sampled = False  # there was a call by ranks
         self._started = time.monotonic()
         self._changes = contextlib.ExitStack()  # of the host's objects, for this sampling
@@ -149,13 +148,14 @@ class Sampling:
             return self._note(f"this model cannot be split: {error}")
         except _FAILURES as error:
             return self._give_up(error)
-        self._prepare_model(patcher)
-        self._watched = Watched(patcher.model.diffusion_model)
+        self._own = OwnNetwork(patcher, [*self._motion.patchers, *nets.patchers])
+        self._own.prepare()
+        self._watched = [Watched(network) for network in (patcher.model.diffusion_model, *nets.networks)]
         sampling = patcher.get_model_object("model_sampling")
         self._streams = Streams(sampling, noise_shape, self._guider, self._sampler, model_options)
         verify = setting("Verify") if self._options.verify == "auto" else self._options.verify
         self._audit = Audit(verify, patcher, strangers(patcher, model_options, self._guider))
-        self._batch_as_ranks_can(patcher, room_for_weights(devices, 0.0, networks))
+        self._changes.enter_context(self._own.batched_for(self._room_for_calls(room_for_weights(devices, 0.0, networks))))
         calls = rehearse(self._sampler, self._sigmas, patcher)
         levels = _levels(sampling, calls, rest=float(self._sigmas[-1]))
         plan = _in_calls(plan, len(calls) / steps)
@@ -200,13 +200,15 @@ class Sampling:
             self._streams.evaluate(x, sigma)
 
     def computes(self, network: Any) -> bool:
-        """Whether calls of ``network`` are those of this sampling; others pass, such as those of a guider's second model."""
-        if self.group is None:
-            return False
-        own = self._patcher.model.diffusion_model
-        if network is not own:
-            self._note(f"ComfyUI computes what is called of another model within this sampling ({type(network).__name__})")
-        return network is own
+        """Whether calls of ``network`` are this sampling's to compute."""
+        return network is self._patcher.model.diffusion_model
+
+    def pass_by(self, network: Any, given: dict[str, Any]) -> None:
+        """A call of ``network`` with these arguments is not, such as one of a guider's second model."""
+        self._note(f"ComfyUI computes what is called of another model within this sampling ({type(network).__name__})")
+        if calls := take(given.get("control")):  # of the same prompts' ControlNets
+            comfy.model_management.load_models_gpu(list(self._nets.patchers))
+            complete(given["control"], calls)
 
     def call(self, given: dict[str, Any], network: Callable[[], torch.Tensor]) -> torch.Tensor:
         """One call of the network with these arguments, latent and timesteps first; by the group if that can be."""
@@ -216,7 +218,7 @@ class Sampling:
         nets = take(control)
 
         def on_host() -> torch.Tensor:
-            self._load_here(x)
+            self._own.load(x)
             complete(control, nets)  # in the dictionary that the network is called with
             return network()
 
@@ -272,7 +274,7 @@ class Sampling:
             if self._finite and not self.group.finite:
                 self._explain_nan(x, given)
             if self._to_compare(stream, kind, x, shipped):
-                expected = self._by_host_as_well(on_host)
+                expected = self._own.for_once(on_host)
                 if report := self._audit.differs(self.group, result, expected, x, {"arguments": kind}):
                     self._left = report
                     self._note(report)
@@ -290,7 +292,7 @@ class Sampling:
     def _call_obstacle(self, given: dict[str, Any], options: dict[str, Any]) -> str | None:
         """Why only the host can compute this call; None if the ranks can."""
         network = self._patcher.model.diffusion_model
-        if found := self._watched.changes():
+        if found := [each for watched in self._watched for each in watched.changes()]:
             return f"another node replaced code of the network: {', '.join(sorted(found)[:3])}"
         return surroundings(given, network) or call_obstacle(network, options)
 
@@ -313,17 +315,6 @@ class Sampling:
         self._streams_seen.add(stream)
         # motion modules are put into the host's network for good, and random numbers that are drawn again are others
         return first and not self._motion.patchers and NUMBERS not in shipped and self._audit.wants(kind, x)
-
-    def _by_host_as_well(self, compute: Callable[[], Any]) -> Any:
-        """What the host computes, which then has its network unloaded again, and random numbers as before."""
-        loaded, device = self._loaded_here, self._patcher.load_device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            result = compute()
-        if not loaded:
-            unload([self._patcher], device)
-            self._prepare_model(self._patcher)
-            self._loaded_here = False
-        return result
 
     def close(self) -> None:
         """However it ended: leave the host's objects as they were, and the memory of its devices to what comes next."""
@@ -454,42 +445,10 @@ class Sampling:
         self._begin = begin
         begin(self.group)
 
-    def _prepare_model(self, patcher: ModelPatcher) -> None:
-        """What loading would have done to the rest of the model: other nodes' object patches, and small parts to the device."""
-        live = dict(patcher.model.diffusion_model.named_parameters())
-        if any(name in live and kept.shape != live[name].shape for name, kept in originals_of(patcher).items()):
-            unload([patcher], patcher.load_device)  # the host looks at shapes, which a clone's patches have changed
-        patcher.model_patches_to(patcher.load_device)
-        patcher.model_patches_to(patcher.model_dtype())
-        patcher.unpatch_model(patcher.offload_device, unpatch_weights=False)
-        with replaced(patcher, "skip_injection", True):
-            patcher.patch_model(load_weights=False)
-        for child in patcher.model.children():
-            if child is not patcher.model.diffusion_model:
-                child.to(patcher.load_device)
-
-    def _batch_as_ranks_can(self, patcher: ModelPatcher, room: Sequence[float]) -> None:
-        """In each step the host asks what memory is free and divides what does not fit: tell it what ranks have for their calls.
-
-        It would ask the device that one of them has filled, and divide the prompts among calls, in some steps and not in others.
-        """
-        if not hasattr(patcher, "get_free_memory"):  # not in 0.3
-            return
-        plan, placement, its_own = self.group.plan, self.group.placement, patcher.get_free_memory
-        free = plan.branches * min(space - placement.weight_bytes(plan.segment_of_rank(rank)) for rank, space in enumerate(room))
-
-        def get_free_memory(device: torch.device) -> float:
-            return its_own(device) if self._loaded_here else free
-
-        self._changes.enter_context(replaced(patcher, "get_free_memory", get_free_memory))
-
-    def _load_here(self, x: torch.Tensor) -> None:
-        """Have the host load the network after all."""
-        if not self._loaded_here:
-            need = self._patcher.memory_required(list(x.shape))
-            patchers = list(dict.fromkeys([self._patcher, *self._motion.patchers, *self._nets.patchers]))
-            comfy.model_management.load_models_gpu(patchers, memory_required=need)
-            self._loaded_here = True
+    def _room_for_calls(self, room: Sequence[float]) -> float:
+        """Bytes that ranks have beside their weights for the calls of all branches, with ``room`` for both on each."""
+        plan, placement = self.group.plan, self.group.placement
+        return plan.branches * min(space - placement.weight_bytes(plan.segment_of_rank(rank)) for rank, space in enumerate(room))
 
     def _note(self, text: str) -> None:
         if text not in self._notes:

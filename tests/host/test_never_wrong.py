@@ -3,6 +3,7 @@
 import contextlib
 from unittest.mock import patch
 
+import comfy.ldm.flux.math
 import comfy.model_management
 import comfy.samplers
 import comfy.sd
@@ -65,6 +66,43 @@ def test_a_second_model_is_the_hosts(sd15, prompts, other):
     assert last_run().stats.records
 
 
+@pytest.mark.skipif(not hasattr(custom, "DualModelGuider"), reason="this ComfyUI has no guider of two models")
+def test_a_second_model_has_the_residuals_of_its_control_nets(sd15, prompts):
+    """Which the ranks compute for the first one."""
+    second, control = small.model("sd15", seed=10), small.control_net("sd15")
+    controlled = nodes.ControlNetApplyAdvanced().apply_controlnet(*prompts, control, small.hint(), 1.0, 0.0, 1.0)
+
+    def sample(model):
+        guider = small.node(custom.DualModelGuider, model, controlled[0], 5.0, second, controlled[1])
+        sigmas, sampler = small.node(custom.BasicScheduler, model, "normal", 4, 1.0), comfy.samplers.sampler_object("euler")
+        noise = small.node(custom.RandomNoise, 5)
+        return small.node(custom.SamplerCustomAdvanced, noise, guider, sampler, sigmas, small.latent())["samples"]
+
+    expected = sample(sd15)
+    assert torch.equal(sample(attach(sd15, EXACT)), expected)
+    assert last_run().stats.records
+
+
+def hooked_control(control):
+    return control.control_model.input_blocks[0][0].register_forward_hook(lambda _, args, output: output * 1.5)
+
+
+def test_code_on_a_control_net(sd15, prompts):
+    control = small.control_net("sd15", seed=5)
+    controlled = nodes.ControlNetApplyAdvanced().apply_controlnet(*prompts, control, small.hint(), 1.0, 0.0, 1.0)
+
+    def sample(model):
+        return small.custom_sample(model, controlled, "euler")
+
+    plain = sample(sd15)
+    handle = hooked_control(control)
+    expected = sample(sd15)
+    assert torch.equal(sample(attach(sd15, EXACT)), expected) and not torch.equal(plain, expected)
+    assert by_host("forward hook")
+    handle.remove()
+    assert torch.equal(sample(attach(sd15, EXACT)), plain) and not last_run().notes
+
+
 def test_two_attached_models_each_have_ranks(sd15, prompts):
     """A sampler that samples another model within."""
     second = attach(small.model("sd15", seed=11), EXACT)
@@ -118,6 +156,10 @@ def louder(original):
     return lambda *args, **kwargs: original(*args, **kwargs) * 1.05
 
 
+def louder_pair(original):
+    return lambda *args, **kwargs: tuple(each * 1.05 for each in original(*args, **kwargs))
+
+
 @contextlib.contextmanager
 def hooked(module, pre=False):
     handle = (
@@ -147,6 +189,10 @@ def doubled(self, *args, **kwargs):
 
 ORIGINAL = DoubleStreamBlock.forward
 CHANGES = {
+    "under a function of the network's modules": (
+        lambda net: patch.object(comfy.ldm.flux.math, "apply_rope", louder_pair(comfy.ldm.flux.math.apply_rope)),
+        "comfy.ldm.flux.math.apply_rope",
+    ),
     "on the network": (lambda net: patch.object(net, "forward_orig", louder(net.forward_orig)), "forward_orig"),
     "on a layer": (lambda net: patch.object(net.img_in, "forward", louder(net.img_in.forward)), "img_in.forward"),
     "on a class": (
