@@ -99,10 +99,16 @@ def shippable(transformer_options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def identity(shipped: dict[str, Any]) -> str:
-    """Equal for options, as made by :func:`shippable`, that have the same patches."""
+def identity(shipped: dict[str, Any], by_value: bool = True) -> str:
+    """Equal for options, as made by :func:`shippable`, that have the same patches; or such of tensors of the same shapes."""
     leaves, structure = flatten([shipped.get(kind) for kind in (*_PATCHES, _ATTENTION)])
-    return repr((structure, [id(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]))
+
+    def described(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return id(leaf) if by_value else leaf.shape
+        return leaf
+
+    return repr((structure, list(map(described, leaves))))
 
 
 def _shipped(patch: Any, variables: dict[int, Variable], transformer_options: dict[str, Any]) -> Callable[..., Any] | None:

@@ -285,7 +285,8 @@ class Pool:
             load(memory)
             log.info("AsyncDiff: starting %d ranks on %s", plan.world_size, ", ".join(devices))
 
-        sent, sources = Sent(), Sources.of(patcher, nets)
+        sources = Sources.of(patcher, nets)
+        sent = Sent(sources)
         compiled = compile_arguments(patcher)
         try:
             inputs = family.example_inputs(skeleton, tuple(shape[2:]), 2 * shape[0])

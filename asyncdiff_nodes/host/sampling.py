@@ -243,7 +243,7 @@ class Sampling:
         given["transformer_options"] = shipped
         window = getattr(options.get("context_window"), "index_list", None) or options.get("ad_params", {}).get("sub_idxs")
         # the same prompt under a guidance patch, a control net that starts in mid-run, a window of frames: streams of their own
-        patches = self._patches.setdefault(identity(shipped), len(self._patches))
+        patches, hung = self._patches.setdefault(identity(shipped), len(self._patches)), identity(shipped, by_value=False)
         shipped |= random_numbers(self._patcher.model.diffusion_model, shipped, x)
         kind = tuple(x.shape), outline_of(rest), _outline(control), tuple(net.net for net in nets), patches
         prompt = tuple(options.get("uuids", ())), *kind, repr(window), path
@@ -273,9 +273,9 @@ class Sampling:
             self._sampled = True
             if self._finite and not self.group.finite:
                 self._explain_nan(x, given)
-            if self._to_compare(stream, kind, x, shipped):
+            if self._to_compare(stream, (*kind[:-1], hung), x, shipped):
                 expected = self._own.for_once(on_host)
-                if report := self._audit.differs(self.group, result, expected, x, {"arguments": kind}):
+                if report := self._audit.differs(self.group, result, expected, x, {"arguments": kind[1], "patches": hung}):
                     self._left = report
                     self._note(report)
                     return expected
@@ -300,11 +300,12 @@ class Sampling:
         self, prompt: Any, x: torch.Tensor, timesteps: torch.Tensor, rest: list[Any], window: Any
     ) -> tuple[Any, list[Any]]:
         """The stream of a call, and those that will not be called again."""
+        timestep = float(timesteps.flatten()[0])
         if window is not None:
-            return self._windows.stream(prompt, float(timesteps.flatten()[0]))
+            return self._windows.stream(prompt, timestep)
         if self._plan.warmup >= ALWAYS or self._plan.segments == 1:  # no call builds on another
             return prompt, []
-        stream = self._streams.of(prompt[0], prompt, x, rest)
+        stream = self._streams.of(prompt[0], prompt, x, timestep, rest)
         if stream is None:
             self._do_synchronously()
         return stream or prompt, []

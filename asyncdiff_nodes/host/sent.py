@@ -84,30 +84,39 @@ def _opened(part: Any) -> Any:
 
 
 class Sent:
-    """What the ranks of one group have."""
+    """What the ranks of one group have.
 
-    def __init__(self) -> None:
+    Args:
+        sources: of all that they will be sent.
+    """
+
+    @torch.no_grad()
+    def __init__(self, sources: Sources) -> None:
+        self._whole = _WHOLE if sum(tensor.nbytes for _, tensor in _plain(sources.tensors)) > _ALL else _ALL
         self._places: dict[str, Place] = {}
         self._samples: dict[str, bytes] = {}
         self._sums: dict[str, int] = {}
         self._patches: dict[str, Any] = {}
         self._patched: dict[str, bytes] = {}  # samples of weights as they were sent, with their patches
+        self._as_loaded: set[str] = set()  # those that were sent as the host had loaded them, whoever had changed them there
 
     def noting(self, weights: Iterable[tuple[str, torch.Tensor]], patched: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """``weights``, as they are sent; of those whose names are among ``patched`` it is kept what they are like."""
         for name, value in weights:
             if name in patched:
-                self._patched |= _samples({name: value})
+                self._patched |= _samples({name: value}, self._whole)
             yield name, value
 
     @torch.no_grad()
     def take(self, sources: Sources, names: Collection[str] | None = None) -> None:
         """The ranks have what these sources are now; of these names only, if they are given."""
         tensors = {name: plain for name, plain in _plain(sources.tensors) if names is None or name.partition("\0")[0] in names}
-        self._samples |= _samples(tensors)
+        self._samples |= _samples(tensors, self._whole)
         for name, tensor in tensors.items():
             self._places[name], self._sums[name] = _place(tensor), _sum(tensor)
         self._patches = sources.patches
+        again = {name.partition("\0")[0] for name in tensors}
+        self._as_loaded = (self._as_loaded - again) | (sources.loaded.keys() & again)
 
     @torch.no_grad()
     def changed(self, sources: Sources) -> tuple[set[str], set[str]]:
@@ -115,7 +124,7 @@ class Sent:
         weights: set[str] = set()
         patches = {name for name in self._patches.keys() | sources.patches.keys() if self._other_patches(name, sources)}
         tensors = dict(_plain(sources.tensors))
-        for name, sample in _samples(tensors).items():
+        for name, sample in _samples(tensors, self._whole).items():
             place = _place(tensors[name])
             if sample == self._samples.get(name):
                 if place == self._places[name]:
@@ -126,7 +135,8 @@ class Sent:
             weight, is_patch, _ = name.partition(_PATCH)
             (patches if is_patch else weights).add(weight.partition("\0")[0])
         loaded = {name: tensor for name, tensor in sources.loaded.items() if name in self._patched}
-        weights |= {name for name, sample in _samples(loaded).items() if sample != self._patched[name]}
+        weights |= self._as_loaded - sources.loaded.keys()
+        weights |= {name for name, sample in _samples(loaded, self._whole).items() if sample != self._patched[name]}
         return weights, patches - weights
 
     def _other_patches(self, name: str, sources: Sources) -> bool:
@@ -154,13 +164,12 @@ def _memory(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((span,), (1,))
 
 
-def _samples(tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
-    """Some bytes of each tensor, the same ones each time; each device is waited for once."""
-    few = sum(tensor.nbytes for tensor in tensors.values()) <= _ALL
+def _samples(tensors: Mapping[str, torch.Tensor], whole: int) -> dict[str, bytes]:
+    """Some bytes of each tensor, the same ones each time, or all up to ``whole`` bytes; each device is waited for once."""
     groups: dict[Any, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         each = _memory(tensor)
-        if not few and each.nbytes > _WHOLE:
+        if each.nbytes > whole:
             each = each[:: len(each) // _POINTS | 1]  # an odd distance, so that not all of them lie in one column
         groups.setdefault((each.device, each.dtype), {})[name] = each
     found: dict[str, bytes] = {}

@@ -43,8 +43,10 @@ class Streams:
         self._x: torch.Tensor | None = None
         self._sigma: torch.Tensor | None = None
         self._frame: Hashable | None = 0  # which of several latents the sampler is at; None where that cannot be told
-        self._frames = _Resembling()
+        self._frames = _Resembling(first=1)
         self._unplaced: dict[Hashable, _Resembling] = {}
+        self._timestep: float | None = None  # of the call before
+        self._expected = False  # the sampler has evaluated the model since
         self._rests: dict[Hashable, list[list[Any]]] = {}
         self._counts: Counter[Hashable] = Counter()  # of this evaluation
         self._first: dict[Hashable, int] = {}  # when a prompt was first called
@@ -55,9 +57,8 @@ class Streams:
         """The sampler evaluates the model at its latent ``x`` [B, C, ...], whose noise is ``sigma`` [B]."""
         level = float(sigma.flatten()[0])
         first = level != self._level
-        self._level, self._levels, self._evaluations = level, self._levels + first, self._evaluations + 1
-        self._x, self._sigma = x, sigma
-        self._counts.clear()
+        self._level, self._x, self._sigma, self._expected = level, x, sigma, True
+        self._begin(first)
         if self._own_sampler:
             return
         if first and x.shape == self._shape and len(self._frames) < 2:
@@ -65,7 +66,12 @@ class Streams:
         else:
             self._frame = self._frames.match(x, self._levels, alone=self._levels > 1)
 
-    def of(self, uuids: Hashable, prompt: Hashable, x: torch.Tensor, rest: list[Any]) -> Hashable | None:
+    def _begin(self, level: bool) -> None:
+        """An evaluation of the model, and a new ``level`` of noise."""
+        self._evaluations, self._levels = self._evaluations + 1, self._levels + level
+        self._counts.clear()
+
+    def of(self, uuids: Hashable, prompt: Hashable, x: torch.Tensor, timestep: float, rest: list[Any]) -> Hashable | None:
         """The name of the stream of a call for ``prompt`` at ``x``; None if that cannot be told.
 
         Args:
@@ -73,12 +79,15 @@ class Streams:
             prompt: these, and what else is known to make it another stream.
             rest: see :func:`rest_of`.
         """
+        if timestep != self._timestep and not self._expected:
+            self._begin(level=True)  # of a guider that goes its own way to the network
+        self._timestep, self._expected = timestep, False
         if self._frame is None:
             return None
         what = prompt, self._frame, self._rest(prompt, rest)
         place = self._place(x)
         if place is None and not self._own_calls:
-            place = self._unplaced.setdefault(what, _Resembling()).match(x, self._evaluations)
+            place = self._unplaced.setdefault(what, _Resembling(self._evaluations)).match(x, self._evaluations)
             if place is None:
                 return None
         name = (*what, place, self._counts[what, place])
@@ -123,10 +132,11 @@ class Streams:
 class _Resembling:
     """Latents told apart by what they look like: from step to step each changes little."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int) -> None:
+        """``first`` is the round in which they are all new."""
         self._sketches: list[tuple[Any, torch.Tensor]] = []
         self._taken: dict[int, int] = {}  # number -> round in which it was matched last
-        self._first: int | None = None
+        self._first = first
 
     def __len__(self) -> int:
         return len(self._sketches)
@@ -142,7 +152,6 @@ class _Resembling:
         Args:
             round: each is matched once in a round, but with ``alone``.
         """
-        self._first = round if self._first is None else self._first
         sketch = _sketch(x)
         found = {
             number: float(before @ sketch)

@@ -24,11 +24,15 @@ def ksampler(model):
     return nodes.KSampler().sample(model, 5, 3, 4.0, "euler", "normal", *prompts, small.latent())[0]["samples"]
 
 
-@pytest.fixture(params=[True, False], ids=["without a count", "with a count"])
+@pytest.fixture(
+    params=[(True, 32), pytest.param((False, 32), marks=pytest.mark.slow), pytest.param((False, 64), marks=pytest.mark.slow)],
+    ids=["without a count", "with a count", "large"],
+)
 def model(request):
-    """As the host makes them, without PyTorch's count of their changes, and with it."""
-    with torch.inference_mode(request.param):
-        return small.model("sd15", seed=9, channels=32)
+    """As the host makes them, without PyTorch's count of changes; with it; and one that is not looked at whole."""
+    counted, channels = request.param
+    with torch.inference_mode(counted):
+        return small.model("sd15", seed=9, channels=channels)
 
 
 @pytest.mark.parametrize("change", [each for each in compositions.WEIGHTS if each != "same"])
@@ -40,6 +44,9 @@ def test_a_change_in_place_is_noticed(model, change, caplog):
     assert torch.equal(ksampler(attach(model, EXACT)), expected) and not torch.equal(before, expected)
     assert last_run().stats.records
     assert "sending 1 weights" in caplog.text
+    caplog.clear()
+    assert torch.equal(ksampler(attach(model, EXACT)), expected)
+    assert "sending" not in caplog.text
 
 
 def test_patches_that_change_in_place(model, caplog):
@@ -61,6 +68,8 @@ def test_patched_weights_that_change_while_the_host_has_them_loaded(model):
     dict(model.model.diffusion_model.named_parameters())[name].data.mul_(-1)
     expected = ksampler(patched)
     assert torch.equal(ksampler(attach(patched, EXACT)), expected) and not torch.equal(before, expected)
+    comfy.model_management.unload_all_models()  # which puts back what they are without patches
+    assert torch.equal(ksampler(attach(patched, EXACT)), before)
 
 
 def test_what_the_host_loads_and_unloads_is_not_sent_again(model, caplog):
@@ -84,7 +93,7 @@ def test_a_look_at_the_weights_of_sdxl_takes_milliseconds():
     net = model.model.diffusion_model
     for number in range(1200):
         net.register_buffer(f"more_{number}", torch.zeros(2**17))
-    sent = Sent()
+    sent = Sent(Sources.of(model, []))
     sent.take(Sources.of(model, []))
     seconds = []
     for _ in range(7):
