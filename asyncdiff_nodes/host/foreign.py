@@ -140,7 +140,8 @@ def _foreign(owners: Sequence[tuple[Any, str, str]]) -> list[str]:
             f"{place}.{name} ({code_name(function)})"
             for name, value in list(members.items())
             for function in _functions_in(value)
-            if not all(_is_at_home(origin, module, imports=not isinstance(owner, type)) for origin in origins_of(function))
+            if (isinstance(owner, type) or not name.startswith("__"))  # where PyTorch's compiler puts its own
+            and not all(_is_at_home(origin, module, imports=not isinstance(owner, type)) for origin in origins_of(function))
         ]
         if strange:
             found += strange

@@ -63,7 +63,7 @@ def code_name(function: Any) -> str:
     if isinstance(function, tuple):  # forward_timestep_embed_patch: (class, function)
         function = function[-1]
     named = function if hasattr(function, "__qualname__") else type(function)
-    module = named.__module__.replace("\\", "/").rpartition("/")[2]  # packs are loaded under path-like names
+    module = (named.__module__ or "").replace("\\", "/").rpartition("/")[2]  # packs are loaded under path-like names
     return f"{module}.{named.__qualname__.split('.<locals>')[0]}"
 
 
@@ -82,7 +82,7 @@ def origins_of(thing: Any) -> list[str]:
 def of_host(thing: Any, *packages: str) -> bool:
     """Whether the host or this pack defines ``thing``, or one of the ``packages``, whatever PyTorch decorates it with."""
     *outer, inner = (origin.partition(".")[0] for origin in origins_of(thing))
-    own = packages or ("comfy", "comfy_extras", "asyncdiff_nodes")
+    own = packages or ("comfy", "comfy_api", "comfy_extras", "asyncdiff_nodes")
     return inner in own and all(each in (*own, "torch") for each in outer)
 
 

@@ -54,4 +54,5 @@ def test_chinese(chinese):
         "ControlNet",
         "失败时",
         "压缩",
+        "核对",
     ]
