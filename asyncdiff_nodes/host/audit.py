@@ -15,6 +15,7 @@ from comfyui_version import __version__ as comfyui_version
 
 from asyncdiff_nodes import __version__
 from asyncdiff_nodes.engine import WorkerGroup
+from asyncdiff_nodes.engine.devices import on_cluster
 
 from .compiled import compile_arguments
 from .packs import around, code_name, of_host
@@ -48,24 +49,28 @@ class Audit:
 
     Args:
         mode: ``off``; ``first``: a call of each kind, once per model; ``always``: once per sampling; ``auto``: as first, if there
-            are strangers, and room for the host's network.
+            are strangers. Where there is no room for the host's network, nothing is.
         strange: see :func:`strangers`.
 
     Attributes:
         agreed: how many calls were what the host computes.
+        lacked_room: a call that the user wanted to have compared was not, as the host has no room for its network.
     """
 
     def __init__(self, mode: str, patcher: ModelPatcher, strange: list[str]) -> None:
-        self.agreed = 0
+        self.agreed, self.lacked_room = 0, False
         self._mode, self._patcher, self._strange = mode, patcher, strange
         self._kinds: set[Hashable] = set() if mode == "always" else _compared.setdefault(patcher.model, set())
 
     def wants(self, kind: Hashable, x: torch.Tensor) -> bool:
         """Whether a call of this ``kind`` at ``x`` is to be compared, which it then must be."""
         kind = (self._patcher.patches_uuid, *self._strange, kind)
-        if self._mode == "off" or kind in self._kinds or (self._mode == "auto" and not (self._strange and self._has_room(x))):
+        if self._mode == "off" or kind in self._kinds or (self._mode == "auto" and not self._strange):
             return False
         self._kinds.add(kind)
+        if not self._has_room(x):
+            self.lacked_room = self._mode != "auto"
+            return False
         return True
 
     def _has_room(self, x: torch.Tensor) -> bool:
@@ -78,7 +83,8 @@ class Audit:
         Args:
             facts: what else is known of the call at ``x``.
         """
-        found, expected = (each[0] if isinstance(each, tuple) else each for each in (found, expected))
+        # NaN is equal to NaN here
+        found, expected = ((each[0] if isinstance(each, tuple) else each).nan_to_num() for each in (found, expected))
         alike = found.shape == expected.shape and found.dtype == expected.dtype
         if alike and torch.equal(found, expected):
             self.agreed += 1
@@ -112,7 +118,9 @@ class Audit:
 def _bit_by_bit(group: WorkerGroup, device: torch.device) -> bool:
     """Whether the host's result on ``device`` is to be the same bit by bit, as that of the whole batch is on devices like it."""
     plan = group.plan
-    if plan.branches > 1 or plan.microbatches > 1 or any(torch.device(each).type != device.type for each in group.devices):
+    if plan.branches > 1 or plan.microbatches > 1:
+        return False
+    if any(on_cluster(each) or torch.device(each).type != device.type for each in group.devices):
         return False
     if device.type == "cpu":
         return torch.get_num_threads() == 1  # sums are cut into as many pieces, and ranks share the threads

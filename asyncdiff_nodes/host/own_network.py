@@ -51,13 +51,14 @@ class OwnNetwork:
     def for_once(self, compute: Callable[[], Any]) -> Any:
         """What ``compute`` makes with it; afterwards it is unloaded again, and random numbers are as before."""
         loaded, device = self._loaded, self._patcher.load_device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            result = compute()
-        if not loaded:
-            unload([self._patcher], device)
-            self.prepare()
-            self._loaded = False
-        return result
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                return compute()
+        finally:
+            if not loaded:
+                unload([self._patcher], device)
+                self.prepare()
+                self._loaded = False
 
     @contextlib.contextmanager
     def batched_for(self, free: float) -> Iterator[None]:

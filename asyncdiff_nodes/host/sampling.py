@@ -54,6 +54,7 @@ from .windows import Windows
 log = logging.getLogger(__name__)
 
 _FAILURES = (WorkerError, DeadlineError)  # of the ranks
+_NO_ROOM = "verify: there is no room for ComfyUI's own network beside the ranks, so nothing was compared"
 _REPORT_GRACE = 5.0  # seconds
 
 
@@ -274,11 +275,17 @@ class Sampling:
             if self._finite and not self.group.finite:
                 self._explain_nan(x, given)
             if self._to_compare(stream, (*kind[:-1], hung), x, shipped):
-                expected = self._own.for_once(on_host)
-                if report := self._audit.differs(self.group, result, expected, x, {"arguments": kind[1], "patches": hung}):
-                    self._left = report
-                    self._note(report)
-                    return expected
+                try:
+                    expected = self._own.for_once(on_host)
+                except comfy.model_management.OOM_EXCEPTION:
+                    self._note(_NO_ROOM)
+                else:
+                    if report := self._audit.differs(self.group, result, expected, x, {"arguments": kind[1], "patches": hung}):
+                        self._left = report
+                        self._note(report)
+                        return expected
+            elif self._audit.lacked_room:
+                self._note(_NO_ROOM)
             return give_back(options, result) if isinstance(result, tuple) else result
         except UnsupportedModelError as error:
             return by_host(f"this call cannot be split: {error}")

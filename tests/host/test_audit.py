@@ -95,3 +95,10 @@ def test_the_hosts_network_is_unloaded_again_and_random_numbers_are_as_before(mo
     assert count == 1
     assert not any(getattr(each.model, "model", None) is model.model for each in comfy.model_management.current_loaded_models)
     assert torch.equal(found, ksampler(model, sampler="euler_ancestral"))
+
+
+def test_without_room_nothing_is_compared_and_the_user_is_told(model, monkeypatch):
+    expected = ksampler(model)
+    monkeypatch.setattr("comfy.model_management.get_free_memory", lambda *_, **__: 2**20)
+    assert torch.equal(ksampler(attach(model, exact("first"))), expected)
+    assert last_run().verified == 0 and "no room for ComfyUI's own network" in last_run().notes[0]
