@@ -59,10 +59,7 @@ def foreign_classes(network: nn.Module) -> list[str]:
 
 
 class Watched:
-    """The code of a live network as it was at first, to see quickly in every call whether it still is.
-
-    Two thousand modules, as SDXL has, take half a millisecond.
-    """
+    """The code of a live network as it was at first, to see quickly in every call whether it still is."""
 
     def __init__(self, network: nn.Module) -> None:
         self._network, self._owners = network, _owners(network)

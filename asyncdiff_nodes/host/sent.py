@@ -1,6 +1,6 @@
 """What of a model's weights the ranks have been sent, and which of them have changed since, in place as well.
 
-Nobody announces such a change, and to read all of SDXL's weights takes half a second. So before each sampling every small
+Nobody announces such a change, and to read all weights of a large model takes too long. So before each sampling every small
 weight is looked at, and a sample of each large one; where a weight lies, and PyTorch's count of its changes, say more of those
 that have such a count. One that may only have been moved, as the host does to load a model and to unload it, is summed up before
 it is sent again.
