@@ -156,7 +156,7 @@ def _refuse_others(live: nn.Module, what: str, says: str, ours: dict[str, Any], 
 
 
 def description_of(patcher: ModelPatcher) -> tuple[Any, ...]:
-    """Equal as long as nobody changes the network of ``patcher``, but for its weights' values: what is compared with a skeleton."""
+    """Equal as long as nobody changes the network of ``patcher``, but for weights' values: what is compared with a skeleton."""
     live = patcher.model.diffusion_model
     shapes = _shapes(live) | {name: tuple(tensor.shape) for name, tensor in originals_of(patcher).items()}
     return _classes(live), shapes, functions_of(live), _settings(live)
