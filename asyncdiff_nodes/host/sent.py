@@ -25,8 +25,8 @@ from .animatediff import motion_models
 from .weights import PREFIX, loaded_as_patched, motion_prefix, net_prefix, unpatched
 
 _WHOLE = 2**13  # bytes up to which a weight is looked at as a whole,
-_ALL = 2**22  # as all are of a model that has no more than these
-_POINTS = 64  # elements that are looked at of a larger one
+_ALL = 2**25  # as all are of a model that has no more than these
+_POINTS = 128  # elements that are looked at of a larger one
 _PATCH = "\0patch"  # between the name of a weight and the number of a tensor among its patches
 
 _USUAL = (torch.Tensor, nn.Parameter)

@@ -101,4 +101,4 @@ def test_a_look_at_the_weights_of_sdxl_takes_milliseconds():
         changed = sent.changed(Sources.of(model, []))
         seconds.append(time.perf_counter() - begin)
         assert changed == (set(), set())
-    assert min(seconds) < 0.02
+    assert min(seconds) < 0.04
