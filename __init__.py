@@ -13,11 +13,11 @@ WEB_DIRECTORY = "./js"
 
 async def comfy_entrypoint():  # noqa: ANN201  (its class belongs to the host)
     """Called by ComfyUI to learn the pack's nodes."""
+    from asyncdiff_nodes.host.page.prompt_server import prompt_server
     from asyncdiff_nodes.nodes import AsyncDiffExtension
-    from asyncdiff_nodes.prompt_server import prompt_server
 
     if server := prompt_server():
-        from asyncdiff_nodes.routes import register
+        from asyncdiff_nodes.host.page.routes import register
 
         register(server)
     return AsyncDiffExtension()

@@ -1,4 +1,4 @@
-"""The engine's fast tests with each Python and PyTorch: ``nox``; ``python tools/compatibility.py`` keeps what they came to."""
+"""The engine's fast tests with each Python and PyTorch: ``nox``. tools/measure/compatibility.py keeps what they came to."""
 
 import nox
 

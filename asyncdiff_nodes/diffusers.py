@@ -24,9 +24,10 @@ from diffusers import (
 )
 from torch import nn
 
-from asyncdiff_nodes.engine import BlockTimes, NoiseLevels, Plan, RunStats, ScheduleError, WorkerGroup, better, pause
-from asyncdiff_nodes.engine.graph import tensors_of
 from asyncdiff_nodes.engine.inputs import Inputs
+from asyncdiff_nodes.engine.planning.graph import tensors_of
+
+from .engine import BlockTimes, NoiseLevels, Plan, RunStats, ScheduleError, WorkerGroup, better, pause
 
 _DPMPP_2M = {"algorithm_type": "dpmsolver++", "solver_order": 2}
 SCHEDULERS = {

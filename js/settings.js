@@ -1,6 +1,6 @@
 const REFRESH = { least: 0.1, most: 5, usual: 0.25 };
 
-/** What the user can choose under AsyncDiff; the server reads all but Refresh (asyncdiff_nodes/host/settings.py). */
+/** What the user can choose under AsyncDiff; the server reads all but Refresh (asyncdiff_nodes/host/page/settings.py). */
 export const SETTINGS = [
   {
     id: "AsyncDiff.Preset",

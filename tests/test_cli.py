@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from asyncdiff_nodes.cli import main, plans
+from asyncdiff_nodes.cli import main
+from asyncdiff_nodes.cli.commands import plans
 from asyncdiff_nodes.cli.subjects import find_subject
 from asyncdiff_nodes.cli.suite import suite
 from asyncdiff_nodes.cli.zoo import DEMOS, PUBLISHED_SPEEDUPS, find_model
 from asyncdiff_nodes.demo import DemoPipeline
-from asyncdiff_nodes.engine.clock import Link
+from asyncdiff_nodes.engine.planning.clock import Link
 
 
 def run(tmp_path, *argv):
@@ -222,11 +223,11 @@ def test_bench_measures_and_projects(tmp_path):
 @pytest.mark.slow
 def test_bench_runs_its_suite(tmp_path, monkeypatch, capsys):
     """With the demo model in place of the others, and fewer steps."""
-    monkeypatch.setattr("asyncdiff_nodes.cli.bench.measure_link", lambda devices: Link(1e-3, 1e9))
-    monkeypatch.setattr("asyncdiff_nodes.cli.bench.measure_round_trip", lambda devices: 5e-3)
+    monkeypatch.setattr("asyncdiff_nodes.cli.commands.bench.measure_link", lambda devices: Link(1e-3, 1e9))
+    monkeypatch.setattr("asyncdiff_nodes.cli.commands.bench.measure_round_trip", lambda devices: 5e-3)
     subjects = [replace(s, model="demo", size=32, steps=min(s.steps, 7)) for s in suite()]
     monkeypatch.setattr(
-        "asyncdiff_nodes.cli.bench.suite", lambda: (subjects[2], replace(subjects[4], plans=subjects[4].plans[-1:]))
+        "asyncdiff_nodes.cli.commands.bench.suite", lambda: (subjects[2], replace(subjects[4], plans=subjects[4].plans[-1:]))
     )
     status, result = run(tmp_path, "bench", "--suite")
     assert status == 0

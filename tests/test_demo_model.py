@@ -12,7 +12,7 @@ import torch
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT / "tools" / "demo_model"))
 
 import emoji_table  # noqa: E402
 from asyncdiff_nodes.demo import DemoPipeline  # noqa: E402

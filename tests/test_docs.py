@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT / "tools" / "measure"))
 
 import tables  # noqa: E402
 
@@ -15,4 +15,4 @@ import tables  # noqa: E402
 def test_tables_are_those_of_the_data(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     assert tables.MARKED.search(text), "no table is marked"
-    assert tables.filled(text) == text, "run python tools/tables.py"
+    assert tables.filled(text) == text, "run python tools/measure/tables.py"

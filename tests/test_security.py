@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = [ROOT / "__init__.py", *sorted((ROOT / "asyncdiff_nodes").rglob("*.py"))]
 # where bytes may become objects: from pipes that our own processes inherited, in both directions
-UNPICKLES = {"engine/wire.py", "engine/worker.py"}
+UNPICKLES = {"engine/wire.py", "engine/rank/worker.py"}
 # where objects become bytes only: a model's skeleton, and what is handed to Ray, which unpickles on its own channels
-PICKLES = {"engine/group.py", "cluster/messages.py"}
+PICKLES = {"engine/parent/group.py", "cluster/messages.py"}
 # the command line starts ComfyUI, asks its Python for its version, and asks git for the commit
 STARTS = {"cli/comfyui.py", "cli/report.py"}
 
@@ -59,8 +59,10 @@ def test_nothing_is_executed_downloaded_or_unpickled(path):
 def test_the_two_places_that_unpickle_read_their_own_pipes():
     """A skeleton is part of the first message of such a pipe."""
     found = {name_of(path): calls(path).count("pickle.loads") for path in SHIPPED if "pickle.loads" in calls(path)}
-    assert found == {"engine/wire.py": 1, "engine/worker.py": 2}
-    wire, worker = ((ROOT / "asyncdiff_nodes" / name).read_text(encoding="utf-8") for name in sorted(UNPICKLES))
+    assert found == {"engine/wire.py": 1, "engine/rank/worker.py": 2}
+    wire, worker = (
+        (ROOT / "asyncdiff_nodes" / name).read_text(encoding="utf-8") for name in ("engine/wire.py", "engine/rank/worker.py")
+    )
     assert "pickle.loads((yield from _header(conn, wait)))" in wire
     assert set(re.findall(r"pickle\.loads\((.*?)\)", worker)) == {"boot.skeleton", "self._boot.skeleton"}
 
@@ -75,7 +77,7 @@ def test_ray_is_imported_where_a_cluster_is_asked_for_and_nowhere_else():
 
 def test_routes_open_no_file():
     """What a request says is never a path."""
-    path = ROOT / "asyncdiff_nodes" / "routes.py"
+    path = ROOT / "asyncdiff_nodes" / "host" / "page" / "routes.py"
     text = path.read_text(encoding="utf-8")
     assert not [
         call for call in calls(path) if call.rpartition(".")[2] in ("open", "Path", "read_text", "read_bytes", "FileResponse")

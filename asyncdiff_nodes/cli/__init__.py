@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             name, help=summary, description=summary[0].upper() + summary[1:] + ".",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )  # fmt: skip
-        module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+        module = importlib.import_module(f"{__name__}.commands.{name.replace('-', '_')}")
         module.add_arguments(command)
         command.add_argument("--json", metavar="FILE", default=None, help="also write the numbers to FILE")
         command.set_defaults(run=module.run)

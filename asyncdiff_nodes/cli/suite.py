@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from asyncdiff_nodes.engine import DeviceError, Plan, find_family
-from asyncdiff_nodes.engine.clock import Costs
+from asyncdiff_nodes.engine.planning.clock import Costs
 
 from .baseline import Baseline
 from .measure import Bench, Setting

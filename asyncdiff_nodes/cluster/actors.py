@@ -20,8 +20,8 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from asyncdiff_nodes.engine.errors import WorkerError
-from asyncdiff_nodes.engine.ranks import POLL, Message, Ranks
-from asyncdiff_nodes.engine.transport import Place
+from asyncdiff_nodes.engine.parent.ranks import POLL, Message, Ranks
+from asyncdiff_nodes.engine.rank.transport import Place
 
 from .devices import connect, on_cpu
 from .messages import Parcel

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from asyncdiff_nodes.engine import wire
-from asyncdiff_nodes.engine.graph import TensorMeta
+from asyncdiff_nodes.engine.planning.graph import TensorMeta
 
 
 class Parcel:

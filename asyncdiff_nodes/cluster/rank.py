@@ -13,8 +13,8 @@ import ray
 import torch
 import torch.distributed as dist
 
-from asyncdiff_nodes.engine.transport import Place
-from asyncdiff_nodes.engine.worker import Rank, last_words
+from asyncdiff_nodes.engine.rank.transport import Place
+from asyncdiff_nodes.engine.rank.worker import Rank, last_words
 
 from .messages import Parcel
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from .pipeline import WEIGHTS, DemoPipeline
 
-TRAINING_SET = WEIGHTS / "training_features.safetensors"  # written by tools/demo_features.py
+TRAINING_SET = WEIGHTS / "training_features.safetensors"  # written by tools/demo_model/features.py
 
 
 _extractor = cache(DemoPipeline.load)

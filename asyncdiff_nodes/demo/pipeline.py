@@ -68,7 +68,7 @@ class DemoPipeline:
         if missing:
             raise FileNotFoundError(
                 f"folder: {str(folder)!r} lacks {', '.join(missing)}; give a complete weights folder, such as the one in the "
-                "project's repository, or make one with `python tools/train_demo_model.py --export`"
+                "project's repository, or make one with `python tools/demo_model/train.py --export`"
             )
         loaded = DENOISERS[denoiser].from_pretrained(
             folder / denoiser, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True

@@ -6,7 +6,16 @@
 ...     noise = group(sample, t, encoder_hidden_states=emb, return_dict=False)[0]
 """
 
-from .balance import BlockTimes, better, pause, slowest
+from asyncdiff_nodes.engine.parent.group import WorkerGroup
+from asyncdiff_nodes.engine.parent.spawning import IdleWorkers
+from asyncdiff_nodes.engine.planning.balance import BlockTimes, better, pause, slowest
+from asyncdiff_nodes.engine.planning.family import Family, find_family
+from asyncdiff_nodes.engine.planning.graph import Block, BlockGraph, meta_copy, trace
+from asyncdiff_nodes.engine.planning.lookahead import NoiseLevels
+from asyncdiff_nodes.engine.planning.plan import Placement, Plan, place
+from asyncdiff_nodes.engine.planning.profile import block_seconds
+from asyncdiff_nodes.engine.planning.schedule import Call, Kind, call_at
+
 from .errors import (
     AsyncDiffError,
     DeadlineError,
@@ -18,15 +27,7 @@ from .errors import (
     UnsupportedModelError,
     WorkerError,
 )
-from .family import Family, find_family
-from .graph import Block, BlockGraph, meta_copy, trace
-from .group import WorkerGroup
-from .lookahead import NoiseLevels
-from .plan import Placement, Plan, place
-from .profile import block_seconds
-from .schedule import Call, Kind, call_at
 from .simulator import Simulator
-from .spawning import IdleWorkers
 from .telemetry import CallRecord, RankReport, RunStats
 
 __all__ = [

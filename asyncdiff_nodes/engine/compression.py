@@ -15,7 +15,8 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import pad
 
-from .graph import TensorMeta
+from asyncdiff_nodes.engine.planning.graph import TensorMeta
+
 from .wire import empty, flat
 
 COMPRESSIONS = ("none", "half", "int8")

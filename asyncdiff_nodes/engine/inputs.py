@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from asyncdiff_nodes.engine.planning.graph import TensorMeta
+
 from . import wire
 from .batch import sample_of
-from .graph import TensorMeta
 from .trees import flatten, unflatten
 
 _ALONE = 2**15  # elements up to which PyTorch works in the calling thread only

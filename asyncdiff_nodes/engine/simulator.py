@@ -15,15 +15,16 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from asyncdiff_nodes.engine.planning.family import Family, find_family
+from asyncdiff_nodes.engine.planning.graph import TensorMeta, meta_copy, trace
+from asyncdiff_nodes.engine.planning.lookahead import NoiseLevels, Outlook
+from asyncdiff_nodes.engine.planning.plan import Placement, Plan, place
+from asyncdiff_nodes.engine.planning.schedule import Kind, call_at, calls_ahead
+from asyncdiff_nodes.engine.rank.stub import shift, value_for
+
 from .batch import concatenated, sample_of
 from .compression import Decoder, Encoder
-from .family import Family, find_family
-from .graph import TensorMeta, meta_copy, trace
 from .inputs import Inputs, join
-from .lookahead import NoiseLevels, Outlook
-from .plan import Placement, Plan, place
-from .schedule import Kind, call_at, calls_ahead
-from .stub import shift, value_for
 from .trees import flatten, unflatten
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .graph import TensorMeta
+from asyncdiff_nodes.engine.planning.graph import TensorMeta
 
 _POSIX = os.name == "posix"
 _LENGTH = struct.Struct("!Q")  # of the header, before it

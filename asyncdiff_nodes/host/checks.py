@@ -11,8 +11,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from asyncdiff_nodes.engine import AsyncDiffError
+from asyncdiff_nodes.host.routing.options import Options
 
-from .options import Options
 from .values import number, shown, whole
 
 _NUMBERS: dict[str, tuple[Callable[[Any], Any], str]] = {"INT": (whole, "a whole number"), "FLOAT": (number, "a number")}

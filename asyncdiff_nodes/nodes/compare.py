@@ -41,7 +41,7 @@ class AsyncDiffCompare(io.ComfyNode):
     def execute(cls, model: Any, options: Any = None, vae: Any = None, **inputs: Any) -> io.NodeOutput:
         """Both latents, and the text on the node as well."""
         from asyncdiff_nodes.host.checks import checked
-        from asyncdiff_nodes.host.compare import compare
+        from asyncdiff_nodes.host.routing.compare import compare
 
         routed, usual, text = compare(**checked(cls, model=model, options=options, vae=vae, **inputs))
         return io.NodeOutput(routed, usual, text, ui=ui.PreviewText(text))

@@ -27,7 +27,7 @@ class ReadsSettings(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> str:
         """Another one after a change of the settings: the host then runs the node again."""
-        from asyncdiff_nodes.host.settings import fingerprint
+        from asyncdiff_nodes.host.page.settings import fingerprint
 
         return fingerprint()
 
@@ -57,7 +57,7 @@ class AsyncDiffModel(ReadsSettings):
     def execute(cls, model: Any, options: Any = None) -> io.NodeOutput:
         """Attach the hooks to a clone."""
         from asyncdiff_nodes.host.checks import checked
-        from asyncdiff_nodes.host.route import attach
+        from asyncdiff_nodes.host.routing.hooks import attach
 
         checked(cls, model=model, options=options)
         return io.NodeOutput(attach(model, options))
@@ -221,7 +221,7 @@ class AsyncDiffOptions(ReadsSettings):
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
         """Check them here, so that an error points to this node."""
-        from asyncdiff_nodes.host.options import OneDeviceError, Options
+        from asyncdiff_nodes.host.routing.options import OneDeviceError, Options
 
         options = Options(**widgets)
         with contextlib.suppress(OneDeviceError):  # the sampler says so, and is the host's own

@@ -35,8 +35,8 @@ class AsyncDiffReport(io.ComfyNode):
     def execute(cls, latent: Any) -> io.NodeOutput:
         """Text and timeline of the last run."""
         from asyncdiff_nodes.host.checks import checked
-        from asyncdiff_nodes.host.report import last_run
-        from asyncdiff_nodes.host.timeline import timeline
+        from asyncdiff_nodes.host.page.report import last_run
+        from asyncdiff_nodes.host.page.timeline import timeline
 
         checked(cls, latent=latent)
         record = last_run()

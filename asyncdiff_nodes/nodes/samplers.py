@@ -51,7 +51,7 @@ def _model_input() -> io.Input:
 def _routed(node: type[io.ComfyNode], **inputs: Any) -> dict[str, Any]:
     """Inputs of the host's node, checked, from those of ``node``: its model is denoised by all devices."""
     from asyncdiff_nodes.host.checks import checked
-    from asyncdiff_nodes.host.route import attach
+    from asyncdiff_nodes.host.routing.hooks import attach
 
     inputs = checked(node, **inputs)
     options = inputs.pop("options")

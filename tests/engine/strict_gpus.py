@@ -44,7 +44,7 @@ def synchronize(*_):
 
 def prepare():
     """In a rank, before its links are there."""
-    from asyncdiff_nodes.engine import transport
+    from asyncdiff_nodes.engine.rank import transport
 
     if not LINKS:  # else the process has been a rank before
         open_link = transport._open_link

@@ -8,7 +8,7 @@ import torch
 
 import toys
 from asyncdiff_nodes.engine import NoiseLevels, Plan, Simulator
-from asyncdiff_nodes.engine.lookahead import Outlook
+from asyncdiff_nodes.engine.planning.lookahead import Outlook
 from reuse import running
 from toys import TOY, ToyBlock
 

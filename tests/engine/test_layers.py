@@ -38,8 +38,8 @@ def test_importing_the_engine_imports_nothing_else_and_starts_nothing():
 def test_a_worker_imports_no_other_layer_and_not_torch_s_compiler():
     """The compiler would double the time that a group takes to start."""
     out = run(
-        "import sys, asyncdiff_nodes.engine.worker\n"
-        "from asyncdiff_nodes.engine import backends\n"
+        "import sys, asyncdiff_nodes.engine.rank.worker\n"
+        "from asyncdiff_nodes.engine.rank import backends\n"
         "backends.restore(backends.snapshot())\n"
         "print(*sys.modules)\n"
     )
@@ -52,7 +52,7 @@ def test_a_worker_imports_no_other_layer_and_not_torch_s_compiler():
 def test_every_numerical_setting_survives_the_way_to_a_worker():
     out = run(
         "import torch\n"
-        "from asyncdiff_nodes.engine import backends\n"
+        "from asyncdiff_nodes.engine.rank import backends\n"
         "original = backends.snapshot()\n"
         "torch.set_float32_matmul_precision('high')\n"
         "torch.use_deterministic_algorithms(True, warn_only=True)\n"
@@ -86,7 +86,7 @@ def test_settings_of_float32_by_kind_of_layer(name):
     """Once one of them was used, the older settings cannot be read any more."""
     run(
         "import torch\n"
-        "from asyncdiff_nodes.engine import backends\n"
+        "from asyncdiff_nodes.engine.rank import backends\n"
         "original = backends.snapshot()\n"
         f"torch.backends.{name} = 'tf32'\n"
         "changed = backends.snapshot()\n"

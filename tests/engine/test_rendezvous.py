@@ -11,8 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from asyncdiff_nodes.engine import wire
+from asyncdiff_nodes.engine.rank.transport import Place, Transport
 from asyncdiff_nodes.engine.rendezvous import PipeStore, open_store
-from asyncdiff_nodes.engine.transport import Place, Transport
 
 
 def store():

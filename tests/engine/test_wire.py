@@ -9,7 +9,7 @@ import torch
 import torch.multiprocessing as mp
 
 from asyncdiff_nodes.engine import wire
-from asyncdiff_nodes.engine.outbox import Outbox
+from asyncdiff_nodes.engine.parent.outbox import Outbox
 
 TENSORS = [
     torch.arange(3_000_000, dtype=torch.float32),  # more than any pipe holds

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from asyncdiff_nodes.engine import Family, Plan
-from asyncdiff_nodes.engine.family import HiddenStates
+from asyncdiff_nodes.engine.planning.family import HiddenStates
 
 
 class ToyBlock(nn.Module):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HOST = os.environ.get("ASYNCDIFF_HOST_UNDER_TEST")  # set by run.py
 
 if HOST is None:
-    collect_ignore_glob = ["test_*.py"]
+    collect_ignore_glob = ["*.py"]
 else:
     sys.path[:0] = [HOST, str(ROOT)]
     import comfy.options  # noqa: F401  (before the flags, so that pytest's own command line is not parsed)
@@ -36,7 +36,7 @@ else:
 @pytest.fixture(scope="session")
 def sd15():
     """One model for the tests that do not care which, so that they share its ranks."""
-    import small
+    from helpers import small
 
     return small.model("sd15", seed=9)
 
@@ -44,7 +44,7 @@ def sd15():
 @pytest.fixture(scope="session")
 def prompts():
     """Positive and negative CONDITIONING for ``sd15``."""
-    import small
+    from helpers import small
 
     return small.conditioning("sd15", 1), small.conditioning("sd15", 2)
 
@@ -54,7 +54,7 @@ def cuts_by_macs(request, monkeypatch, tmp_path):
     """Pictures depend on cuts: these follow what was measured only in tests that ask for it, and nothing is kept for others."""
     import folder_paths
 
-    from asyncdiff_nodes.host.balance import Balance
+    from asyncdiff_nodes.host.workers.block_times import Balance
 
     monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path))
     if "measured" not in request.fixturenames:
@@ -68,6 +68,6 @@ def host_rules():
     torch.set_num_threads(1)
     with torch.inference_mode():
         yield
-    from asyncdiff_nodes.host.pool import POOL
+    from asyncdiff_nodes.host.workers.pool import POOL
 
     POOL.release()

@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from asyncdiff_nodes.engine import AsyncDiffError
-from asyncdiff_nodes.host.options import Options
-from asyncdiff_nodes.host.route import attach
+from asyncdiff_nodes.host.routing.hooks import attach
+from asyncdiff_nodes.host.routing.options import Options
 
 DEVICES = st.lists(st.sampled_from(["cpu", "cuda:0", "cuda:99", "cpu:1", "meta", "auto", "mps", "-1", "ü", ""]), max_size=4)
 WIDGETS = {

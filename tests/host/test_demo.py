@@ -26,7 +26,7 @@ GOLDEN = Path(__file__).parent / "goldens" / "demo_unet.safetensors"
 
 @pytest.fixture(scope="module")
 def golden():
-    """Tensors and the settings of the run, as tools/export_host_golden.py describes them."""
+    """Tensors and the settings of the run, as tools/demo_model/export_host_golden.py describes them."""
     with safe_open(GOLDEN, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()} | json.loads(file.metadata()["run"])  # noqa: SIM118
 

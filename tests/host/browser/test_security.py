@@ -7,7 +7,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from serving import Page, options, routed_only
+
+from helpers.serving import Page, options, routed_only
 
 SEGMENTS = options("Custom", segments=2)
 

@@ -10,12 +10,12 @@ import time
 import urllib.request
 from pathlib import Path
 
-import checkpoints
 import pytest
 from frontend import PACK_FOLDER
 from PIL import Image, ImageChops
 
 from asyncdiff_nodes.cli.comfyui import to_prompt
+from helpers import checkpoints
 
 WORKFLOWS = {path.stem: path for path in sorted(checkpoints.WORKFLOWS.glob("*.json"))}
 DEMO = "asyncdiff_demo"  # its model comes with the pack; it is run by the test of its PNG

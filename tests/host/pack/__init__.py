@@ -12,7 +12,7 @@ _TESTS = str(Path(__file__).resolve().parent.parent)
 if _TESTS not in sys.path:
     sys.path.append(_TESTS)
 
-import small  # noqa: E402
+from helpers import small  # noqa: E402
 
 CATEGORY = "AsyncDiff/tests"
 

@@ -1,0 +1,501 @@
+"""The worker group: a model split over processes, called like the model itself."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from asyncdiff_nodes.engine import wire
+from asyncdiff_nodes.engine.batch import concatenated, sample_of
+from asyncdiff_nodes.engine.devices import on_cluster, resolve_devices
+from asyncdiff_nodes.engine.errors import DeviceError, PlanError, ScheduleError, UnsupportedModelError
+from asyncdiff_nodes.engine.inputs import Held, Inputs, on_cpu
+from asyncdiff_nodes.engine.planning.family import Family, find_family
+from asyncdiff_nodes.engine.planning.graph import BlockGraph, meta_copy, tensors_of, trace
+from asyncdiff_nodes.engine.planning.lookahead import NoiseLevels
+from asyncdiff_nodes.engine.planning.plan import PER_RUN, Placement, Plan, place
+from asyncdiff_nodes.engine.planning.schedule import Kind
+from asyncdiff_nodes.engine.rank import backends
+from asyncdiff_nodes.engine.rank.worker import Boot
+from asyncdiff_nodes.engine.telemetry import CallRecord, RunStats
+from asyncdiff_nodes.engine.trees import unflatten
+
+from .calls import Run, Stream
+from .processes import Processes
+from .ranks import Ranks
+from .shares import holders, shares
+from .spawning import IdleWorkers
+
+
+class WorkerGroup:
+    """``module`` split over worker processes as ``plan`` says; call it with the arguments of ``module.forward``.
+
+    Args:
+        module: the model, in evaluation mode, on any device. It is not changed, and its weights may be freed afterwards.
+            If ``weights`` are given, only its structure counts, and it may be on the meta device.
+        plan: how to split; ``Plan()`` is two segments at automatic cuts.
+        devices: one device string per rank, ``plan.world_size`` of them, one branch after the other; a device may be named
+            repeatedly. Those of a Ray cluster are named as in :mod:`asyncdiff_nodes.cluster`.
+        threads_per_rank: intra-op threads of a rank; ``None`` shares the parent's threads among the ranks.
+        speeds: relative speed of each device, for automatic cuts.
+        costs: cost of each block, for automatic cuts; see :func:`~.plan.place`.
+        estimate: called with the block graph; returns ``costs``, ``speeds`` and ``pause`` for :func:`~.plan.place`, or None.
+        room: bytes of weights that each device can hold; see :func:`~.plan.place`.
+        family: how to split this kind of model; found by its class if ``None``.
+        example_inputs: ``(args, kwargs)`` of a typical call, for automatic cuts; the family's own if ``None``.
+        weights: name and value of every parameter and buffer, in place of the module's own; each is read once, when it is sent.
+        compile: arguments of ``torch.compile`` for the blocks of each rank, which are then compiled in its first calls, each for
+            itself; without CUDA graphs, whose outputs the next call overwrites. Results then differ by rounding.
+        prepare: picklable; called in every rank before the model's classes are imported.
+        on_placed: called with the placement before anything is on the devices, for example to make room there.
+        start_timeout, call_timeout: seconds until all ranks must be ready, and until a call must be answered.
+        idle: processes that other groups released; those for these devices are taken.
+        poll: called again and again while waiting; what it raises interrupts the call, after which ``begin`` starts afresh.
+
+    Attributes:
+        finite: whether all results of this run so far were without NaN and infinity.
+        bandwidth: bytes per second of the slowest link between two machines, measured when it was opened, for
+            :func:`~.balance.better`; infinite on one machine.
+
+    Raises:
+        PlanError, DeviceError, UnsupportedModelError: see their messages.
+        WorkerError, DeadlineError: the group did not start.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        plan: Plan | None = None,
+        devices: Sequence[str | torch.device] = ("cpu", "cpu"),
+        *,
+        threads_per_rank: int | None = None,
+        speeds: Sequence[float] | None = None,
+        costs: Sequence[float] | None = None,
+        estimate: Callable[[BlockGraph], tuple[Sequence[float], Sequence[float], float] | None] | None = None,
+        room: Sequence[float] | None = None,
+        family: Family | None = None,
+        example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+        weights: Iterable[tuple[str, torch.Tensor]] | None = None,
+        compile: Mapping[str, Any] | None = None,
+        prepare: Callable[[], None] | None = None,
+        on_placed: Callable[[Placement], None] | None = None,
+        start_timeout: float = 300.0,
+        call_timeout: float = 300.0,
+        idle: IdleWorkers | None = None,
+        poll: Callable[[], None] | None = None,
+    ) -> None:
+        plan = plan or Plan()
+        self.devices = resolve_devices(devices)
+        if len(self.devices) != plan.world_size:
+            raise DeviceError(
+                f"{len(self.devices)} devices for segments={plan.segments}, stride={plan.stride}, branches={plan.branches}: "
+                f"name branches * (segments + stride - 1) = {plan.world_size} devices"
+            )
+        whole = isinstance(threads_per_rank, int) and not isinstance(threads_per_rank, bool)
+        if threads_per_rank is not None and (not whole or threads_per_rank < 1):
+            raise DeviceError(f"threads_per_rank={threads_per_rank!r}: give a whole number of 1 or more, or None")
+        if weights is None:
+            weights = tensors_of(module)
+            if empty := next((name for name, tensor in tensors_of(module) if tensor.is_meta), None):
+                raise UnsupportedModelError(f"weight {empty} is on the meta device: load the model before splitting it")
+        self.plan = plan
+        self.family = family or find_family(module)
+        self._skeleton = meta_copy(module)
+        skeleton = _pickled(self._skeleton)
+        self._graphs: dict[Any, BlockGraph] = {}
+        self._run = Run(0, plan)
+        self._held = [Held() for _ in range(plan.world_size)]
+        # all by branch and stream
+        self._streams: dict[tuple[int, Hashable], Stream] = {}
+        self._last: dict[tuple[int, Hashable], Any] = {}  # the last result
+        self._results: dict[tuple[int, Hashable, int], Any] = {}
+        self.finite = True
+        self._records: deque[CallRecord] = deque(maxlen=20_000)
+        self._on_record: Callable[[CallRecord], None] | None = None
+        self._call_timeout = call_timeout
+        self.bandwidth = math.inf
+
+        ranks = _start(self.devices, poll, idle)  # they import for seconds, during what follows
+        self._ranks = ranks
+        self._finalizer = weakref.finalize(self, ranks.close)
+        try:
+            args, kwargs = example_inputs or self.family.example_inputs(self._skeleton, None, 2)
+            graph = trace(self._skeleton, self.family, *self.family.parts(args, kwargs, plan.branches)[0])
+            costs, speeds, pause = (estimate and estimate(graph)) or (costs, speeds, 0.0)
+            self.placement: Placement = place(graph, plan, speeds, costs, pause, room)
+            if on_placed is not None:
+                on_placed(self.placement)
+            threads = threads_per_rank or max(1, torch.get_num_threads() // plan.world_size)
+            deadline = time.monotonic() + start_timeout
+            self._boot(skeleton, compile, prepare, threads, deadline)
+            self._send_weights(weights, deadline)
+            self._connect(deadline)
+        except BaseException:
+            ranks.close(grace=0)  # ranks that are still importing would not hear a polite word
+            raise
+
+    # -- use ---------------------------------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        timesteps: Sequence[float] | torch.Tensor | None = None,
+        plan: Plan | None = None,
+        on_record: Callable[[CallRecord], None] | None = None,
+        levels: NoiseLevels | None = None,
+    ) -> None:
+        """Start a new denoising run: every stream starts over with its warm-up.
+
+        Args:
+            timesteps: [T], the timestep of every call of a stream, in order. Needed for stride > 1, and to work ahead
+                (``forecast=1``): a call that does not follow it is then refused. A stream may begin at any of them.
+            plan: the plan of this run, if not the group's. Warm-up, cool-down, time shift and micro-batches may differ, and the
+                stride may be smaller (the ranks that it does not need then only listen), and so may the forecast; blocks stay
+                where they are.
+            on_record: called with each rank's record of each call of this run, in the thread of the caller, while it waits.
+            levels: noise of every call, by which expected inputs are exacter than by the number of the call.
+
+        Raises:
+            PlanError: the plan needs other ranks than the group has.
+            ScheduleError: no timesteps, or levels of another number of calls.
+        """
+        plan = plan or self.plan
+        own = self.plan
+        mine = {name: getattr(plan, name) for name in (*PER_RUN, "stride", "forecast")}
+        placed = replace(own, **mine, cuts=plan.cuts and own.cuts)
+        if placed != plan or plan.stride > own.stride or plan.forecast > own.forecast:
+            raise PlanError(
+                f"{plan} does not fit a group that was started with {own}: warm-up, cool-down, time shift and "
+                "micro-batches may differ, stride and forecast may be lower"
+            )
+        if isinstance(timesteps, torch.Tensor):
+            timesteps = timesteps.detach().flatten().tolist()
+        if timesteps is not None and not len(timesteps):
+            raise ScheduleError("begin: timesteps is empty; give the timestep of every call, or None")
+        if levels is not None and (timesteps is None or len(levels.sigmas) != len(timesteps)):
+            raise ScheduleError("begin: levels must be given for the same calls as timesteps")
+        needed = plan.stride > 1 or (
+            plan.segments > 1 and (plan.forecast or plan.cooldown) and plan.warmup < len(timesteps or ())
+        )
+        if not needed:
+            timesteps = levels = None  # each call brings all that it needs: the caller need not follow any schedule
+        self._run = Run(
+            self._run.number + 1, plan.at(levels), None if timesteps is None else tuple(map(float, timesteps)), levels
+        )
+        self._on_record = on_record
+        self._start_run()
+
+    def _start_run(self) -> None:
+        self._streams.clear()
+        for held in self._held:
+            held.reset()
+        self._last.clear()
+        self._results.clear()
+        self._records.clear()
+        self.finite = True
+        self._send_all(("reset", self._run.number, backends.snapshot()), time.monotonic() + self._call_timeout)
+
+    def __call__(self, *args: Any, stream: Hashable = None, **kwargs: Any) -> Any:
+        """One call of the model, routed.
+
+        Args:
+            stream: which conditioning batch this is; each stream has its own caches and call count. Everything else is passed
+                to ``module.forward``; parameters among that are taken to be constant, so that each is sent once to the ranks that
+                look at it. With several branches the batch is divided among them; what cannot be divided is the
+                first one's.
+
+        Returns:
+            What the model's forward returns, tensors on the device of the first tensor argument.
+
+        Raises:
+            ScheduleError, InputChangedError, WorkerError, DeadlineError, GroupClosedError: see their messages.
+            UnsupportedModelError: within ``torch.autocast``, or a forward that cannot be traced with these arguments.
+        """
+        parts = [Inputs.take(*part, self.family.timestep) for part in self.family.parts(args, kwargs, self.plan.branches)]
+        device = parts[0].device
+        if torch.is_autocast_enabled(device.type):
+            raise UnsupportedModelError("torch.autocast does not reach the ranks: convert the model to another dtype instead")
+        parts = on_cpu(parts)
+        streams = [self._stream(branch, stream, inputs) for branch, inputs in enumerate(parts)]
+        calls = [state.next(inputs) for state, inputs in zip(streams, parts, strict=True)]
+        deadline = time.monotonic() + self._call_timeout
+        for branch, (state, call, inputs) in enumerate(zip(streams, calls, parts, strict=True)):
+            first = branch * self.plan.branch_size
+            messages = state.messages(call, inputs, self.plan.branch_size)
+            self._send(((first + rank, ("call", message), tensors) for rank, message, tensors in messages), deadline)
+        for branch, call in enumerate(calls):
+            if call.kind is not Kind.REPEATED:
+                self._last[branch, stream] = self._result((branch, stream, call.index), deadline)
+        results = [self._last[branch, stream] for branch in range(len(parts))]
+        self.finite = self.finite and all(finite for _, _, finite in results)
+        again = self._run.plan.stride > 1  # it may be, and a caller may change it in place
+        leaves = [leaf.to(device, copy=again) for leaf in concatenated([leaves for leaves, _, _ in results])]
+        return unflatten(leaves, results[0][1])
+
+    def tidy(self) -> None:
+        """The run is over: the ranks keep nothing of it, and give back what memory of their devices they do not need.
+
+        What is called before the next :meth:`begin` starts over with a warm-up.
+        """
+        self._streams.clear()
+        self._last.clear()
+        self._results.clear()
+        self._send_all(("tidy",), time.monotonic() + self._call_timeout)
+
+    def forget(self, stream: Hashable) -> None:
+        """Free what is kept of a stream that will not be called again in this run."""
+        for branch in range(self.plan.branches):
+            self._streams.pop((branch, stream), None)
+            self._last.pop((branch, stream), None)
+        self._results = {key: result for key, result in self._results.items() if key[1] != stream}
+        self._send_all(("forget", stream), time.monotonic() + self._call_timeout)
+
+    def origin_of_nan(self, *args: Any, **kwargs: Any) -> str | None:
+        """The first block that makes NaN or infinity of finite input, if this call is computed synchronously; None if none does.
+
+        It is a run of its own: :meth:`begin` starts the next.
+        """
+        self._run = Run(self._run.number + 1, replace(self.plan, warmup=1, stride=1, forecast=0, cooldown=0), checked=True)
+        self._on_record = None  # of no interest to whoever follows the run
+        self._start_run()
+        self(*args, **kwargs)
+        found = {name for rank in self.stats().ranks for record in rank.records for name in record.not_finite}
+        return next((name for name in self.placement.graph.names if name in found), None)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace weights in the ranks; later calls use the new ones. If this fails half-way, the group is closed.
+
+        Args:
+            weights: names and values; each is read once, when it is sent.
+        """
+        try:
+            self._send_weights(weights, time.monotonic() + self._call_timeout)
+        except BaseException:
+            self._ranks.close(grace=0)  # a polite word would wait behind the weights
+            raise
+
+    def move(self, placement: Placement, weights: Callable[[frozenset[str]], Iterable[tuple[str, torch.Tensor]]]) -> None:
+        """Place the blocks anew in the running ranks, between runs or in mid-run. If this fails half-way, the group is closed.
+
+        The next call of each stream is synchronous, with stride > 1 up to the end of its batch: caches start over.
+
+        Args:
+            placement: for this group's plan; see :func:`~.balance.better`.
+            weights: called with the names of those that a rank lacks from now on; yields their names and values.
+
+        Raises:
+            PlanError: the placement is one of another model or plan.
+        """
+        ours, theirs = self.placement.graph, placement.graph
+        if placement.plan != self.plan or (ours.names, ours.edges) != (theirs.names, theirs.edges):
+            raise PlanError("move: the placement is for another model or plan than this group's")
+        deadline = time.monotonic() + self._call_timeout
+        names = [name for name, _ in tensors_of(self._skeleton)]
+        before = {name: holders(self.placement, name) for name in names}
+        try:
+            self.placement = placement
+            self._send(((own.rank, ("move", own), ()) for own in shares(placement)), deadline)
+            lacking = {name: segments for name in names if (segments := holders(self.placement, name) - before[name])}
+            self._send_weights(weights(frozenset(lacking)), deadline, lacking)
+            self._connect(deadline)
+        except BaseException:
+            self._ranks.close(grace=0)
+            raise
+        self._results.clear()
+        for stream in self._streams.values():
+            stream.move(placement)
+
+    def stats(self, timeout: float | None = None) -> RunStats:
+        """Telemetry of the last run, from all ranks, once they are done with it.
+
+        Args:
+            timeout: seconds; by default those of a call.
+
+        Raises:
+            WorkerError, DeadlineError: as for a call.
+        """
+        deadline = time.monotonic() + (self._call_timeout if timeout is None else timeout)
+        token = object.__hash__(object())
+        for rank in range(self.plan.world_size):
+            self._ranks.send(rank, ("report", token), deadline=deadline)
+        reports: dict[int, Any] = {}
+        while len(reports) < self.plan.world_size:
+            rank, header, tensors = self._ranks.next_message(deadline, "the telemetry of the ranks")
+            if header[0] == "report":
+                if header[1] == token:
+                    reports[rank] = header[2]
+            else:
+                self._accept(rank, header, tensors)
+        # of the branches that the first stream was divided among
+        first = next((stream for _, stream in self._streams), None)
+        graphs = [state.graph for (_, stream), state in self._streams.items() if stream == first] or [self.placement.graph]
+        plan = replace(self.plan, compression=self._run.plan.compression)
+        planned = sum(Placement(graph, plan, self.placement.starts).bytes_per_call for graph in graphs)
+        return RunStats(planned, tuple(reports[rank].having(self._records) for rank in sorted(reports)))
+
+    def close(self) -> None:
+        """End all ranks. Safe to call again."""
+        self._finalizer()
+
+    def release(self) -> IdleWorkers:
+        """As :meth:`close`, but the ranks' processes live on without the model, for groups to come: these start sooner."""
+        return self._ranks.release()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the group was closed or has failed."""
+        return self._ranks.closed
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the ranks."""
+        return self._ranks.pids
+
+    def __enter__(self) -> WorkerGroup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- start -------------------------------------------------------------------------------------------------------
+
+    def _boot(
+        self,
+        skeleton: bytes,
+        compile: Mapping[str, Any] | None,
+        prepare: Callable[[], None] | None,
+        threads: int,
+        deadline: float,
+    ) -> None:
+        places, rendezvous = self._ranks.meet(deadline)
+        for share in shares(self.placement):
+            boot = Boot(
+                share=share,
+                places=places,
+                rendezvous=rendezvous,
+                skeleton=skeleton,
+                compile=compile,
+                prepare=prepare,
+                threads=threads,
+                timestep=self.family.timestep,
+                sample=self.family.sample,
+                divide=self.family.divide,
+                timeout=self._call_timeout,
+                replicated_bytes=self.placement.graph.glue_bytes,
+            )
+            self._ranks.send(share.rank, boot, deadline=deadline)
+        self._send_all(("reset", self._run.number, backends.snapshot()), deadline)
+
+    def _send_weights(
+        self, weights: Iterable[tuple[str, torch.Tensor]], deadline: float, lacking: Mapping[str, set[int]] | None = None
+    ) -> None:
+        """One at a time, so that no more than a few are ever in memory twice; if ``lacking`` is given, only to these segments."""
+        for name, tensor in weights:
+            self._ranks.look(deadline, "the ranks to take all weights")
+            segments = holders(self.placement, name) if lacking is None else lacking.get(name, set())
+            tensor = wire.dense_on_cpu(tensor)
+            for rank in range(self.plan.world_size):
+                if self.plan.segment_of_rank(rank) in segments:
+                    self._ranks.send(rank, ("weight", name), (tensor,), deadline=deadline)
+
+    def _connect(self, deadline: float) -> None:
+        world = self.plan.world_size
+        pairs = sorted({(own.first + sender, own.rank) for own in shares(self.placement) for sender in own.sources.values()})
+        self._send_all(("connect", pairs), deadline)
+        ready: set[int] = set()
+        while len(ready) < world:
+            rank, header, tensors = self._ranks.next_message(deadline, f"ranks {sorted(set(range(world)) - ready)} to start")
+            if header[0] == "ready":
+                ready.add(rank)
+                self.bandwidth = min(self.bandwidth, header[1])
+            elif header[0] == "meet":
+                self._send(((other, header, ()) for other in range(world) if other != rank), deadline)
+            else:
+                self._accept(rank, header, tensors)
+
+    # -- one call ----------------------------------------------------------------------------------------------------
+
+    def _stream(self, branch: int, key: Hashable, inputs: Inputs) -> Stream:
+        """Of this run; a new one if it was not called before."""
+        if (branch, key) not in self._streams:
+            graph = self._graph_for(inputs)
+            parts = self._microbatches(inputs, graph)
+            first = branch * self.plan.branch_size
+            held = self._held[first : first + self.plan.branch_size]
+            self._streams[branch, key] = Stream(key, self._run, inputs, self.family.sample, graph, self.placement, held, parts)
+        return self._streams[branch, key]
+
+    def _microbatches(self, inputs: Inputs, graph: BlockGraph) -> int:
+        """How many parts of these inputs' batch are to follow each other through the segments."""
+        count = self._run.plan.microbatches
+        if count == 1 or not self.placement.pipelines:
+            return 1
+        args, kwargs = inputs.arguments()
+        batch = len(sample_of(args, kwargs, self.family.sample))
+        alike = all(meta.divides(batch) for block in graph.blocks for meta in block.outputs)
+        return len(self.family.parts(args, kwargs, count)) if alike else 1
+
+    def _graph_for(self, inputs: Inputs) -> BlockGraph:
+        """The block graph, traced with these inputs."""
+        signature = inputs.signature
+        if signature not in self._graphs:
+            graph = trace(self._skeleton, self.family, *inputs.arguments())
+            self._graphs[signature] = graph.within(self.placement.graph)
+        return self._graphs[signature]
+
+    def _send_all(self, header: Any, deadline: float) -> None:
+        self._send(((rank, header, ()) for rank in range(self.plan.world_size)), deadline)
+
+    def _send(self, messages: Iterable[tuple[int, Any, Sequence[torch.Tensor]]], deadline: float) -> None:
+        """(rank, header, tensors) each. All or none: a call that only some ranks know of could never end."""
+        try:
+            for rank, header, tensors in messages:
+                self._ranks.send(rank, header, tensors, deadline=deadline)
+        except BaseException:
+            self._ranks.close(grace=0)  # one of them does not listen
+            raise
+
+    def _result(self, key: tuple[int, Hashable, int], deadline: float) -> tuple[list[torch.Tensor], Any, bool]:
+        while key not in self._results:
+            self._accept(*self._ranks.next_message(deadline, f"the result of call {key[2] + 1}"))
+        return self._results.pop(key)
+
+    def _accept(self, rank: int, header: Any, tensors: list[torch.Tensor]) -> None:
+        """Keep a result or a record of this run; what an interrupted run left behind is dropped."""
+        verb, *rest = header
+        if verb == "result" and rest[0] == self._run.number:
+            _, stream, index, structure, finite = rest
+            branch = rank // self.plan.branch_size
+            if (branch, stream) in self._streams:  # not forgotten
+                self._results[branch, stream, index] = tensors, structure, finite
+        elif verb == "record" and rest[0] == self._run.number:
+            self._records.append(rest[1])
+            if self._on_record is not None:
+                self._on_record(rest[1])
+
+
+def _start(devices: Sequence[str], poll: Callable[[], None] | None, idle: IdleWorkers | None) -> Ranks:
+    """One rank for each of ``devices``."""
+    if not on_cluster(devices[0]):
+        return Processes(devices, poll, idle)
+    from asyncdiff_nodes.cluster.actors import Actors  # where Ray is imported
+
+    return Actors(devices, poll)
+
+
+def _pickled(skeleton: nn.Module) -> bytes:
+    try:
+        return pickle.dumps(skeleton, protocol=pickle.HIGHEST_PROTOCOL)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"this {type(skeleton).__name__} cannot be sent to a worker process ({error}); "
+            "its classes must be importable from a module, and it must hold no lambdas or hooks"
+        ) from error

@@ -1,0 +1,82 @@
+"""What the engine must know of a model family: which submodules are blocks, and where sample and timestep are passed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from asyncdiff_nodes.engine.batch import Arguments, divide, sample_of
+from asyncdiff_nodes.engine.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """Where a transformer's hidden states of the sample are: what its blocks add to, and hand on.
+
+    Attributes:
+        block: name of the first block that takes them.
+        argument: their position and keyword in its forward.
+        lists: list of blocks that hand them on -> their index among the tensors that such a block returns. Where one tensor holds
+            the prompt's as well, they are the last tokens.
+    """
+
+    block: str
+    argument: tuple[int, str]
+    lists: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of module trees that are split in the same way.
+
+    Attributes:
+        name: shown in messages and reports.
+        block_names: names of the submodules that may be placed, in any order (the trace finds the order).
+        timestep: position and keyword of the timestep in the model's ``forward``.
+        sample: position and keyword of the noisy sample.
+        example_inputs: ``(module, latent_size, batch) -> (args, kwargs)``, tensors on the meta device; ``None`` for the
+            size means the model's own. Used to plan before the first call.
+        trace_inputs: ``(args, kwargs) -> (args, kwargs)``, what a trace passes instead of a call's own inputs, where the
+            forward cannot run on the meta device with these; ``None`` changes nothing.
+        divide: ``(args, kwargs, batch, parts)`` -> the same call for each part of the batch; see :func:`~.batch.divide`.
+        hidden: of a transformer; ``None`` where nothing is known of its hidden states, or there are none.
+    """
+
+    name: str
+    block_names: Callable[[nn.Module], list[str]]
+    timestep: tuple[int, str]
+    example_inputs: Callable[[nn.Module, int | None, int], tuple[tuple[Any, ...], dict[str, Any]]]
+    trace_inputs: Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+    sample: tuple[int, str] = (0, "sample")
+    divide: Callable[[tuple[Any, ...], dict[str, Any], int, int], list[Arguments]] = divide
+    hidden: HiddenStates | None = None
+
+    def parts(self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> list[Arguments]:
+        """The call divided into at most ``count`` parts of its batch."""
+        sample = sample_of(args, kwargs, self.sample)
+        if count == 1 or not isinstance(sample, torch.Tensor):
+            return [(args, kwargs)]
+        return self.divide(args, kwargs, sample.shape[0], count)
+
+
+def find_family(module: nn.Module) -> Family:
+    """The family of ``module``, by the names of its class and of the package that this is from.
+
+    A class that is built on a listed one is another: blocks that it adds would be computed by every rank.
+
+    Raises:
+        UnsupportedModelError: no family lists this class.
+    """
+    from asyncdiff_nodes.models import FAMILIES  # here, because the block lists import this module
+
+    cls = type(module)
+    if family := FAMILIES.get(f"{cls.__module__.partition('.')[0]}.{cls.__name__}"):
+        return family
+    raise UnsupportedModelError(
+        f"no block list for a {type(module).__module__}.{type(module).__qualname__}; "
+        f"supported: {', '.join(sorted(FAMILIES))}. Pass family=Family(...) to split another model."
+    )

@@ -1,0 +1,244 @@
+"""Point-to-point transport between ranks: one directed link per pair of ranks that an edge crosses.
+
+Each link is a process group of two with its own stream of messages, so that values arrive in the order in which their
+producer sends them, and opposite directions never wait for each other (on NCCL they would share a stream otherwise).
+NCCL serves ranks on two different CUDA devices; gloo everything else, bound to the address of the rank's machine (loopback, where
+all ranks are on one), CUDA tensors staged through pinned memory.
+
+A transfer of NCCL's is a kernel that waits on the GPU for its counterpart on the other one, and until that is there, whatever
+synchronises the device waits as well: the first launch of a kernel, which has to be loaded ("Lazy Loading" in NVIDIA's CUDA
+programming guide), or memory that is freed. A rank that is stopped so before it has launched what the other one's transfers wait
+for would stop both. Hence no such kernel is ever older than work that its counterpart needs: in a synchronous call a receive is
+posted when its value is read, those of earlier blocks before it; in an asynchronous one all transfers are posted at its end.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from asyncdiff_nodes.engine.planning.graph import TensorMeta
+from asyncdiff_nodes.engine.wire import empty, flat
+
+LOOPBACK = "127.0.0.1"
+_PROBE = 2**23  # bytes that links between machines are measured with
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is.
+
+    Attributes:
+        name: of its device, the same for all processes of the group; ranks that share a name share a device.
+        device: the same, as torch calls it in the rank's process.
+        host: address of its machine, which its links are bound to.
+    """
+
+    name: str
+    device: str
+    host: str = LOOPBACK
+
+
+def uses_nccl(a: Place, b: Place) -> bool:
+    """Whether two ranks at these places talk through NCCL."""
+    kinds = {torch.device(place.device).type for place in (a, b)}
+    return kinds == {"cuda"} and a.name != b.name and dist.is_nccl_available()
+
+
+class Incoming:
+    """A value that is on its way."""
+
+    def __init__(self, work: Any, value: torch.Tensor, device: torch.device) -> None:
+        self._work, self._value, self._device = work, value, device
+
+    def wait(self) -> torch.Tensor:
+        """The value on this rank's device, once it is there (NCCL: once this stream may read it)."""
+        self._work.wait()
+        return self._value.to(self._device, non_blocking=True)
+
+
+class _Later:
+    """A transfer of NCCL's that is posted when it is time to.
+
+    Args:
+        verb: of the link: its ``send`` or ``recv``.
+        tensor: on the GPU.
+        peer: the other end's number in the link.
+        queue: of those that are not posted yet, in the order of the blocks; this one is put at its end.
+    """
+
+    def __init__(self, verb: Callable[..., Any], tensor: torch.Tensor, peer: int, queue: deque[_Later]) -> None:
+        self._verb, self._tensor, self._peer, self._queue = verb, tensor, peer, queue
+        self._work: Any = None
+        queue.append(self)
+
+    def wait(self) -> None:
+        """Have this stream wait for it; posts it, and those before it, if that is still to be done."""
+        while self._work is None:
+            self._queue.popleft().post()
+        self._work.wait()
+
+    def post(self) -> None:
+        """Hand it to NCCL."""
+        self._work = self._verb([flat(self._tensor)], self._peer, 0)
+
+
+class Transport:
+    """All links of one rank.
+
+    Args:
+        rank, places: which of these places is this rank's.
+        store: in which the ranks find each other; see :mod:`.rendezvous`.
+        timeout: seconds until a link whose other end says nothing fails.
+
+    Attributes:
+        bytes_sent: payload bytes handed to the links so far, counted at each send.
+        bandwidth: bytes per second of the slowest link from another machine to this rank; infinite if there is none.
+    """
+
+    def __init__(self, rank: int, places: Sequence[Place], store: dist.Store, timeout: float) -> None:
+        self.bytes_sent, self.bandwidth = 0, math.inf
+        self._rank, self._places, self._store, self._timeout = rank, places, store, timeout
+        self._device = torch.device(places[rank].device)
+        self._links: dict[tuple[int, int], Any] = {}
+        # sends of this call and of the one before, with their buffers
+        self._sending: list[tuple[Any, torch.Tensor]] = []
+        self._sent: list[tuple[Any, torch.Tensor]] = []
+        self._synchronous = True
+        self._later: deque[_Later] = deque()
+        self._staged: queue.SimpleQueue | None = None
+        self._stager: threading.Thread | None = None
+        if len({place.host for place in places}) == 1:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # its bootstrap listener, too, stays on loopback
+        self._nccl_peers = {r for r, place in enumerate(places) if uses_nccl(place, places[rank])}
+
+    def open(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Open this rank's links among ``pairs`` (sender, receiver), but for those that it has.
+
+        Every rank of the group must do so, with the same ``pairs``. Links that are no longer of use stay open, silent.
+        """
+        rank, places = self._rank, self._places
+        # in one global order and each confirmed at once, so that no two ranks open different links and wait for each other
+        for sender, receiver in sorted(pairs):
+            if rank not in (sender, receiver) or (sender, receiver) in self._links:
+                continue
+            name = f"{sender}->{receiver}"
+            nccl = uses_nccl(places[sender], places[receiver])
+            store = dist.PrefixStore(name, self._store)
+            link = _open_link(store, int(rank == receiver), None if nccl else places[rank].host, self._timeout)
+            self._links[sender, receiver] = link
+            hello = torch.full((1,), sender if rank == sender else -1, device=self._device if nccl else "cpu")
+            (link.send([hello], 1, 0) if rank == sender else link.recv([hello], 0, 0)).wait()
+            if int(hello) != sender:
+                raise RuntimeError(f"link {name} carries foreign data")
+            if places[sender].host != places[receiver].host:
+                self._measure(link, rank == sender, hello.device)
+
+    def _measure(self, link: Any, sends: bool, device: torch.device) -> None:
+        """Note the bandwidth of a new link, if this is its receiver: of the second try, since the first one also warms it up."""
+        probe = torch.empty(_PROBE, dtype=torch.uint8, device=device)
+        for _ in range(2):
+            begin = time.monotonic()
+            (link.send([probe], 1, 0) if sends else link.recv([probe], 0, 0)).wait()
+            int(probe[-1])  # until it is really there
+            seconds = time.monotonic() - begin
+        if not sends:
+            self.bandwidth = min(self.bandwidth, _PROBE / max(seconds, 1e-9))
+
+    def begin_call(self, synchronous: bool) -> None:
+        """A call begins, in which values are read that are sent in it, if it is synchronous.
+
+        Frees the buffers of the call before the last: whoever reads its values took them to begin the last one.
+        """
+        self._synchronous = synchronous
+        for work, _ in self._sent:
+            work.wait()
+        self._sent, self._sending = self._sending, []
+
+    def end_call(self) -> None:
+        """All that this rank computes in the call is under way: post what was left for later."""
+        while self._later:
+            self._later.popleft().post()
+
+    def send(self, receiver: int, value: torch.Tensor, meta: TensorMeta) -> None:
+        """Start sending ``value`` in layout ``meta``. Its memory may be changed as soon as this returns."""
+        link = self._links[self._rank, receiver]
+        self.bytes_sent += meta.nbytes
+        nccl = receiver in self._nccl_peers
+        if nccl or self._device.type != "cuda":
+            copy = empty(meta, self._device).copy_(value)
+            later = nccl and not self._synchronous
+            work = _Later(link.send, copy, 1, self._later) if later else link.send([flat(copy)], 1, 0)
+            self._sending.append((work, copy))
+            return
+        if self._staged is None:
+            self._staged = queue.SimpleQueue()
+            self._stager = threading.Thread(target=_send_staged, args=(self._staged, self._device), daemon=True)
+            self._stager.start()
+        copy = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, pin_memory=True)
+        copy.copy_(value, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        self._staged.put((ready, link, copy))
+
+    def receive(self, sender: int, meta: TensorMeta) -> Incoming:
+        """Expect the next value that ``sender`` sends to this rank; to be called for a call's values in the blocks' order."""
+        link = self._links[sender, self._rank]
+        nccl = sender in self._nccl_peers
+        if nccl or self._device.type != "cuda":
+            value = empty(meta, self._device)
+            work = _Later(link.recv, value, 0, self._later) if nccl else link.recv([flat(value)], 0, 0)
+        else:
+            value = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, pin_memory=True)
+            work = link.recv([flat(value)], 0, 0)
+        return Incoming(work, value, self._device)
+
+    def flush(self) -> None:
+        """Wait until all that was sent has arrived, and forget it. The other ranks must receive it."""
+        if self._staged is not None:
+            self._staged.put(None)
+            self._stager.join()
+            self._staged = self._stager = None
+        for work, _ in (*self._sent, *self._sending):
+            work.wait()
+        self._sent, self._sending = [], []
+        if self._nccl_peers:  # whose works make a stream wait
+            torch.cuda.synchronize(self._device)
+
+    def close(self) -> None:
+        """Close all links, once what was sent has arrived. Those of the other ranks must be closed, too."""
+        self.flush()
+        self._links.clear()
+
+
+def _open_link(store: Any, side: int, host: str | None, timeout: float) -> Any:
+    """A process group of two, of gloo bound to ``host``, or of NCCL: side 0 sends, side 1 receives."""
+    if host is None:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=timeout)
+        return dist.ProcessGroupNCCL(store, side, 2, options)
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    options._threads = 1
+    options._timeout = timedelta(seconds=timeout)
+    return dist.ProcessGroupGloo(store, side, 2, options)
+
+
+def _send_staged(jobs: queue.SimpleQueue, device: torch.device) -> None:
+    """Send each staged tensor once its copy from the GPU is complete, off the thread that launches kernels."""
+    torch.cuda.set_device(device)  # else this thread would open a context on the first one
+    while (job := jobs.get()) is not None:
+        ready, link, host = job
+        ready.synchronize()
+        link.send([flat(host)], 1, 0).wait()

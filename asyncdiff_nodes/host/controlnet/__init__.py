@@ -1,0 +1,1 @@
+"""ControlNets that ranks compute as a part of the network."""

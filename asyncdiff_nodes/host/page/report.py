@@ -1,0 +1,150 @@
+"""What is known about the last sampling: kept for the report node, and told to the page."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from comfy_execution.utils import get_executing_context
+
+from asyncdiff_nodes.engine import Placement, Plan, RunStats, WorkerGroup
+from asyncdiff_nodes.engine.telemetry import CallSummary, RankReport
+from asyncdiff_nodes.host.routing.options import ALWAYS
+
+from .prompt_server import prompt_server
+from .timing import Timing
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One finished sampling.
+
+    Attributes:
+        plan: None where the host computed everything itself.
+        placement, stats: None there, too, and where the ranks were gone before they could report.
+        notes: why something was not done as asked, in sentences.
+        verified: how many calls the host computed as well, with the same result.
+    """
+
+    notes: tuple[str, ...]
+    plan: Plan | None = None
+    placement: Placement | None = field(default=None, repr=False)
+    stats: RunStats | None = field(default=None, repr=False)
+    verified: int = 0
+
+    @classmethod
+    def of(
+        cls, group: WorkerGroup | None, plan: Plan | None, notes: Sequence[str], timeout: float, verified: int = 0
+    ) -> RunRecord:
+        """The record of the run that ``group`` (None: the host) has just finished; waits for it ``timeout`` seconds at most."""
+        if group is None:
+            return cls(tuple(notes))
+        return cls(tuple(notes), plan, group.placement, group.stats(timeout), verified)
+
+    @property
+    def line(self) -> str:
+        """One line for the node."""
+        if self.stats is None:
+            return ("" if self.plan else "ComfyUI sampled as usual: ") + "; ".join(map(_first_line, self.notes))
+        timing = self.timing
+        devices = ", ".join(timing.devices)
+        gain = f" · {timing.speedup:.2f}x" if timing.speedup else ""
+        return f"{_in_words(self.plan)} on {devices}{gain}" + "".join(f" · {_first_line(note)}" for note in self.notes)
+
+    @property
+    def timing(self) -> Timing | None:
+        """What was measured; None where the host computed everything itself."""
+        if self.stats is None:
+            return None
+        return Timing(self.plan, [rank.device for rank in self.stats.ranks], self.stats.records, sum(self.placement.shares))
+
+    def text(self) -> str:
+        """The whole record in readable lines."""
+        lines = [f"Note: {note}" for note in self.notes]
+        if self.stats is None:
+            return "\n".join([*([] if self.plan else ["AsyncDiff was not used: ComfyUI sampled as usual."]), *lines])
+        plan, timing = self.plan, self.timing
+        calls = self.stats.calls
+        streams = {call.stream for call in calls}
+        warmup = "every step synchronous" if plan.warmup >= ALWAYS else f"warm-up {plan.warmup}"
+        stale = "working ahead" if plan.forecast else "reuse"
+        how = f"stride {plan.stride}, {warmup}, {stale}" + (", time shift" if plan.time_shift else "")
+        fewer = plan.compression != "none"
+        how += f", {plan.compression} between ranks" if fewer else ""
+        lines[:0] = [
+            f"Plan: {_in_words(plan)}, " + (how if plan.segments > 1 else "each with the whole network: nothing is stale"),
+            f"Calls: {len(calls)} on {len(streams)} stream(s); synchronous: {_synchronous(calls)}",
+        ]
+        if timing.step_seconds:
+            whole = timing.sequential_seconds
+            gain = f"; its segments one after the other {whole:.3f} s: {timing.speedup:.2f}x" if whole else ""
+            lines.append(f"Step: {timing.step_seconds:.3f} s asynchronous{gain}")
+        lines.append(
+            f"Sent between ranks: {_mib(self.stats.bytes_per_call)} per call; planned {_mib(self.stats.planned_bytes)}"
+            + (" in asynchronous ones" if fewer else "")
+        )
+        if self.verified:
+            lines.append(f"Verified: {self.verified} calls were what ComfyUI computes")
+        lines += [self._rank_line(rank, timing) for rank in self.stats.ranks]
+        drifts: dict[int, list[float]] = {}
+        for call in calls:
+            if call.drift is not None:
+                drifts.setdefault(call.call + 1, []).append(call.drift)
+        if drifts:
+            by_call = ", ".join(f"{number}: {statistics.mean(values):.0%}" for number, values in drifts.items())
+            lines.append(f"Drift of what was sent, since the call before: {by_call}")
+        return "\n".join(lines)
+
+    def _rank_line(self, rank: RankReport, timing: Timing) -> str:
+        names = [self.placement.graph.names[index] for index in self.placement.owned(rank.segment)]
+        share = self.placement.shares[rank.segment]
+        branch = f"branch {rank.rank * self.plan.branches // len(self.stats.ranks) + 1}, " if self.plan.branches > 1 else ""
+        times = [record for record in timing.computing if record.rank == rank.rank]
+        compute, wait = (statistics.median(getattr(r, kind) for r in times) if times else 0.0 for kind in ("compute", "wait"))
+        return (
+            f"Rank {rank.rank} on {rank.device}: {branch}segment {rank.segment + 1}, {len(names)} blocks from "
+            f"{self.placement.span(rank.segment)[0]} ({share:.0%} of the work), {_mib(rank.weight_bytes)} of weights, "
+            f"compute {compute:.3f} s and wait {wait:.3f} s per call"
+        )
+
+
+_last: RunRecord | None = None
+
+
+def last_run() -> RunRecord | None:
+    """The last sampling of a model that AsyncDiff is attached to."""
+    return _last
+
+
+def publish(record: RunRecord) -> None:
+    """Keep ``record`` as the last run, and show its line on the node that is executing."""
+    global _last
+    _last = record
+    context = get_executing_context()
+    server = prompt_server()
+    if context is not None and server is not None:
+        server.send_progress_text(f"AsyncDiff: {record.line}", context.node_id)
+
+
+def _first_line(note: str) -> str:
+    return note.partition("\n")[0]
+
+
+def _in_words(plan: Plan) -> str:
+    segments = f"{plan.segments} segments" if plan.segments > 1 else "1 segment"
+    return segments if plan.branches == 1 else f"{plan.branches} branches of {segments}"
+
+
+def _synchronous(calls: Sequence[CallSummary]) -> str:
+    """Numbers of the synchronous calls, from 1, and why they were."""
+    found: dict[str, list[int]] = {}
+    for call in calls:
+        if call.synchronous:
+            found.setdefault(call.why, []).append(call.call + 1)
+    spans = [(f"{min(n)} to {max(n)}" if min(n) < max(n) else str(min(n)), why) for why, n in found.items()]
+    return ", ".join(f"{span} ({why})" for span, why in spans) or "none"
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,51 @@
+"""What the page asks the server: one read-only route for the state, and one to stop idle workers."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+from aiohttp import web
+
+
+def register(server: Any) -> None:
+    """Add the routes to the host's ``server``. The rest of the pack is imported by the first request, not before."""
+
+    @server.routes.get("/asyncdiff/state")
+    async def state(request: web.Request) -> web.Response:
+        """What is being sampled, or was last. With ``client`` (a websocket's id), its page is sent events for a while.
+
+        ``interval``: seconds between two events; 0: no more events.
+        """
+        from . import progress
+        from .state import state
+
+        client, wanted = request.query.get("client"), request.query.get("interval", "0.25")
+        try:
+            interval = float(wanted)
+        except ValueError:
+            interval = math.nan
+        if interval != 0 and not 0.05 <= interval <= 60:
+            return _refused(400, f"interval={wanted!r}: give seconds between two events, 0.05 to 60, or 0 for none")
+        if interval == 0:
+            progress.WATCHERS.dismiss(client)
+        elif client in server.sockets:
+            progress.WATCHERS.watch(client, interval)
+        return web.json_response(await asyncio.to_thread(state))
+
+    @server.routes.post("/asyncdiff/stop")
+    async def stop(request: web.Request) -> web.Response:
+        """End the worker processes that wait for the next prompt."""
+        from asyncdiff_nodes.host.workers.pool import POOL
+
+        if request.content_type != "application/json":  # which a form on another site cannot send
+            return _refused(415, "send application/json")
+        stopped = await asyncio.to_thread(POOL.release_idle)
+        if stopped is None:
+            return _refused(409, "The workers are sampling: cancel the run first.")
+        return web.json_response({"stopped": stopped})
+
+
+def _refused(status: int, reason: str) -> web.Response:
+    return web.json_response({"error": reason}, status=status)

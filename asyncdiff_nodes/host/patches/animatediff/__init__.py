@@ -1,0 +1,1 @@
+"""AnimateDiff-Evolved: motion modules are further blocks of the ranks."""

@@ -1,0 +1,140 @@
+"""The hooks on a model: while it is sampled, the calls of its network go to a worker group.
+
+The host's own sampler loop runs as always; see docs/architecture.md for what each hook does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+
+from asyncdiff_nodes.host.attributes import replaced, without
+from asyncdiff_nodes.host.controlnet.calls import KEY
+from asyncdiff_nodes.host.page.settings import setting
+from asyncdiff_nodes.host.workers.pool import POOL
+
+from .options import OneDeviceError, Options
+from .sampling import Sampling
+
+_WITHOUT_HOOK = frozenset({"OpenAISignatureMMDITWrapper"})  # networks whose forward calls no DIFFUSION_MODEL wrappers
+
+
+def attach(patcher: ModelPatcher, options: Options | None = None) -> ModelPatcher:
+    """A clone of ``patcher`` whose network is denoised by a worker group, wherever it is sampled.
+
+    Args:
+        options: the user's settings if None.
+
+    Raises:
+        PlanError, DeviceError: an option that is out of range, or a device that this machine does not have.
+    """
+    options = options or Options(preset=setting("Preset"))
+    with contextlib.suppress(OneDeviceError):  # the host's own path will do
+        options.resolve()
+    clone = patcher.clone()
+    route = Route(options)
+    for kind, hook in (
+        (WrappersMP.OUTER_SAMPLE, route.outer_sample),
+        (WrappersMP.PREPARE_SAMPLING, route.prepare_sampling),
+        (WrappersMP.DIFFUSION_MODEL, route.diffusion_model),
+        (WrappersMP.APPLY_MODEL, route.apply_model),
+        (WrappersMP.PREDICT_NOISE, route.predict_noise),
+    ):
+        clone.remove_wrappers_with_key(kind, KEY)
+        clone.add_wrapper_with_key(kind, KEY, hook)
+    return clone
+
+
+class Route:
+    """The hooks of one model; between samplings it holds nothing but its options."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._sampling: Sampling | None = None
+
+    def outer_sample(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
+        """Around one sampling: set up, and tear down however it ends."""
+        with POOL.in_use():
+            outer, self._sampling = self._sampling, Sampling(self._options, executor.class_obj, *args[2:4])
+            try:
+                result = executor(*args, **kwargs)
+                self._sampling.finish()
+                return result
+            except BaseException as error:
+                self._sampling.fail(error)
+                raise
+            finally:
+                self._sampling.close()
+                self._sampling = outer
+
+    def prepare_sampling(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
+        """Where the host would load the network onto its own device: the ranks get it instead."""
+        if self._sampling is not None and (prepared := self._sampling.prepare(*args, **kwargs)) is not None:
+            return prepared
+        return executor(*args, **kwargs)
+
+    def predict_noise(self, executor: WrapperExecutor, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """One evaluation of the model by the sampler, which may take several calls of the network."""
+        if self._sampling is not None:
+            self._sampling.evaluate(x, sigma)
+        return executor(x, sigma, *args, **kwargs)
+
+    def diffusion_model(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
+        """One call of the network."""
+        network = executor.class_obj
+        if not self._ranks_are_ready:
+            return executor(*args, **kwargs)
+        if not self._sampling.computes(network):
+            self._sampling.pass_by(network, _by_name(network, args, kwargs))
+            return executor(*args, **kwargs)
+        # the hooks of other nodes after ours still apply; only the network at the end of the chain is ours
+        inner = executor.wrappers[executor.idx + 1 :]
+
+        def routed(*args: Any, **kwargs: Any) -> Any:
+            given = _by_name(network, args, kwargs)
+            return self._sampling.call(given, lambda: executor.original(*args, **kwargs))
+
+        return WrapperExecutor.new_class_executor(routed, network, inner).execute(*args, **kwargs)
+
+    def apply_model(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
+        """One evaluation of the model, whose network may have no hook of its own."""
+        network = executor.class_obj.diffusion_model
+        if not self._ranks_are_ready or type(network).__name__ not in _WITHOUT_HOOK:
+            return executor(*args, **kwargs)
+        forward, theirs = network.forward, vars(network).get("forward")
+
+        def routed(*args: Any, **kwargs: Any) -> Any:
+            given = _by_name(network, args, kwargs)
+            # a replacement by others is looked for in every call, and is not ours
+            with without(network, "forward") if theirs is None else replaced(network, "forward", theirs):
+                if self._sampling.computes(network):
+                    return self._sampling.call(given, lambda: forward(*args, **kwargs))
+                self._sampling.pass_by(network, given)
+                return forward(*args, **kwargs)
+
+        with replaced(network, "forward", routed):
+            return executor(*args, **kwargs)
+
+    @property
+    def _ranks_are_ready(self) -> bool:
+        return self._sampling is not None and self._sampling.group is not None
+
+
+_signature = functools.cache(inspect.signature)  # of the few classes of networks: it takes longer than the call's other overhead
+
+
+def _by_name(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names that the ``forward`` of ``network``'s class has for them, in their order."""
+    signature = _signature(type(network).forward)
+    given = signature.bind(network, *args, **kwargs).arguments
+    del given[next(iter(signature.parameters))]  # self
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+    return given

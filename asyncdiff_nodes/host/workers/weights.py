@@ -1,0 +1,143 @@
+"""The weights of a loaded model as its ranks must have them: every LoRA and other weight patch applied, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import comfy.float
+import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import nn
+
+from asyncdiff_nodes.engine import UnsupportedModelError
+from asyncdiff_nodes.engine.planning.graph import tensors_of
+from asyncdiff_nodes.host.patches.animatediff.calls import motion_models
+
+from .quantised import Operations, operations_of, part_of, whole_name
+
+PREFIX = "diffusion_model."
+_string_to_seed = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed  # moved after 0.3
+
+
+def net_prefix(slot: int) -> str:
+    """Of the names of the weights of a ControlNet; see :class:`~.controlled.Controlled`."""
+    return f"control_nets.{slot}."
+
+
+def motion_prefix(slot: int) -> str:
+    """Of the names of the weights of a motion model; see :class:`~.animated.AnimatedUNet`."""
+    return f"motion.{slot}."
+
+
+def patches_of(patcher: ModelPatcher) -> dict[str, Sequence[Any]]:
+    """Name, without prefix, of each of the diffusion model's weights that has patches, and these."""
+    return {key.removeprefix(PREFIX): patches for key, patches in patcher.patches.items() if key.startswith(PREFIX)}
+
+
+def weights_of(
+    patcher: ModelPatcher,
+    skeleton: nn.Module,
+    names: Collection[str] | None = None,
+    nets: Sequence[nn.Module | None] = (),
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and value of every tensor of ``skeleton``, or of those that are in ``names``, or are parts of weights there.
+
+    The values are what the host would have loaded: patches are applied on its device and in its precision, then rounded to the
+    weight's dtype, or quantised again. Nothing of the model is changed, whether it is loaded or not.
+
+    Args:
+        nets: networks of the ControlNets in ``skeleton``; None for one that is gone, so that no call can ask for it.
+
+    Raises:
+        UnsupportedModelError: a weight that is not a plain tensor, nor made of them, or that a patch would reshape.
+    """
+    live = {}
+    for slot, net in enumerate(nets):
+        live |= {net_prefix(slot) + name: tensor for name, tensor in tensors_of(net or skeleton.control_nets[slot])}
+    moving = {
+        motion_prefix(slot) + name: (motion, name)
+        for slot, motion in enumerate(motion_models(patcher))
+        for name, _ in tensors_of(motion.model)
+    }
+    operations = operations_of(patcher)
+    patches = {} if operations is None else patches_of(patcher)
+    wholes: dict[str, dict[str, torch.Tensor]] = {}
+    for name, meta in tensors_of(skeleton):
+        if names is None or name in names or whole_name(name) in names:
+            wholes.setdefault(whole_name(name), {})[name] = meta
+    for name, metas in wholes.items():
+        if name in moving:
+            weight = _loaded(*moving[name], None)
+        else:
+            weight = _filled(live[name]) if name in live else _loaded(patcher, PREFIX + name, operations)
+        for part, meta in metas.items():
+            value = part_of(skeleton, part, weight, patches.get(name, ()))
+            if type(value) not in (torch.Tensor, nn.Parameter):
+                raise UnsupportedModelError(f"its weight {name} is a {type(value).__name__}, which a rank cannot take")
+            if value.shape != meta.shape:
+                raise UnsupportedModelError(f"a patch changes the shape of its weight {part} to {tuple(value.shape)}")
+            yield part, value.detach().to(meta.dtype)
+
+
+def _loaded(patcher: ModelPatcher, key: str, operations: Operations | None) -> torch.Tensor:
+    """The weight ``key`` of the model as the host would load it."""
+    live, set_weight, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+    value = _filled(unpatched(patcher, key, live))
+    if key not in patcher.patches or (operations and operations.carries(value)):
+        return value
+    if loaded_as_patched(patcher, key):
+        return live
+    device, dtype = patcher.load_device, value.dtype
+    compute_dtype = operations and operations.patch_dtype
+    if compute_dtype is None:
+        compute_dtype = getattr(comfy.model_management, "lora_compute_dtype", lambda _: torch.float32)(device)
+    value = comfy.model_management.cast_to_device(value, device, compute_dtype, copy=True)
+    if convert is not None:
+        value = convert(value, inplace=True)
+    value = comfy.lora.calculate_weight(patcher.patches[key], value, key)
+    if set_weight is not None:  # of a quantised layer
+        return set_weight(value, seed=_string_to_seed(key), return_weight=True)
+    return comfy.float.stochastic_rounding(value, dtype, seed=_string_to_seed(key))
+
+
+def unpatched(patcher: ModelPatcher, key: str, live: torch.Tensor) -> torch.Tensor:
+    """The weight ``key`` without patches, which is not the ``live`` one where the host has loaded it with some."""
+    if key in patcher.hook_backup:
+        return patcher.hook_backup[key][0]
+    return patcher.backup[key].weight if key in patcher.backup else live
+
+
+def originals_of(patcher: ModelPatcher) -> dict[str, torch.Tensor]:
+    """The diffusion model's weights, by name, in whose place the host has loaded patched ones, of ``patcher`` or of a clone."""
+    return {key.removeprefix(PREFIX): kept.weight for key, kept in patcher.backup.items() if key.startswith(PREFIX)}
+
+
+def loaded_as_patched(patcher: ModelPatcher, key: str) -> bool:
+    """Whether the host has loaded the weight ``key`` with the patches of ``patcher``: then what it is now counts."""
+    dynamic = getattr(patcher, "is_dynamic", bool)()  # not in 0.3
+    return key in patcher.backup and not dynamic and patcher.model.current_weight_patches_uuid == patcher.patches_uuid
+
+
+def reshaped(patcher: ModelPatcher) -> list[str]:
+    """Names of the weights to which a patch gives another shape, as LoRAs do that come with inputs of their own."""
+    shape_of = getattr(comfy.lora, "calculate_shape", None)  # not in 0.3
+    if shape_of is None:
+        return []
+    live = dict(tensors_of(patcher.model.diffusion_model))
+
+    def shapes(name: str) -> set[tuple[int, ...]]:
+        key = PREFIX + name
+        weight = unpatched(patcher, key, live[name])
+        return {tuple(weight.shape), tuple(shape_of(patcher.patches[key], weight, key))}
+
+    return [name for name in patches_of(patcher) if name in live and len(shapes(name)) > 1]
+
+
+def _filled(weight: torch.Tensor) -> torch.Tensor:
+    """``weight``, or zeros, which the host takes, too, where a checkpoint is without it."""
+    return torch.zeros(weight.shape, dtype=weight.dtype) if weight.is_meta else weight

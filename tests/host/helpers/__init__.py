@@ -1,0 +1,1 @@
+"""What several host tests, and some tools, share."""

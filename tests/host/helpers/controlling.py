@@ -1,0 +1,66 @@
+"""Samplings under ControlNets, and what they are compared with."""
+
+import nodes
+import torch
+
+from asyncdiff_nodes.host.page.report import last_run
+from asyncdiff_nodes.host.routing.hooks import attach
+from asyncdiff_nodes.host.routing.options import Options
+from helpers import small
+from helpers.simulated import simulated
+
+EXACT = Options("Exact", "cpu,cpu")
+AHEAD = [Options("Custom", ",".join(["cpu"] * n), segments=n, warmup=2) for n in (2, 3)]
+
+
+def controlled(prompts, *nets, kind="sd15", strength=0.9, start=0.0, end=1.0, vae=None):
+    """``prompts`` under these ControlNets, one after the other."""
+    for seed, net in enumerate(nets, 1):
+        prompts = nodes.ControlNetApplyAdvanced().apply_controlnet(
+            *prompts, net, small.hint(kind, seed), strength, start, end, vae
+        )
+    return prompts
+
+
+def sample(model, prompts, steps=4, cfg=4.0, sampler="euler", batch=1, kind="sd15"):
+    latent = small.latent(batch, kind=kind)
+    return nodes.KSampler().sample(model, 5, steps, cfg, sampler, "normal", *prompts, latent)[0]["samples"]
+
+
+def shared():
+    """How many ControlNets the ranks of the last run have."""
+    names = {name for rank in last_run().stats.ranks for name in rank.weights}
+    return len({name.split(".")[1] for name in names if name.startswith("control_nets.")})
+
+
+def pids():
+    return {rank.pid for rank in last_run().stats.ranks}
+
+
+def assert_exact(model, prompts, nets, options=EXACT, **kwargs):
+    """The ranks have so many ``nets``, and what they sample is the host's own."""
+    expected = sample(model, prompts, **kwargs)
+    found = sample(attach(model, options), prompts, **kwargs)
+    assert last_run().stats.records and not last_run().notes and shared() == nets, last_run().line
+    assert torch.equal(found, expected) and expected.isfinite().all()
+    return found
+
+
+def assert_simulated(model, prompts, options, *nets, kind="sd15"):
+    """What the ranks sample under ``nets`` with asynchronous calls is what the simulator does, and not what the host does."""
+    given = controlled(prompts, *nets, kind=kind)
+
+    def run(model):
+        return sample(model, given, steps=8, sampler="euler_ancestral", kind=kind)
+
+    stock, routed = run(model), run(attach(model, options))
+    assert shared() == len(nets) and not last_run().notes
+    plan = options.resolve(items=2)[0]
+    assert last_run().plan == plan
+    size = small.latent(kind=kind)["samples"].shape[2:]
+    oracle, simulator = simulated(model, plan, "euler_ancestral", size, control=given[0][0][1]["control"])
+    with simulator:
+        expected = run(oracle)
+    scale = stock.abs().max()
+    assert (routed - expected).abs().max() <= 1e-6 * scale, "to rounding"
+    assert (routed - stock).abs().max() > 1e-4 * scale, "or this test proves nothing"

@@ -1,0 +1,233 @@
+"""The families that are not in the other tests, as the host builds them: small, with random weights."""
+
+from dataclasses import replace
+
+import comfy.sd
+import nodes
+import pytest
+import torch
+
+from asyncdiff_nodes.engine import Plan, find_family
+from asyncdiff_nodes.host.page.report import last_run
+from asyncdiff_nodes.host.routing import sampling
+from asyncdiff_nodes.host.routing.hooks import attach
+from asyncdiff_nodes.host.routing.options import Options
+from asyncdiff_nodes.host.workers.pool import POOL
+from asyncdiff_nodes.models import FAMILIES
+from helpers import small
+from helpers.simulated import simulated
+
+
+def kinds(*fast, among=small.ALL):
+    """All; by default only ``fast`` ones, for time: the rest is with ``slow``, and in ``tools/measure/coverage.py``."""
+    return [kind if kind in fast else pytest.param(kind, marks=pytest.mark.slow) for kind in among]
+
+
+def latent(kind):
+    """Of Stable Video Diffusion, a video's frames are the batch."""
+    return small.latent(3 if kind == "svd" else 1, kind=kind)
+
+
+def sampled(model, kind, steps=6, cfg=1.0, sampler="euler"):
+    positive, negative = small.conditioning(kind, 1), small.conditioning(kind, 2)
+    return nodes.KSampler().sample(model, 5, steps, cfg, sampler, "simple", positive, negative, latent(kind))[0]["samples"]
+
+
+@pytest.mark.covers("exact", "async", "sharded")
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", kinds("svd", "flux", "ltxv", "sd3", "wan"))
+def test_exact_is_the_stock_sampler_and_asynchronous_steps_are_the_simulators(kind, ranks):
+    model, cfg, devices = small.model(kind), 1.0 if kind == "flux" else 5.0, ", ".join(["cpu"] * ranks)
+    stock = sampled(model, kind, 8, cfg)
+    exact = sampled(attach(model, Options("Exact", devices)), kind, 8, cfg)
+    held = last_run().stats.ranks
+    assert not last_run().notes and len(held) == ranks
+    assert max(sum(rank.weights.values()) for rank in held) < model.model_size()
+    assert torch.equal(exact, stock) and stock.isfinite().all() and stock.std() > 0
+
+    found = sampled(attach(model, Options("Custom", devices, segments=ranks, warmup=3)), kind, 8, cfg)
+    assert not last_run().notes
+    oracle, simulator = simulated(model, last_run().plan, "euler", latent(kind)["samples"].shape[2:])
+    with simulator:
+        expected = sampled(oracle, kind, 8, cfg)
+    assert (found - stock).abs().max() > 0 and (found - expected).abs().max() <= 0.01 * (found - stock).abs().max()
+
+
+@pytest.mark.parametrize("kind", kinds("flux", "wan", among=small.TRANSFORMERS))
+def test_hidden_states_are_where_the_family_says(kind):
+    """Blocks without weights add nothing: if every segment makes hidden states of its own input, no result is stale."""
+    model = small.model(kind)
+    net = model.model.diffusion_model
+    for blocks in find_family(net).hidden.lists:
+        for parameter in net.get_submodule(blocks).parameters():
+            parameter.data.zero_()
+    stock = sampled(model, kind, sampler="euler_ancestral")  # noise that nobody can foresee
+    # behind its double blocks, hidden states are joined with the prompt's as the version of ComfyUI has it
+    cuts = ("double_blocks.0", "double_blocks.2") if kind == "hunyuan_video" else None
+    wrong = {}
+    for forecast in (0, 1):
+        plan = Plan(2, forecast=forecast, cuts=cuts)
+        oracle, simulator = simulated(model, plan, "euler_ancestral", latent(kind)["samples"].shape[2:])
+        with simulator:
+            found = sampled(oracle, kind, sampler="euler_ancestral")
+        wrong[simulator.placement.hidden is not None] = (found - stock).abs().max()
+    assert wrong[True] < 0.02 * wrong[False]
+
+
+@pytest.mark.covers("inpaint")
+@pytest.mark.parametrize("kind", kinds("ltxv", "sd3"))
+def test_image_to_image_with_a_mask(kind):
+    given = latent(kind)
+    given["noise_mask"] = torch.zeros(1, 1, 16, 16)
+    given["noise_mask"][..., 6:] = 1.0
+    prompts = small.conditioning(kind, 1), small.conditioning(kind, 2)
+
+    def sample(model):
+        return nodes.KSampler().sample(model, 5, 6, 1.0, "dpmpp_2m", "sgm_uniform", *prompts, given, 0.6)[0]["samples"]
+
+    stock = sample(small.model(kind))
+    assert torch.equal(sample(attach(small.model(kind), Options("Exact", "cpu,cpu"))), stock) and not last_run().notes
+    assert torch.allclose(stock[..., :6], given["samples"][..., :6], atol=1e-4)
+
+
+@pytest.mark.covers("lora")
+@pytest.mark.parametrize("kind", kinds("flux"))
+def test_lora_and_fewer_bits(kind):
+    model = small.model(kind, dtype=torch.bfloat16)
+    plain = sampled(model, kind)
+    for strength in (0.8, 0.3):
+        changed = comfy.sd.load_lora_for_models(model, None, small.lora(model), strength, 0)[0]
+        stock = sampled(changed, kind)
+        assert torch.equal(sampled(attach(changed, Options("Exact", "cpu,cpu")), kind), stock) and not last_run().notes
+        assert not torch.equal(stock, plain)
+
+
+@pytest.mark.covers("controlnet")
+@pytest.mark.parametrize("kind", ["flux", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd3", "sdxl"))])
+def test_control_net(kind):
+    """Where the host computes its residuals, they are added to what the blocks return, in place."""
+    model, prompts = small.model(kind), (small.conditioning(kind, 1), small.conditioning(kind, 2))
+    controlled = nodes.ControlNetApplyAdvanced().apply_controlnet(
+        *prompts, small.control_net(kind), small.hint(kind), 0.9, 0.0, 1.0, None
+    )
+
+    def sample(model, prompts):
+        return nodes.KSampler().sample(model, 5, 4, 3.0, "euler", "simple", *prompts, latent(kind))[0]["samples"]
+
+    stock, fresh = sample(model, controlled), Options("Exact", "cpu,cpu", control_nets="fresh")
+    assert torch.equal(sample(attach(model, fresh), controlled), stock) and not last_run().notes
+    assert not torch.equal(stock, sample(model, prompts))
+
+
+@pytest.mark.parametrize("kind", ["flux", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen_image", "z_image"))])
+def test_reference_latents(kind):
+    """Pictures to edit, as further tokens."""
+    model, prompts = small.model(kind), [small.conditioning(kind, seed) for seed in (1, 2)]
+    for seed, prompt in enumerate(prompts):
+        prompt[0][1]["reference_latents"] = [small.latent(kind=kind, seed=seed)["samples"], small.latent(kind=kind)["samples"]]
+
+    def sample(model):
+        return nodes.KSampler().sample(model, 5, 4, 3.0, "euler", "simple", *prompts, latent(kind))[0]["samples"]
+
+    stock = sample(model)
+    assert torch.equal(sample(attach(model, Options("Exact", "cpu,cpu"))), stock) and not last_run().notes
+    assert not torch.equal(stock, sampled(model, kind, 4, 3.0))
+
+
+@pytest.mark.parametrize("kind", ["ltxv"])
+def test_video_from_its_first_frame(kind):
+    """LTX-Video has a timestep for each token then: those of the frame that is given are at rest."""
+    model, prompts = small.model(kind), [small.conditioning(kind, seed) for seed in (1, 2)]
+    given = {**latent(kind), "noise_mask": torch.ones(1, 1, 3, 16, 16)}
+    given["noise_mask"][:, :, 0] = 0.0
+
+    def sample(model):
+        return nodes.KSampler().sample(model, 5, 8, 3.0, "euler", "simple", *prompts, given)[0]["samples"]
+
+    stock = sample(model)
+    assert torch.equal(sample(attach(model, Options("Exact", "cpu,cpu"))), stock) and not last_run().notes
+    found = sample(attach(model, Options("Custom", "cpu,cpu", segments=2)))
+    assert not last_run().notes and last_run().plan.forecast == 1
+    assert 0 < (found - stock).abs().max() < 0.01 * stock.abs().max()
+    assert torch.allclose(found[:, :, 0], given["samples"][:, :, 0], atol=1e-4)
+
+
+def test_devices_get_no_more_weights_than_they_have_room_for(monkeypatch):
+    """FLUX.1's double blocks have more weights for their work than its single ones."""
+    model, placed = small.model("flux"), []
+    whole = model.model_size()
+    for limit in (whole, 0.6 * whole):
+        monkeypatch.setattr(sampling, "room_for_weights", lambda devices, *_, limit=limit: [limit] * len(devices))
+        found = sampled(attach(model, Options("Exact", "cpu,cpu")), "flux")
+        placed.append([sum(rank.weights.values()) for rank in last_run().stats.ranks])
+        POOL.release()
+    assert max(placed[0]) > 0.6 * whole >= max(placed[1]), placed
+    assert torch.equal(found, sampled(model, "flux"))
+
+
+@pytest.mark.parametrize("kind", ["ltxv"])
+@pytest.mark.parametrize("guided", [0, 1], ids=["the prompt", "the negative prompt"])
+def test_calls_that_depend_on_values_are_sampled_as_usual(guided, kind):
+    """LTX-Video leaves out the tokens of a key frame that a mask says."""
+    model, prompts = small.model(kind), [small.conditioning(kind, seed) for seed in (1, 2)]
+    places = torch.rand(1, 3, 256, 2, generator=torch.Generator().manual_seed(1))
+    older = not hasattr(model.model.diffusion_model, "caption_channels")  # a place instead of a span for each token
+    prompts[guided][0][1]["keyframe_idxs"] = places[..., 0] if older else places
+    given = {**latent(kind), "noise_mask": torch.ones(1, 1, 3, 16, 16)}
+
+    def sample(model):
+        return nodes.KSampler().sample(model, 5, 4, 3.0, "euler", "simple", *prompts, given)[0]["samples"]
+
+    stock = sample(model)
+    assert torch.equal(sample(attach(model, Options("Exact", "cpu,cpu"))), stock)
+    if older:  # does not leave out any
+        assert not last_run().notes
+        return
+    assert len(last_run().notes) == 1 and "this call cannot be split: with these inputs its forward" in last_run().notes[0]
+    assert last_run().stats.records, "the other prompt's calls are routed"
+
+
+def test_a_network_that_is_built_in_an_unknown_way_is_sampled_as_usual():
+    model = small.model("flux")
+    stock = sampled(model, "flux", 4)
+    routed = attach(model, Options("Exact", "cpu,cpu"))
+
+    def without(net, *_):
+        return net.parameters_of_another_version
+
+    POOL.release()  # another test's network of this kind
+    changed = replace(FAMILIES["comfy.Flux"], example_inputs=without)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "comfy.Flux", changed)
+        assert torch.equal(sampled(routed, "flux", 4), stock)
+    assert "this ComfyUI builds its Flux in a way that is not known" in last_run().notes[0]
+
+
+def test_a_network_that_reads_the_schedule_is_sampled_as_usual(monkeypatch):
+    """HunyuanVideo, where it was distilled by mean flow."""
+    monkeypatch.setitem(small.ALL["hunyuan_video"][3], "meanflow", True)
+    model = small.model("hunyuan_video")
+    stock = sampled(model, "hunyuan_video", 4)
+    assert torch.equal(sampled(attach(model, Options("Exact", "cpu,cpu")), "hunyuan_video", 4), stock)
+    assert "cannot be split: its HunyuanVideo is distilled by mean flow" in last_run().notes[0]
+
+
+def test_a_variant_with_blocks_of_its_own_is_sampled_as_usual():
+    model = small.model("wan")
+
+    class Variant(type(model.model.diffusion_model)):
+        pass
+
+    model.model.diffusion_model.__class__ = Variant
+    stock = sampled(model, "wan")
+    assert torch.equal(sampled(attach(model, Options("Exact", "cpu,cpu")), "wan"), stock)
+    assert "cannot be split: no block list for a " in last_run().notes[0] and "Variant" in last_run().notes[0]
+
+
+@pytest.mark.parametrize("kind", ["sd3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("svd", "wan", "z_image"))])
+def test_two_devices_halve_the_prompts_of_cfg(kind):
+    model = small.model(kind)
+    found = sampled(attach(model, Options("Balanced", "cpu,cpu")), kind, cfg=5.0)
+    assert (last_run().plan.branches, last_run().plan.segments) == (2, 1) and not last_run().notes
+    stock = sampled(model, kind, cfg=5.0)
+    assert (found - stock).abs().max() < 1e-3 * stock.abs().max()

@@ -1,0 +1,241 @@
+"""Write the tables of the pages from docs/data, between the marks that name them.
+
+python tools/measure/tables.py
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ("README.md", "docs/quality.md", "docs/models.md", "docs/comfyui.md", "docs/reliability.md")
+SAMPLERS = {
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_karras": "DPM++ 2M Karras",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+}
+NAMES = {"sd15": "SD 1.5", "sd21": "SD 2.1", "sdxl": "SDXL"}
+BACKENDS = {"comfyui": "ComfyUI", "diffusers": "diffusers"}
+VARIANTS = {"ours-fast": "fast cuts", "ours-stale": "stale hidden states"}
+ENOUGH = 64  # pairs, for the README
+Row = dict[str, Any]
+
+
+def rows_of(name: str) -> list[Row]:
+    """Those of docs/data/NAME.json."""
+    return json.loads((ROOT / "docs" / "data" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+
+
+def cases(name: str) -> Iterator[tuple[str, Row, dict[str, Row]]]:
+    """Of each plan of each run in docs/data/NAME.json: the run, its sequential row, and method -> row."""
+    for (sampler, steps), run in itertools.groupby(rows_of(name), key=lambda row: (row["sampler"], row["steps"])):
+        sequential, *others = run
+        for _, plan in itertools.groupby(others, key=lambda row: row["plan"]):
+            yield f"{SAMPLERS[sampler]}, {steps}", sequential, {row["method"]: row for row in plan}
+
+
+def short(name: str) -> str:
+    """PSNR and costs, of runs with enough pairs."""
+    lines = ["| sampler, steps | plan N,S,W | published method | AsyncDiff here | fewer steps |", "|---|---|---:|---:|---:|"]
+    for run, sequential, rows in cases(name):
+        if sequential["pairs"] < ENOUGH:
+            continue
+        cells = (f"{rows[m]['psnr']:.1f} ({rows[m]['cost']:.1f})" for m in ("published", "ours", "fewer-steps"))
+        lines.append(f"| {run} | {rows['ours']['plan']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def full(name: str) -> str:
+    """PSNR with intervals, SSIM and what is gained."""
+    variant = "ours-stale" if any(row["method"] == "ours-stale" for row in rows_of(name)) else "ours-fast"
+    lines = [
+        f"| sampler, steps | pairs | plan N,S,W + C | published method | AsyncDiff here | {VARIANTS[variant]} | fewer steps "
+        "| over published | over fewer steps |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for run, _, rows in cases(name):
+        ours, published, fewer = (rows[m] for m in ("ours", "published", "fewer-steps"))
+        cells = (
+            f"{r['psnr']:.1f} ± {r['psnr_ci'][1] - r['psnr']:.1f}, {r['ssim']:.3f} ({r['cost']:.1f})" if r else ""
+            for r in (published, ours, rows.get(variant), fewer)
+        )
+        gains = (f"{ours['psnr'] - other['psnr']:+.1f}" for other in (published, fewer))
+        plan = f"{ours['plan']} + {ours['cooldown']}"
+        lines.append(f"| {run} | {ours['pairs']} | {plan} | {' | '.join(cells)} | {' | '.join(gains)} |")
+    return "\n".join(lines)
+
+
+def compressions(name: str) -> str:
+    """PSNR and bytes with values that cross whole, and with fewer bytes."""
+    lines = ["| sampler, steps | pairs | plan N,S,W + C | whole | half | int8 |", "|---|---:|---|---:|---:|---:|"]
+    for run, _, rows in cases(name):
+        ours = rows["ours"]
+        cells = (
+            f"{r['psnr']:.1f} ± {r['psnr_ci'][1] - r['psnr']:.1f}, {r['mib_per_call']:.3f} MiB"
+            for r in (rows[m] for m in ("ours", "ours-half", "ours-int8"))
+        )
+        lines.append(f"| {run} | {ours['pairs']} | {ours['plan']} + {ours['cooldown']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def sets(name: str) -> str:
+    """Kernel distances, of runs with enough pairs."""
+    lines = [
+        "| sampler, steps | plan N,S,W | sequential | published method | AsyncDiff here | fewer steps |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for run, sequential, rows in cases(name):
+        if sequential["pairs"] >= ENOUGH:
+            cells = (
+                f"{r['kernel_distance']:.1f}" for r in (sequential, *(rows[m] for m in ("published", "ours", "fewer-steps")))
+            )
+            lines.append(f"| {run} | {rows['ours']['plan']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def speed(name: str) -> str:
+    """Speed-ups of plans, measured and projected, beside the paper's."""
+    lines = [
+        "| model, size | plan N,S | | speed-up | ideal | of it | MiB per step | weights per device, GiB | paper |",
+        "|---|---|---|---:|---:|---:|---:|---|---:|",
+    ]
+    for row in rows_of(name):
+        plan = f"{row['segments']},{row['stride']}"
+        if row["branches"] > 1:
+            plan = f"{row['branches']} branches of {plan}" if row["segments"] > 1 else f"{row['branches']} exact branches"
+        if row["segments"] > 1 and not row["fresh_skips"]:
+            plan += " *Fast*"
+        how = "projected" if row["projected"] else "measured"
+        if row["what"] == "run":
+            how += f", whole run of {row['steps']} steps, W={row['warmup']}"
+        weights = ", ".join(f"{mib / 1024:.1f}" for mib in row["weights_mib"])
+        paper = f"{row['published']:.1f}x" if row["published"] else ""
+        speeds = f"{row['speedup']:.2f}x | {row['ideal']:.2f}x | {row['share_of_ideal']:.0%}"
+        sent = f"{row['mib_per_call'] / row['stride']:.1f}"
+        lines.append(f"| {NAMES[row['model']]}, {row['size']} | {plan} | {how} | {speeds} | {sent} | {weights} | {paper} |")
+    return "\n".join(lines)
+
+
+def coverage(name: str) -> str:
+    """What tests show of each family."""
+    lines = [
+        "| family | in | exact | asynchronous | sharded | LoRA | ControlNet | inpaint |",
+        "|---|---|:---:|:---:|:---:|:---:|:---:|:---:|",
+    ]
+    rows = rows_of(name)
+    order = list(dict.fromkeys(row["family"] for row in rows))
+    for row in sorted(rows, key=lambda row: order.index(row["family"])):
+        what = ("exact", "async", "sharded", "lora", "controlnet", "inpaint")
+        ticks = ("✓" if row[it] else "" for it in what)
+        lines.append(f"| {row['family']} | {BACKENDS[row['backend']]} | {' | '.join(ticks)} |")
+    return "\n".join(lines)
+
+
+def plans(name: str) -> str:
+    """Of each model at its true size."""
+    lines = [
+        "| model | input | weights, GiB | N | balance | MiB per step | weights per device, GiB |",
+        "|---|---|---:|---:|---:|---:|---|",
+    ]
+    for row in rows_of(name):
+        first = row["devices"] == 2
+        model = (row["model"], " x ".join(map(str, row["input"])), f"{row['whole_mib'] / 1024:.1f}") if first else ("",) * 3
+        weights = ", ".join(f"{mib / 1024:.1f}" for mib in row["weights_mib"])
+        lines.append(f"| {' | '.join(model)} | {row['devices']} | {row['balance']:.0%} | {row['mib_per_call']:.1f} | {weights} |")
+    return "\n".join(lines)
+
+
+def control_nets(name: str) -> str:
+    """Seconds per step with a ControlNet, computed here or there."""
+    plans = {"one device": "KSampler, one device", "segments": "2 segments", "branches": "2 branches"}
+    lines = ["| plan | ControlNet | seconds per step | speed-up |", "|---|---|---:|---:|"]
+    for row in rows_of(name):
+        where = "by ComfyUI" if (row["plan"], row["control_nets"]) == ("one device", "fresh") else row["control_nets"]
+        lines.append(f"| {plans[row['plan']]} | {where} | {row['seconds_per_step']:.2f} | {row['speedup']:.2f}x |")
+    return "\n".join(lines)
+
+
+def start(name: str) -> str:
+    """Seconds to the end of the first step, by what ranks are there."""
+    models = list(dict.fromkeys(row["model"] for row in rows_of(name)))
+    found = {(row["model"], row["ranks"]): f"{row['seconds']:.1f}" for row in rows_of(name)}
+    what = {
+        "one device": "KSampler, one device",
+        "none": "no processes yet",
+        "of another plan": "those of another plan",
+        "of the same plan": "those of the same plan",
+    }
+    lines = [f"| | {' | '.join(models)} |", "|---|" + "---:|" * len(models)]
+    return "\n".join([*lines, *(f"| {what[it]} | {' | '.join(found[model, it] for model in models)} |" for it in what)])
+
+
+def faults(name: str) -> str:
+    """What came of each kind of fault in each phase, and the sum of it."""
+    ends = ("undisturbed", "restarted", "finished by ComfyUI")
+    counts = ("injected", "wrong", "late", "orphans", "leaked_files")
+    lines = [
+        "| phase | kind | injected | wrong | late | orphans | leaked files | undisturbed | restarted | finished by ComfyUI |",
+        "|---|---|" + "---:|" * 8,
+    ]
+    found = json.loads((ROOT / "docs" / "data" / f"{name}.json").read_text(encoding="utf-8"))
+    for row in (*found["rows"], {"phase": "all", "kind": "", **found["total"]}):
+        numbers = (*(row[what] for what in counts), *(row["ends"].get(how, 0) for how in ends))
+        lines.append(f"| {row['phase']} | {row['kind']} | {' | '.join(map(str, numbers))} |")
+    return "\n".join(lines)
+
+
+def soak(name: str) -> str:
+    """What came of the prompts, and what grew."""
+    found = json.loads((ROOT / "docs" / "data" / f"{name}.json").read_text(encoding="utf-8"))
+    counts = ("prompts", "settings", "pictures", "cancelled", "mismatches", "failed", "orphans")
+    grown = {**found["growth"], "memory, MiB": round(found["growth"]["memory"] / 2**20, 1)}
+    del grown["memory"]
+    lines = [f"| {' | '.join(counts)} |", "|" + "---:|" * len(counts), f"| {' | '.join(str(found[it]) for it in counts)} |", ""]
+    lines += [f"| growth of {' | '.join(grown)} |", "|" + "---:|" * len(grown), f"| {' | '.join(map(str, grown.values()))} |"]
+    return "\n".join(lines)
+
+
+def compatibility(name: str) -> str:
+    """What the fast tests came to with each set of versions."""
+    what = ("passed", "failed", "skipped")
+    lines = ["| tests | Python | PyTorch | passed | failed | skipped |", "|---|---|---|" + "---:|" * len(what)]
+    for row in rows_of(name):
+        tests = f"in ComfyUI {row['comfyui']}" if row["comfyui"] else "engine"
+        lines.append(f"| {tests} | {row['python']} | {row['torch']} | {' | '.join(str(row[it]) for it in what)} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "short": short,
+    "full": full,
+    "compressions": compressions,
+    "sets": sets,
+    "speed": speed,
+    "coverage": coverage,
+    "plans": plans,
+    "control_nets": control_nets,
+    "start": start,
+    "faults": faults,
+    "soak": soak,
+    "compatibility": compatibility,
+}
+MARKED = re.compile(r"(<!-- table (\w+) of ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(text: str) -> str:
+    """``text`` with what its marks name."""
+    return MARKED.sub(lambda mark: f"{mark[1]}\n{TABLES[mark[2]](mark[3])}\n\n{mark[4]}", text)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
