@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "docs/quality.md", "docs/models.md", "docs/comfyui.md", "docs/reliability.md")
+PAGES = (
+    "README.md",
+    "docs/benchmarks.md",
+    "docs/index.md",
+    "docs/models.md",
+    "docs/quality-more.md",
+    "docs/quality.md",
+    "docs/reliability.md",
+)
 SAMPLERS = {
     "ddim": "DDIM",
     "euler": "Euler",
@@ -25,7 +33,7 @@ SAMPLERS = {
 NAMES = {"sd15": "SD 1.5", "sd21": "SD 2.1", "sdxl": "SDXL"}
 BACKENDS = {"comfyui": "ComfyUI", "diffusers": "diffusers"}
 VARIANTS = {"ours-fast": "fast cuts", "ours-stale": "stale hidden states"}
-ENOUGH = 64  # pairs, for the README
+ENOUGH = 64  # pairs, for the short tables
 Row = dict[str, Any]
 
 
@@ -40,6 +48,75 @@ def cases(name: str) -> Iterator[tuple[str, Row, dict[str, Row]]]:
         sequential, *others = run
         for _, plan in itertools.groupby(others, key=lambda row: row["plan"]):
             yield f"{SAMPLERS[sampler]}, {steps}", sequential, {row["method"]: row for row in plan}
+
+
+def pair(name: str) -> str:
+    """Two pictures beside each other, with the seconds that a step of theirs took; tools/demo_pictures.py makes them."""
+    one, every = (next(row for row in rows_of(name) if row["method"] == method) for method in ("sequential", "AsyncDiff"))
+    pictures = (f"![{what}](docs/images/demo-{file}.png)" for what, file in (("one device", "one"), ("two devices", "all")))
+    times = (f"{one['call_s']:.2f} seconds per step", f"**{every['call_s']:.2f} seconds per step**")
+    return "\n".join(
+        (
+            "| one device, as KSampler does it | two devices, AsyncDiff |",
+            "|:---:|:---:|",
+            f"| {' | '.join(pictures)} |",
+            f"| {' | '.join(times)} |",
+        )
+    )
+
+
+def demo(name: str) -> str:
+    """What the demo command prints."""
+    lines = ["| method | steps | seconds per call | speed-up | PSNR |", "|---|---:|---:|---:|---:|"]
+    for row in rows_of(name):
+        near = f"{row['psnr']:.1f} dB" if "psnr" in row else ""
+        lines.append(f"| {row['method']} | {row['steps']} | {row['call_s']:.3f} | {row['speedup']:.2f}x | {near} |")
+    return "\n".join(lines)
+
+
+def gains(name: str) -> str:
+    """Who gains what: SD 1.5 at 512 pixels, the paper's figures, the weights of a large model, the costs of a short run."""
+    rows = [row for row in rows_of(name) if (row["model"], row["size"]) == ("sd15", 512)]
+
+    def found(branches: int, segments: int, stride: int = 1, fresh: bool = True) -> tuple[str, str]:
+        """The speed-up of a plan, measured if it was, and the paper's."""
+        wanted = {"branches": branches, "segments": segments, "stride": stride, "fresh_skips": fresh}
+        row = min((row for row in rows if wanted.items() <= row.items()), key=lambda row: row["projected"])
+        paper = f"{row['published']:.1f}x" if row["published"] else ""
+        return f"{row['speedup']:.2f}x {'projected' if row['projected'] else 'measured'}", paper
+
+    held = next(row for row in rows_of("plans") if (row["model"], row["devices"]) == ("qwen-image", 2))
+    each = " and ".join(f"{mib / 1024:.1f}" for mib in held["weights_mib"])
+    ten = {"method": "ours", "sampler": "ddim", "steps": 10}
+    brief = {row["plan"]: row["cost"] for row in rows_of("compare-more") if ten.items() <= row.items()}
+    (halves, _), (cut, cut_paper) = found(2, 1), found(1, 2)
+    (three, three_paper), (fast, fast_paper) = found(1, 3, fresh=False), found(1, 2, 2, fresh=False)
+    (both, _), (quarters, quarters_paper) = found(2, 2), found(1, 4, fresh=False)
+    table = (
+        ("your GPUs", "what they do", "a step of SD 1.5", "paper", "your picture"),
+        ("2 equal, CFG above 1", "one computes the prompt, one the negative prompt", halves, "", "the same up to rounding"),
+        ("2 equal, CFG 1", "each computes one part of the network", cut, cut_paper, "near"),
+        ("3", "3 parts; or 2, and two steps at a time", f"{three}; {fast}", f"{three_paper}; {fast_paper}", "near; less near"),
+        ("4, CFG above 1", "two compute the prompt, two the negative prompt", both, "", "near"),
+        ("4, CFG 1", "4 parts", quarters, quarters_paper, "near"),
+        ("unequal", "the slower one gets a smaller part", "not measured", "", "near"),
+        (
+            "too small for the model",
+            f"each holds its part only: of Qwen-Image ({held['whole_mib'] / 1024:.1f} GiB in fp16) {each}",
+            "not measured",
+            "",
+            "near",
+        ),
+        (
+            "any, few steps",
+            "in the first three and the last ones they take turns",
+            f"10 steps take as long as {brief['2,1,3']:.1f} on 2 GPUs, {brief['4,1,3']:.1f} on 4",
+            "",
+            "less near",
+        ),
+    )
+    head, *body = (f"| {' | '.join(cells)} |" for cells in table)
+    return "\n".join((head, "|---|---|---|---|---|", *body))
 
 
 def short(name: str) -> str:
@@ -104,13 +181,13 @@ def sets(name: str) -> str:
 def speed(name: str) -> str:
     """Speed-ups of plans, measured and projected, beside the paper's."""
     lines = [
-        "| model, size | plan N,S | | speed-up | ideal | of it | MiB per step | weights per device, GiB | paper |",
+        "| model, size | plan N,S | how | speed-up | ideal | of it | MiB per step | weights per device, GiB | paper |",
         "|---|---|---|---:|---:|---:|---:|---|---:|",
     ]
     for row in rows_of(name):
         plan = f"{row['segments']},{row['stride']}"
         if row["branches"] > 1:
-            plan = f"{row['branches']} branches of {plan}" if row["segments"] > 1 else f"{row['branches']} exact branches"
+            plan = f"{row['branches']} branches of {plan}" if row["segments"] > 1 else f"{row['branches']} branches"
         if row["segments"] > 1 and not row["fresh_skips"]:
             plan += " *Fast*"
         how = "projected" if row["projected"] else "measured"
@@ -214,6 +291,9 @@ def compatibility(name: str) -> str:
 
 
 TABLES = {
+    "pair": pair,
+    "demo": demo,
+    "gains": gains,
     "short": short,
     "full": full,
     "compressions": compressions,
@@ -230,12 +310,17 @@ TABLES = {
 MARKED = re.compile(r"(<!-- table (\w+) of ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def filled(text: str) -> str:
-    """``text`` with what its marks name."""
-    return MARKED.sub(lambda mark: f"{mark[1]}\n{TABLES[mark[2]](mark[3])}\n\n{mark[4]}", text)
+def filled(text: str, page: str) -> str:
+    """``text`` with what its marks name; links are those of ``page``."""
+
+    def table(mark: re.Match[str]) -> str:
+        lines = TABLES[mark[2]](mark[3])
+        return f"{mark[1]}\n{lines.replace('](docs/', '](') if page.startswith('docs/') else lines}\n\n{mark[4]}"
+
+    return MARKED.sub(table, text)
 
 
 if __name__ == "__main__":
     for page in PAGES:
         path = ROOT / page
-        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+        path.write_text(filled(path.read_text(encoding="utf-8"), page), encoding="utf-8")
