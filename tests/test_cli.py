@@ -1,23 +1,31 @@
 """The command line, run as a user runs it."""
 
+import ast
+import importlib.metadata
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from PIL import Image
 
-from asyncdiff_nodes.cli import main
+from asyncdiff_nodes.cli import COMMANDS, main
 from asyncdiff_nodes.cli.commands import plans
+from asyncdiff_nodes.cli.packages import EXTRAS
 from asyncdiff_nodes.cli.subjects import find_subject
 from asyncdiff_nodes.cli.suite import suite
 from asyncdiff_nodes.cli.zoo import DEMOS, PUBLISHED_SPEEDUPS, find_model
 from asyncdiff_nodes.demo import DemoPipeline
-from asyncdiff_nodes.engine.planning.clock import Link
+from asyncdiff_nodes.engine.planning.run_times import Link
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(tmp_path, *argv):
@@ -146,6 +154,75 @@ def test_doctor_finds_this_machine(tmp_path, capsys):
     assert "Will be used" in capsys.readouterr().out
 
 
+def bare(folder, *argv, packages=()):
+    """What ``asyncdiff`` comes to, run with the standard library and ``packages`` with what these need, and nothing else."""
+    site, todo = folder / "site", list(packages)
+    if not site.exists():
+        site.mkdir()
+        (site / "asyncdiff_nodes").symlink_to(ROOT / "asyncdiff_nodes")
+    while todo:
+        try:
+            found = importlib.metadata.distribution(todo.pop())
+        except importlib.metadata.PackageNotFoundError:
+            continue  # for other systems
+        parts = {file.parts[0] for file in found.files} - {"..", "__pycache__"}
+        for part in (part for part in parts if not (site / part).exists()):
+            (site / part).symlink_to(found.locate_file(part))
+            todo += [re.match(r"[\w.-]+", needed)[0] for needed in found.requires or () if "extra ==" not in needed]
+    command, environment = [sys.executable, "-S", "-m", "asyncdiff_nodes", *argv], os.environ | {"PYTHONPATH": str(site)}
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def test_doctor_needs_pytorch_only_and_names_what_is_missing(tmp_path):
+    found = bare(tmp_path, "doctor", "--json", "found.json", packages=["torch"])
+    assert found.returncode == 0, found.stderr
+    result = json.loads((tmp_path / "found.json").read_text())
+    assert not any(problem["fatal"] for problem in result["problems"])
+    missing = {name for name, version in result["found"]["packages"].items() if version is None}
+    assert {"rich", "diffusers", "matplotlib", "scikit-image", "psutil", "ray", "pytest"} <= missing
+    for extra, packages in EXTRAS.items():
+        assert f'Packages of [{extra}]: pip install "{ROOT}[{extra}]"' in found.stdout
+        for name in missing & {*packages}:
+            assert re.search(rf"^  {name} +missing +{re.escape(packages[name])}$", found.stdout, re.MULTILINE)
+    (note,) = (problem for problem in result["problems"] if "rich" in problem["what"])
+    assert missing & {*EXTRAS["cli"]} == set(note["what"].removeprefix("other commands lack ").split(", "))
+
+
+@pytest.mark.parametrize(("name", "lacks"), [("plan", "rich"), ("demo", "numpy"), ("bench", "rich"), ("compare", "numpy")])
+def test_a_command_names_the_package_that_it_lacks(tmp_path, name, lacks):
+    found = bare(tmp_path, name, "--help", packages=["torch"])
+    assert (found.returncode, found.stdout) == (2, "")
+    assert "Traceback" not in found.stderr  # PyTorch warns of a lack of NumPy
+    assert found.stderr.splitlines()[-1] == f'asyncdiff {name} needs {lacks}: pip install "{ROOT}[cli]"'
+
+
+def test_what_drives_comfyui_needs_no_package_of_its_own(tmp_path):
+    assert bare(tmp_path, "demo-comfy", "--help", packages=["torch"]).returncode == 0
+
+
+def test_all_commands_are_listed_without_any_package(tmp_path):
+    found = bare(tmp_path, "--help")
+    assert found.returncode == 0 and all(name in found.stdout for name in COMMANDS), found.stderr
+    found = bare(tmp_path, "doctor")
+    assert (found.returncode, found.stderr[:33]) == (2, "asyncdiff doctor needs torch: ins"), found.stderr
+
+
+def test_every_package_of_the_extras_is_known():
+    written = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {extra: {re.match(r"[\w-]+", needed)[0] for needed in packages} for extra, packages in written.items()}
+    assert set().union(*named.values()) == {name for packages in EXTRAS.values() for name in packages}
+    assert all({*packages} <= named[extra] for extra, packages in EXTRAS.items())
+
+
+def test_no_command_imports_another():
+    """What several share lies beside them."""
+    for path in (ROOT / "asyncdiff_nodes" / "cli").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert not node.level or path.parent.name == "cli", path
+                assert "commands" not in (node.module or "").split("."), path
+
+
 def test_compare_puts_the_published_method_and_fewer_steps_beside_ours(tmp_path):
     page = tmp_path / "page.html"
     arguments = ("--plans", "2,1,1,1", "--runs", "ddim:8:8", "--compression", "half", "int8", "--html", str(page))
@@ -261,9 +338,3 @@ def test_demo_draws_both_pictures_and_their_difference(tmp_path):
     with Image.open(tmp_path / "out" / "demo.png") as sheet:
         assert sheet.width > 128
         assert sheet.height > 3 * 128
-
-
-def test_module_runs_as_a_program():
-    result = subprocess.run([sys.executable, "-m", "asyncdiff_nodes", "--help"], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0
-    assert all(name in result.stdout for name in ("demo", "plan", "bench", "doctor"))

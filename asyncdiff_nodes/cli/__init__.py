@@ -21,10 +21,20 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    from asyncdiff_nodes.engine import AsyncDiffError
+    words = sys.argv[1:] if argv is None else list(argv)
+    asked = next((word for word in words if word in COMMANDS), None)
+    try:
+        return _main(words, asked)
+    except ModuleNotFoundError as error:
+        from .packages import missing
 
-    from .report import write_json
+        if not (needed := missing(error)):
+            raise
+        print(f"asyncdiff {asked} needs {needed}", file=sys.stderr)
+        return 2
 
+
+def _main(words: Sequence[str], asked: str | None) -> int:
     parser = argparse.ArgumentParser(prog="asyncdiff", description="All of your devices denoise one image together.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
@@ -32,12 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             name, help=summary, description=summary[0].upper() + summary[1:] + ".",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )  # fmt: skip
-        module = importlib.import_module(f"{__name__}.commands.{name.replace('-', '_')}")
-        module.add_arguments(command)
-        command.add_argument("--json", metavar="FILE", default=None, help="also write the numbers to FILE")
-        command.set_defaults(run=module.run)
-    arguments = parser.parse_args(argv)
-    arguments.invocation = " ".join(["asyncdiff", *(sys.argv[1:] if argv is None else argv)])
+        if name == asked:  # no other: each needs packages of its own
+            module = importlib.import_module(f"{__name__}.commands.{name.replace('-', '_')}")
+            module.add_arguments(command)
+            command.add_argument("--json", metavar="FILE", default=None, help="also write the numbers to FILE")
+            command.set_defaults(run=module.run)
+    arguments = parser.parse_args(words)
+    arguments.invocation = " ".join(["asyncdiff", *words])
+
+    from asyncdiff_nodes.engine import AsyncDiffError
+
+    from .report import write_json
+
     try:
         result = arguments.run(arguments)
         if arguments.json:

@@ -189,6 +189,21 @@ def to_prompt(workflow: dict[str, Any], nodes: dict[str, Any]) -> dict[str, Any]
     return prompt
 
 
+def failure(history: dict[str, Any], nodes: dict[str, Any]) -> str | None:
+    """Why a prompt has failed: its node's name and message, without that node's inputs; None if it has not.
+
+    Args:
+        nodes: answer of ``/object_info``.
+    """
+    if history["status"]["status_str"] == "success":
+        return None
+    kind, found = history["status"]["messages"][-1]
+    if kind != "execution_error":
+        return kind  # such as execution_interrupted
+    name = nodes[found["node_type"]]["display_name"]
+    return f"{name} (node {found['node_id']}): {found['exception_message'].strip() or found['exception_type']}"
+
+
 def copy_pictures(history: dict[str, Any], base: Path, folder: Path) -> list[Path]:
     """Copy the saved pictures of a finished prompt into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)

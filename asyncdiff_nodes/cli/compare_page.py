@@ -14,7 +14,7 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .report import number
+from .tables import number
 
 _SHOWN, _ZOOM = 8, 2  # pictures of a row, and their size beside the model's
 _STYLE = {

@@ -14,10 +14,10 @@ import torch
 import torch.multiprocessing as mp
 
 from asyncdiff_nodes.engine import Plan, WorkerError, WorkerGroup, wire
-from asyncdiff_nodes.engine.planning.clock import Link
-from asyncdiff_nodes.engine.planning.graph import TensorMeta
+from asyncdiff_nodes.engine.planning.run_times import Link
 from asyncdiff_nodes.engine.rank.transport import Place, Transport
 from asyncdiff_nodes.engine.rendezvous import PipeStore
+from asyncdiff_nodes.engine.tensors import TensorMeta
 
 from .zoo import find_model
 

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from asyncdiff_nodes.cli.commands.plan import MIB
 from asyncdiff_nodes.engine import Plan, WorkerGroup, find_family, place, trace
 from asyncdiff_nodes.engine.inputs import Inputs
-from asyncdiff_nodes.engine.planning.clock import Costs, Link, simulate, step_seconds
+from asyncdiff_nodes.engine.planning.clock import simulate, step_seconds
+from asyncdiff_nodes.engine.planning.run_times import Costs, Link
 
 from .baseline import Baseline
+from .tables import MIB
 from .zoo import PUBLISHED_SPEEDUPS, Model
 
 BURST = 3  # asynchronous computing calls per round
@@ -35,7 +36,7 @@ class Setting:
         batch: of a call.
         devices: of this machine; plans that need more are projected.
         threads: per CPU rank, and of an unrouted copy beside them.
-        link, round_trip: as in :class:`~asyncdiff_nodes.engine.planning.clock.Costs`, measured.
+        link, round_trip: as in :class:`~asyncdiff_nodes.engine.planning.run_times.Costs`, measured.
     """
 
     batch: int

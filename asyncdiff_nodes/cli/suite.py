@@ -11,9 +11,10 @@ import psutil
 import torch
 
 from asyncdiff_nodes.engine import DeviceError, Plan, find_family
-from asyncdiff_nodes.engine.planning.clock import Costs
+from asyncdiff_nodes.engine.planning.run_times import Costs
 
 from .baseline import Baseline
+from .machine import cores
 from .measure import Bench, Setting
 from .zoo import Model, find_model
 
@@ -102,9 +103,8 @@ _EVERY = (
 
 def suite() -> tuple[Subject, ...]:
     """Real groups at sizes that a CPU manages, projections at the models' own."""
-    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
     # true sizes: nothing runs beside the one copy, whose device is the whole machine
-    whole = {"threads": cores, "repeats": 1}
+    whole = {"threads": cores(), "repeats": 1}
     return (
         Subject("sd15", 256, plans=(Plan(2), Plan(2, **_FAST)), steps=13),
         Subject("sd21", 256, plans=(Plan(2, **_FAST),), steps=10),

@@ -12,7 +12,7 @@ import diffusers
 import torch
 from torch import nn
 
-from asyncdiff_nodes.engine.planning.graph import meta_copy, tensors_of
+from asyncdiff_nodes.engine.tensors import meta_copy, tensors_of
 from asyncdiff_nodes.models import FAMILIES
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"

@@ -10,16 +10,17 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-import psutil
 import torch
 from rich.box import SIMPLE
 from rich.progress import Progress
 from rich.table import Table
 
+from asyncdiff_nodes.cli.arguments import parse_plans, positive
 from asyncdiff_nodes.cli.links import measure_link, measure_round_trip
+from asyncdiff_nodes.cli.machine import cores
 from asyncdiff_nodes.cli.measure import Setting
-from asyncdiff_nodes.cli.report import console, number, parse_plans, positive
 from asyncdiff_nodes.cli.suite import Results, Subject, suite
+from asyncdiff_nodes.cli.tables import console, number
 from asyncdiff_nodes.cli.zoo import NAMES, find_model
 from asyncdiff_nodes.engine import PlanError
 from asyncdiff_nodes.engine.devices import parse_devices
@@ -72,7 +73,7 @@ def _devices(text: str | None, threads: int) -> tuple[str, ...]:
         return tuple(str(device) for device in parse_devices([name.strip() for name in text.split(",")]))
     if torch.cuda.device_count():
         return tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
-    return ("cpu",) * max(1, (psutil.cpu_count(logical=False) or psutil.cpu_count() or 1) // threads)
+    return ("cpu",) * max(1, cores() // threads)
 
 
 def _print(facts: dict[str, Any], rows: list[dict[str, Any]], out: Any) -> None:

@@ -22,15 +22,15 @@ from rich.table import Table
 from scipy.stats import t as student
 from skimage.metrics import structural_similarity
 
-from asyncdiff_nodes.cli.report import console, number, parse_plans, positive
+from asyncdiff_nodes.cli.arguments import parse_plans, positive
+from asyncdiff_nodes.cli.compare_page import write_page
+from asyncdiff_nodes.cli.likeness import equal_cost, psnr
 from asyncdiff_nodes.cli.subjects import HELP, Subject, find_subject, graph_of
+from asyncdiff_nodes.cli.tables import MIB, console, number
 from asyncdiff_nodes.diffusers import SCHEDULERS
 from asyncdiff_nodes.engine import Plan, PlanError, Simulator, place
 from asyncdiff_nodes.engine.compression import COMPRESSIONS
 from asyncdiff_nodes.engine.devices import parse_devices
-
-from .demo import equal_cost, psnr
-from .plan import MIB
 
 METHODS = {
     "published": "published",
@@ -137,8 +137,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         rows.append({**row, **_distance(subject, sequential, drawn[todo])})
     _print(rows, out)
     if arguments.html:
-        from asyncdiff_nodes.cli.compare_page import write_page  # here, not above: every command imports this module
-
         write_page(arguments.html, arguments.invocation, rows, [drawn[todo] for _, todo in wanted], METHODS)
         out.print(f"{arguments.html}: plots and pictures")
     return {**facts, "rows": rows}

@@ -16,14 +16,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from rich.progress import Progress
 from rich.table import Table
-from skimage.metrics import peak_signal_noise_ratio
 
-from asyncdiff_nodes.cli.report import console, positive
+from asyncdiff_nodes.cli.arguments import positive
+from asyncdiff_nodes.cli.likeness import equal_cost, psnr
+from asyncdiff_nodes.cli.tables import MIB, console
 from asyncdiff_nodes.demo import DemoPipeline
 from asyncdiff_nodes.diffusers import SCHEDULERS
-from asyncdiff_nodes.engine import NoiseLevels, Plan, WorkerGroup, block_seconds, find_family, meta_copy, trace
-
-from .plan import MIB
+from asyncdiff_nodes.engine import Plan, WorkerGroup, block_seconds, find_family, meta_copy, trace
 
 PROMPTS = ("red heart", "dog face", "pizza", "sunflower", "soccer ball", "strawberry", "octopus", "rocket")
 _ZOOM, _GAIN = 4, 4  # picture pixels per model pixel; amplification of the difference
@@ -137,18 +136,6 @@ def _block_costs(pipeline: DemoPipeline, prompts: list[str]) -> list[float]:
     args, kwargs = (sample, 500), {"encoder_hidden_states": context, "return_dict": False}
     graph = trace(meta_copy(pipeline.denoiser), find_family(pipeline.denoiser), args, kwargs)
     return block_seconds(pipeline.denoiser, graph, args, kwargs, repeats=5)
-
-
-def equal_cost(levels: Callable[[str, int], NoiseLevels], scheduler: str, steps: int, cost: float) -> int:
-    """Steps of the shortest run whose calls reach ``cost``, at most ``steps``: rounded up, in its favour."""
-    return next((fewer for fewer in range(1, steps) if len(levels(scheduler, fewer).sigmas) >= cost), steps)
-
-
-def psnr(reference: np.ndarray, pictures: np.ndarray) -> np.ndarray:
-    """Of each picture [B, H, W, 3], in dB; identical ones count as 100 dB."""
-    with np.errstate(divide="ignore"):
-        values = [peak_signal_noise_ratio(a, b, data_range=1.0) for a, b in zip(reference, pictures, strict=True)]
-    return np.minimum(values, 100.0)
 
 
 def _sheet(prompts: list[str], sequential: np.ndarray, asynchronous: np.ndarray, plan: Plan) -> Image.Image:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from asyncdiff_nodes.cli.report import console, positive
+from asyncdiff_nodes.cli.arguments import positive
+from asyncdiff_nodes.cli.placements import describe
+from asyncdiff_nodes.cli.tables import console
 from asyncdiff_nodes.cli.zoo import NAMES, PUBLISHED_CUTS, find_model
-from asyncdiff_nodes.engine import Placement, Plan, PlanError, find_family, place, slowest, trace
+from asyncdiff_nodes.engine import Plan, PlanError, find_family, place, trace
 from asyncdiff_nodes.engine.compression import COMPRESSIONS
-
-MIB = 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,51 +56,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def describe(placement: Placement, speeds: Sequence[float] | None = None) -> dict[str, Any]:
-    """A placement as plain data; bytes for fp16 weights and activations if the graph was traced so."""
-    graph, plan = placement.graph, placement.plan
-    speeds = speeds or [1.0] * plan.world_size
-    shares, whole = placement.shares, sum(placement.costs)
-    segments = []
-    for segment in range(plan.segments):
-        blocks = [graph.blocks[i] for i in placement.owned(segment)]
-        received = placement.incoming(segment)
-        sent = sum(
-            placement.crossing_bytes(i)
-            for rank in range(plan.branch_size)
-            for i in placement.incoming(plan.segment_of_rank(rank))
-            if placement.segments[i] == segment
-        )
-        segments.append(
-            {
-                "segment": segment,
-                "ranks": [rank for rank in range(plan.world_size) if plan.segment_of_rank(rank) == segment],
-                "blocks": [block.name for block in blocks],
-                "ranges": _ranges(graph.names, placement.owned(segment)),
-                "gmac": sum(block.macs for block in blocks) / 1e9,
-                "share": shares[segment],
-                "weight_mib": sum(block.weight_bytes for block in blocks) / MIB,
-                "mib_in": placement.received_bytes(segment) / MIB,
-                "mib_out": sent / MIB,
-                "tensors_in": len(received),
-            }
-        )
-    return {
-        "segments_count": plan.segments,
-        "stride": plan.stride,
-        "branches": plan.branches,
-        "devices": plan.world_size,
-        "cuts": list(placement.cuts),
-        "wrapped": placement.wrapped,
-        "gmac": plan.branches * graph.macs / 1e9,
-        "max_share": max(shares),
-        "mib_per_call": plan.branches * placement.bytes_per_call / MIB,
-        # against the whole model on the fastest of the devices
-        "predicted_speedup": plan.branches * plan.stride * whole / (slowest(placement, placement.costs, speeds) * max(speeds)),
-        "segments": segments,
-    }
-
-
 def _speeds(text: str | None, plan: Plan) -> list[float] | None:
     if text is None:
         return None
@@ -136,10 +90,3 @@ def _print(result: dict[str, Any], console: Console) -> None:
         console.print("published cuts: " + line.format(**result["published"]), style="dim")
     batch = "CFG batch 2, rows for one branch of it" if branches else "CFG batch 2"
     console.print(f"Per call at {batch}, fp16; predicted from MACs, without warm-up and transport.", style="dim")
-
-
-def _ranges(names: Sequence[str], owned: Sequence[int]) -> list[str]:
-    """First and last block of each contiguous run; a wrapped segment has two."""
-    starts = [i for i in owned if i - 1 not in owned]
-    ends = [i for i in owned if i + 1 not in owned]
-    return [names[a] if a == b else f"{names[a]} ... {names[b]}" for a, b in zip(starts, ends, strict=True)]

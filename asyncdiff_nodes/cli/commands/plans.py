@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from asyncdiff_nodes.cli.report import console
+from asyncdiff_nodes.cli.placements import describe
+from asyncdiff_nodes.cli.tables import MIB, console
 from asyncdiff_nodes.cli.zoo import DEMOS, NAMES, find_model
 from asyncdiff_nodes.engine import Plan, find_family, place, trace
 from asyncdiff_nodes.engine.batch import sample_of
-
-from .plan import MIB, describe
 
 DEVICES = (2, 3, 4)
 

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.table import Table
 from torch import nn
 
-from asyncdiff_nodes.cli.report import console, positive
+from asyncdiff_nodes.cli.arguments import positive
 from asyncdiff_nodes.cli.subjects import HELP, find_subject, graph_of
+from asyncdiff_nodes.cli.tables import console
 from asyncdiff_nodes.diffusers import SCHEDULERS
 from asyncdiff_nodes.engine import BlockGraph
 from asyncdiff_nodes.engine.devices import parse_devices
@@ -106,9 +108,7 @@ def _watched(denoiser: nn.Module, graph: BlockGraph, cfg: float) -> Iterator[Fou
             handle.remove()
 
 
-def _heat_map(rows: list[dict[str, Any]], title: str) -> Any:
-    from matplotlib.figure import Figure  # here, not above: every command imports this module
-
+def _heat_map(rows: list[dict[str, Any]], title: str) -> Figure:
     figure = Figure(figsize=(14, 10), layout="constrained")
     figure.suptitle(title)
     for axes, (kind, label) in zip(

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from asyncdiff_nodes.cli.comfyui import PACK, Server
+from asyncdiff_nodes.cli.comfyui import PACK, Server, failure
 from helpers.serving import (
     PREVIEW,
     SEEDS,
@@ -77,6 +77,7 @@ def imported(server: Server, folder: str) -> float:
     return float(re.search(rf"([\d.]+) seconds: .*/{re.escape(folder)}$", server.log, re.MULTILINE).group(1))
 
 
+@pytest.mark.timing
 def test_the_pack_loads_quickly_with_all_of_its_nodes(page, infos):
     assert set(infos) >= NODES
     assert {infos[name]["python_module"] for name in NODES} == {f"custom_nodes.{FOLDER}"}
@@ -175,6 +176,7 @@ def test_prompts_with_another_seed_or_lora_strength_use_the_same_processes(page)
     assert all(not torch.equal(first, second) for first, second in itertools.combinations(latents, 2))
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 6])  # in the warm-up and after it
 def test_interrupt_answers_at_once_and_the_next_prompt_is_right(page, step):
     assert_exact(page, twins())
@@ -218,9 +220,11 @@ BAD = [
 
 
 @pytest.mark.parametrize(("bad", "named"), BAD, ids=[named for _, named in BAD])
-def test_an_option_that_cannot_be_fails_with_its_name_and_the_queue_goes_on(page, bad, named):
+def test_an_option_that_cannot_be_fails_with_its_name_and_the_queue_goes_on(page, infos, bad, named):
     run = page.run(routed_only(chosen=bad))
     assert not run.done
+    where = "KSampler (AsyncDiff) (node routed): " if bad["inputs"]["cuts"] else "AsyncDiff Options (node options): "
+    assert failure(run.history, infos) == where + run.error["exception_message"].strip()
     assert named in run.error["exception_message"]
     assert run.error["node_type"] == ("AsyncDiffKSampler" if bad["inputs"]["cuts"] else "AsyncDiffOptions")
     assert page.run(routed_only()).done
@@ -285,6 +289,7 @@ def test_the_report_is_text_and_a_picture(page):
         assert len(timeline.getcolors(1 << 20)) > 20
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_a_copy_under_another_name_works_and_a_killed_server_leaves_no_rank(tmp_path):
     """As cloned, or unpacked from an archive."""
