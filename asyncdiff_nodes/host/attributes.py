@@ -1,4 +1,4 @@
-"""Attributes of other people's objects, changed for a while."""
+"""Change attributes of other people's objects for a while."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """``owner`` with ``value`` in place of what its class, or somebody else, has under ``name``."""
+    """Set ``name`` of ``owner`` to ``value`` for a while, in place of what its class or other code put there."""
     before = vars(owner).get(name)
     setattr(owner, name, value)
     try:
@@ -21,7 +21,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without(owner: Any, name: str) -> Iterator[None]:
-    """``owner`` with what its class has under ``name``."""
+    """Take ``name`` off ``owner`` for a while, so that the attribute of its class counts."""
     value = vars(owner).pop(name)
     try:
         yield
@@ -31,9 +31,9 @@ def without(owner: Any, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def layers_with_weights() -> Iterator[None]:
-    """While the host's layers are built: with weights, where its linear ones are otherwise without until their file is read.
+    """Have the host build its layers with weights.
 
-    That is so with dynamic VRAM, the default on NVIDIA cards.
+    With dynamic VRAM, the default on NVIDIA cards, its linear layers have none until their file is read.
     """
     memory = sys.modules.get("comfy.memory_management")  # not in 0.3
     with contextlib.nullcontext() if memory is None else replaced(memory, "aimdo_enabled", False):

@@ -1,4 +1,4 @@
-"""What comes in through the inputs of a node: a link may bring anything, and the host looks at widgets only."""
+"""Check the inputs of a node: a link may bring anything, and the host checks widgets only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .values import number, shown, whole
 
 _NUMBERS: dict[str, tuple[Callable[[Any], Any], str]] = {"INT": (whole, "a whole number"), "FLOAT": (number, "a number")}
 _SEEDS = (-(2**63), 2**64 - 1)  # PyTorch's
-# what the host can do with, if not any number; what is none (NaN) is in no range
+# the numbers that the host can use, where it cannot use all; NaN is in no range
 _RANGES = {
     "seed": _SEEDS,
     "noise_seed": _SEEDS,
@@ -29,16 +29,17 @@ _RANGES = {
 
 
 class InputError(AsyncDiffError, ValueError):
-    """A value that an input of a node does not take."""
+    """A value that an input of a node does not accept."""
 
 
 def checked(node: type[io.ComfyNode], **values: Any) -> dict[str, Any]:
-    """``values`` of inputs of ``node``, by name: each of the kind that its schema names, and numbers Python's own.
+    """Check ``values``, inputs of ``node`` by name, and return them with all numbers as Python's own.
 
-    Whatever the host's KSampler takes is taken, also what its widgets do not offer.
+    Each value must be of the type that the schema names. Whatever the host's KSampler accepts is accepted, even if its widgets
+    do not offer it.
 
     Raises:
-        InputError: one is of another kind, or nothing that could be sampled with.
+        InputError: a value is of another type, or nothing can be sampled with it.
     """
     plain = values | {each.id: _checked(each, values[each.id]) for each in node.define_schema().inputs if each.id in values}
     if plain.get("steps") == 0:
@@ -47,7 +48,7 @@ def checked(node: type[io.ComfyNode], **values: Any) -> dict[str, Any]:
 
 
 def _checked(wanted: io.Input, value: Any) -> Any:
-    """``value`` as ``wanted`` takes it."""
+    """Return ``value`` in the form that the input ``wanted`` accepts."""
     if value is None and wanted.optional:
         return None
     kind, name = wanted.get_io_type(), wanted.id
@@ -65,12 +66,14 @@ def _checked(wanted: io.Input, value: Any) -> Any:
         return plain
     takes, cure = _KINDS[kind]
     if not takes(value):
-        raise InputError(f"{name}={shown(value)} is no {kind}: {cure}" + (", or leave it out" if wanted.optional else ""))
+        raise InputError(
+            f"{name}={shown(value)} is not of type {kind}: {cure}" + (", or leave it out" if wanted.optional else "")
+        )
     return value
 
 
 def _is_conditioning(value: Any) -> bool:
-    """Whether these are pairs of a prompt's tensor, or None, and what else is said of it; there may be none of them."""
+    """Whether this is a list, perhaps empty, of pairs: a prompt's tensor or None, and a dictionary about it."""
     return isinstance(value, list | tuple) and all(isinstance(pair, list | tuple) and _is_prompt(*pair[:2]) for pair in value)
 
 
@@ -79,12 +82,12 @@ def _is_prompt(tensor: Any = None, said: Any = None) -> bool:
 
 
 def _is_tensor(value: Any) -> bool:
-    """Whether this is a tensor, or several of different shapes in the host's own class."""
+    """Whether this is a tensor, or an object of the host's class for several tensors of different shapes."""
     return hasattr(value, "is_nested")
 
 
 def _check_schedule(model: ModelPatcher, steps: int, sampler_name: str, scheduler: str, denoise: float = 1.0, **_: Any) -> None:
-    """Only some of the host's schedules can be of no step; then there is nothing to do."""
+    """Refuse 0 steps if the host's schedule does not allow them. If it does, there is nothing to sample."""
     try:
         comfy.samplers.KSampler(model, steps, model.load_device, sampler_name, scheduler, denoise)
     except ArithmeticError as error:

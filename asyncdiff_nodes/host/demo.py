@@ -1,6 +1,6 @@
 """The shipped demo model in the host's own terms: a MODEL, a VAE and CONDITIONING.
 
-The weights lie in diffusers' layout, but diffusers is not needed: the files are read directly and the keys renamed by the
+The weights have diffusers' layout, but diffusers is not needed: the files are read directly, and the keys are renamed by the
 host's own table. The network works on pictures folded 2x2 into channels; here the folding is part of the network, so that
 the host samples plain pixels [B, 3, H, W] and its pixel-space VAE decodes them. Noise is independent from pixel to pixel,
 so sampling folded or unfolded pictures is the same.
@@ -103,7 +103,7 @@ class DemoConfig(comfy.supported_models_base.BASE):
         }
 
     def get_model(self, state_dict: dict, prefix: str = "", device: torch.device | None = None) -> comfy.model_base.BaseModel:
-        """The network in the host's frame, its weights not yet set; ``state_dict`` and ``prefix`` are not looked at."""
+        """Build the host's model of the network, without weights yet; ``state_dict`` and ``prefix`` are not used."""
         return comfy.model_base.BaseModel(
             self, model_type=comfy.model_base.ModelType.V_PREDICTION, device=device, unet_model=DemoUNet
         )
@@ -136,7 +136,7 @@ def load_demo(folder: str | Path = WEIGHTS) -> tuple[comfy.model_patcher.ModelPa
 
     Raises:
         FileNotFoundError: a file of the folder is missing.
-        ValueError: the noise schedule is not one that is supported.
+        ValueError: the noise schedule is not supported.
         RuntimeError: the weights are not exactly those of the network that ``unet/config.json`` describes.
     """
     # The VAE only rescales, but the host would choose bfloat16 for it on a GPU, which is coarser than 8 bits near white.
@@ -153,7 +153,7 @@ def load_model(folder: str | Path = WEIGHTS, disable_dynamic: bool = False) -> c
 
     Raises:
         FileNotFoundError: a file of the folder is missing.
-        ValueError: the noise schedule is not one that is supported.
+        ValueError: the noise schedule is not supported.
         RuntimeError: the weights are not exactly those of the network that ``unet/config.json`` describes.
     """
     management = comfy.model_management
@@ -169,7 +169,7 @@ def load_model(folder: str | Path = WEIGHTS, disable_dynamic: bool = False) -> c
 
     model = config.get_model({})
     names = comfy.utils.unet_to_diffusers(config.unet_config)
-    # A name that the host's table lacks is kept, and so refused as unexpected.
+    # A name that is not in the host's table is kept, and is then refused as unexpected.
     renamed = {names.get(name, name): tensor.to(dtype) for name, tensor in weights.items()}
     model.diffusion_model.load_state_dict(renamed)
     model.to(offload_device)
@@ -177,7 +177,7 @@ def load_model(folder: str | Path = WEIGHTS, disable_dynamic: bool = False) -> c
     plain = comfy.model_patcher.ModelPatcher
     kind = plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
     patcher = kind(model, load_device=load_device, offload_device=offload_device)
-    # From this the host makes independent copies for other devices.
+    # The host uses this to make independent copies for other devices.
     patcher.cached_patcher_init = (load_model, (folder,))
     return patcher
 
@@ -185,7 +185,7 @@ def load_model(folder: str | Path = WEIGHTS, disable_dynamic: bool = False) -> c
 def encode(text: str, folder: str | Path = WEIGHTS) -> list[list]:
     """Conditioning ``[[context [1, L, D], {}]]`` of a prompt; the empty prompt's is the unconditional one.
 
-    Words that the model has never seen are named in the log.
+    The log names words that the model has never seen.
 
     Raises:
         FileNotFoundError: a file of the folder is missing.
@@ -200,7 +200,7 @@ def encode(text: str, folder: str | Path = WEIGHTS) -> list[list]:
 
 
 class _LevelWidth:
-    """Stands where the host multiplies ``model_channels`` by a whole number, and makes the product ``width``."""
+    """Factor that the host multiplies ``model_channels`` by; the product is always ``width``."""
 
     def __init__(self, width: int) -> None:
         self.width = width
@@ -212,7 +212,7 @@ class _LevelWidth:
 
 
 def _with_groups(operations: type, groups: int) -> type:
-    """The host's layers, except that every GroupNorm asked for gets ``groups`` groups."""
+    """The host's layers, except that every GroupNorm has ``groups`` groups."""
 
     class Operations(operations):
         @staticmethod
@@ -225,7 +225,7 @@ def _with_groups(operations: type, groups: int) -> type:
 def _existing(folder: str | Path, name: str) -> Path:
     path = Path(folder) / name
     if not path.is_file():
-        raise FileNotFoundError(f"folder: {str(folder)!r} lacks {name}; install ComfyUI-AsyncDiff again, it is part of it")
+        raise FileNotFoundError(f"folder: {str(folder)!r} has no {name}; install ComfyUI-AsyncDiff again, the file is part of it")
     return path
 
 

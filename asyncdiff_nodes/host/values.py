@@ -1,4 +1,4 @@
-"""Values of other people's nodes: numbers of any library as Python's own, and whatever it is in a few words."""
+"""Values from other people's nodes: numbers of any library as Python's own, and any value in a few words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SHORT.maxstring = _SHORT.maxother = 60
 
 
 def number(value: Any) -> float | None:
-    """``value`` as a float, such as that of NumPy's numbers and of tensors with one element; None if it is no number."""
+    """``value`` as a float, also from NumPy or a tensor with one element; None if it is not a number."""
     if isinstance(value, str | bytes) or not isinstance(value, SupportsFloat | SupportsIndex):
         return None
     try:
@@ -22,17 +22,17 @@ def number(value: Any) -> float | None:
 
 
 def whole(value: Any) -> int | None:
-    """``value`` as an int, of a float without a fraction, too; None if it is no whole number."""
+    """``value`` as an int, also from a float without a fraction; None if it is not a whole number."""
     try:
         return int(operator.index(value))
     except (TypeError, ValueError, RuntimeError):
-        found = number(value)
-        return int(found) if found is not None and found.is_integer() else None
+        number_of = number(value)
+        return int(number_of) if number_of is not None and number_of.is_integer() else None
 
 
 def shown(value: Any) -> str:
-    """``repr(value)`` for a message: one line, and not a long one."""
+    """``repr(value)`` for a message, as one short line."""
     try:
         return " ".join(map(str.strip, _SHORT.repr(value).splitlines()))
-    except ValueError:  # whole numbers of thousands of digits
+    except ValueError:  # whole numbers with thousands of digits
         return f"<{type(value).__name__}>"

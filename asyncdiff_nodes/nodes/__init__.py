@@ -13,7 +13,7 @@ class AsyncDiffExtension(ComfyExtension):
     """All nodes of the pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """Their classes, in the order of the menu."""
+        """The nodes' classes, in the order of the menu."""
         return [
             AsyncDiffKSampler,
             AsyncDiffKSamplerAdvanced,

@@ -12,19 +12,19 @@ class AsyncDiffDemoLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """No inputs, MODEL and VAE."""
+        """Schema without inputs, with MODEL and VAE as outputs."""
         return io.Schema(
             node_id="AsyncDiffDemoLoader",
             display_name="Load AsyncDiff Demo",
             category=CATEGORY,
             description=(
-                "A tiny text-to-emoji model that comes with this pack, to try AsyncDiff without a download. It draws 32 x 32 "
-                "pixels: give it EmptyChromaRadianceLatentImage at 32 x 32 and AsyncDiff Demo Text Encode, and sample about "
-                "20 steps at cfg 3."
+                "A tiny model that draws emoji from text. It comes with this pack, so you can try AsyncDiff without a download. "
+                "It draws 32 x 32 pixels: connect EmptyChromaRadianceLatentImage at 32 x 32 and AsyncDiff Demo Text Encode, and "
+                "sample about 20 steps at cfg 3."
             ),
             inputs=[],
             outputs=[
-                io.Model.Output(tooltip="The demo model; it works on pixels, 32 x 32."),
+                io.Model.Output(tooltip="The demo model. It works directly on 32 x 32 pixels."),
                 io.Vae.Output(tooltip="Turns the sampled pixels into an image."),
             ],
         )
@@ -46,26 +46,26 @@ class AsyncDiffDemoTextEncode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """``text`` to CONDITIONING."""
+        """Schema with the input ``text`` and the output CONDITIONING."""
         return io.Schema(
             node_id="AsyncDiffDemoTextEncode",
             display_name="AsyncDiff Demo Text Encode",
             category=CATEGORY,
-            description="Encodes a prompt for the AsyncDiff demo model, which has a text encoder of its own.",
+            description="Encodes a prompt for the AsyncDiff demo model, which has its own text encoder.",
             inputs=[
                 io.String.Input(
                     "text",
                     multiline=True,
                     default="red heart",
                     tooltip=(
-                        "The name of one emoji, up to five plain words: 'red heart', 'panda face', 'slice of pizza', 'soccer "
-                        "ball', 'sunflower'. New mixtures of a colour and a common shape often work, such as 'green heart'. "
-                        "Words that it was not trained on mean nothing to it and are named in the log. Leave it empty for "
-                        "the negative prompt."
+                        "The English name of one emoji, up to five plain words: 'red heart', 'panda face', 'slice of pizza', "
+                        "'soccer ball', 'sunflower'. A new mix of a colour and a common shape often works, such as 'green "
+                        "heart'. The model ignores words that it was not trained on, and the log names them. Leave this empty "
+                        "for the negative prompt."
                     ),
                 )
             ],
-            outputs=[io.Conditioning.Output(tooltip="For the demo model only.")],
+            outputs=[io.Conditioning.Output(tooltip="Works with the demo model only.")],
         )
 
     @classmethod

@@ -18,7 +18,8 @@ def advanced(widget: io.Input) -> io.Input:
 
 def options_input() -> io.Input:
     """The optional input that the samplers and the model node have last."""
-    return OptionsType.Input("options", optional=True, tooltip="From AsyncDiff Options. Without it: what the settings say.")
+    tip = "Connect AsyncDiff Options here. Without it, the AsyncDiff settings of ComfyUI apply."
+    return OptionsType.Input("options", optional=True, tooltip=tip)
 
 
 class ReadsSettings(io.ComfyNode):
@@ -43,14 +44,14 @@ class AsyncDiffModel(ReadsSettings):
             display_name="AsyncDiff Model",
             category="AsyncDiff",
             description=(
-                "A model that all GPUs denoise together, for SamplerCustom, SamplerCustomAdvanced and every other sampler node. "
-                "Place it last, after LoRAs and other model nodes."
+                "Has all of your GPUs denoise one picture together, with any sampler node: SamplerCustom, SamplerCustomAdvanced "
+                "and others. Place it last, after LoRAs and other model nodes."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="The model whose network is split over the devices."),
+                io.Model.Input("model", tooltip="The model whose network is split over your devices."),
                 options_input(),
             ],
-            outputs=[io.Model.Output(tooltip="The same model, computed by the worker group.")],
+            outputs=[io.Model.Output(tooltip="The same model. All of your devices compute it together.")],
         )
 
     @classmethod
@@ -65,59 +66,61 @@ class AsyncDiffModel(ReadsSettings):
 
 def _option_widgets() -> list[io.Input]:
     """Of AsyncDiff Options. Saved workflows store widgets by position: new ones go last."""
-    custom = "Used by the preset Custom. "
+    custom = "Only for the preset Custom. "
     return [
         io.Combo.Input(
             "preset",
             options=["Exact", "Balanced", "Fast", "Turbo", "Custom"],
             default="Balanced",
             tooltip=(
-                "With CFG above 1 and 2, 4, 6 ... equal GPUs, one half of them computes the prompt and the other the "
-                "negative prompt, but for Exact: with 2 the picture is then KSampler's. Else: "
-                "Balanced: three exact steps, then all devices at once, and an exact last step; the picture stays "
-                "very close (20 steps of the demo model: 1.4x and 58 dB with 2 devices, 2.0x and 43 dB with 4). "
-                "Fast: two exact steps first, and hardly any work done twice; small details change. Turbo: like "
-                "Balanced, but two steps per round with three or more devices; details change (2.2x and 44 dB with "
-                "3, 2.5x and 36 dB with 4). Exact: KSampler's picture bit by bit, the weights shared out but no "
-                "faster. Custom: the settings below."
+                "How fast, and how close to KSampler's picture. In a synchronous step the devices wait for each other; in an "
+                "asynchronous step they all compute at once. dB say how close two pictures are: more is closer, and above 40 "
+                "hardly anybody sees a difference. With CFG above 1 and 2, 4, 6 ... equal GPUs, one half of them computes the "
+                "prompt and the other half the negative prompt (not in Exact, nor in Turbo with 4); with 2 GPUs the picture is "
+                "then KSampler's up to rounding. In all other cases: Balanced: three synchronous steps first, then asynchronous "
+                "ones, and a synchronous one at the end. The picture stays very close (demo model, 20 steps: 1.4x and 58 dB with "
+                "2 devices, 2.0x and 43 dB with 4). Fast: two synchronous steps first, and hardly any work is done twice; small "
+                "details change. Turbo: like Balanced, but three or more devices do two steps per round; details change (2.2x "
+                "and 44 dB with 3, 2.5x and 36 dB with 4). Exact: KSampler's picture bit for bit; the devices share the weights, "
+                "but it is no faster. Custom: the widgets below decide."
             ),
         ),
         io.String.Input(
             "devices",
             default="auto",
-            tooltip="auto: those of the settings, by default every CUDA GPU. Or a list, one per rank, such as cuda:0, "
-            "cuda:2 (or cpu, cpu to try it). ray:auto: every GPU of this machine's Ray cluster, see docs/ray.md.",
+            tooltip="auto: the devices of the AsyncDiff settings, which are all CUDA GPUs by default. Or a list, such as cuda:0, "
+            "cuda:2 (cpu, cpu to try it without a GPU). ray:auto: all GPUs of this machine's Ray cluster, see docs/ray.md.",
         ),
         io.Int.Input(
             "segments",
             default=0,
             min=0,
             max=16,
-            tooltip=custom + "Parts that the network is cut into; 0: as many as the devices allow. More are faster, but "
-            "each part must then look further ahead.",
+            tooltip=custom + "Segments are the parts that the network is cut into, one per device. 0: as many as the devices "
+            "allow. More segments are faster, but each must then look further ahead.",
         ),
         io.Int.Input(
             "stride",
             default=1,
             min=1,
             max=4,
-            tooltip=custom + "Steps done by one parallel round. 2 is nearly twice as fast again, needs one more device "
-            "(segments + stride - 1), and changes the picture more.",
+            tooltip=custom + "The number of steps that the devices do in one round. 2 is nearly twice as fast again, needs one "
+            "more device (segments + stride - 1), and changes the picture more.",
         ),
         io.Int.Input(
             "warmup",
             default=3,
             min=1,
             max=10000,
-            tooltip=custom + "Exact steps at the beginning, where the composition is decided. Each costs a full step; "
-            "more keep the picture closer.",
+            tooltip=custom + "The warm-up: how many steps at the beginning are synchronous (the devices wait for each other). "
+            "The composition is decided in them. They are slower than later steps; more of them keep the picture closer.",
         ),
         advanced(
             io.Boolean.Input(
                 "time_shift",
                 default=False,
-                tooltip=custom + "Tell the network the previous step's noise level in parallel steps, as the paper suggests "
-                "for some models. No effect on speed.",
+                tooltip=custom + "In asynchronous steps (all devices compute at once), the network is told the noise level of "
+                "the step before. The AsyncDiff paper suggests this for some models. It does not change the speed.",
             )
         ),
         advanced(
@@ -125,16 +128,17 @@ def _option_widgets() -> list[io.Input]:
                 "forecast",
                 default=True,
                 tooltip=custom
-                + "Let each device work ahead, on the latent that is expected when its result will be needed, instead of "
-                "handing on old results. Much closer to the exact picture; a part of the network is computed twice.",
+                + "On: each device works ahead, on the latent that is expected when its result will be needed. The picture is "
+                "much closer to KSampler's, and a part of the network is computed twice. Off: each device hands on its results "
+                "of an earlier step, as in the AsyncDiff paper.",
             )
         ),
         advanced(
             io.String.Input(
                 "cuts",
                 default="",
-                tooltip="Where the segments begin: one block name per segment, separated by commas, such as "
-                "input_blocks.4, output_blocks.3. Empty: balanced automatically.",
+                tooltip="Where the segments (the parts of the network) begin: one block name per segment, separated by commas, "
+                "such as input_blocks.4, output_blocks.3. Empty: they are balanced automatically.",
             )
         ),
         io.Int.Input(
@@ -142,8 +146,9 @@ def _option_widgets() -> list[io.Input]:
             default=1,
             min=0,
             max=10000,
-            tooltip=custom + "Exact steps at the end, where the schedule leaps to a clean picture. One of them keeps the picture "
-            "closer than anything else for its time. Schedules that fade out (karras) do without.",
+            tooltip=custom + "The cool-down: how many steps at the end are synchronous (the devices wait for each other). It is "
+            "used where the schedule leaps to a clean picture. For the time that it takes, nothing keeps the picture closer than "
+            "one such step. Schedules that fade out (karras) do without.",
         ),
         io.Float.Input(
             "speedup",
@@ -151,40 +156,41 @@ def _option_widgets() -> list[io.Input]:
             min=0.0,
             max=16.0,
             step=0.1,
-            tooltip=custom + "How many times as fast the whole run should be, at least: the warm-up is then as long as that "
-            "allows, whatever it says above. 0: no matter. Compared with the fastest device alone, as far as speeds are known.",
+            tooltip=custom + "How many times as fast the whole run should be, at least. The warm-up is then as long as this "
+            "allows, and warmup above is ignored. 0: no target. Compared with the fastest device alone, as far as the speeds "
+            "are known.",
         ),
         io.Int.Input(
             "branches",
             default=0,
             min=0,
             max=8,
-            tooltip=custom + "Parts of a batch, such as prompt and negative prompt, that devices of their own compute. "
-            "1: all devices work on the whole batch. 0: 2 where that is of use and segments is 0, as with the other "
-            "presets.",
+            tooltip=custom + "Branches are groups of devices. Each computes its own part of the batch, such as the prompt or the "
+            "negative prompt. 1: all devices work on the whole batch. 0: two branches where that helps and segments is 0, as "
+            "with the other presets.",
         ),
         io.Combo.Input(
             "control_nets",
             options=["shared", "fresh"],
             default="shared",
             tooltip="shared: the devices compute ControlNets together with the network, so that these are faster, too. "
-            "fresh: ComfyUI computes them before each step, on one device, for guidance that is never worked ahead.",
+            "fresh: ComfyUI computes ControlNets before each step, on one device. Their guidance is then never computed ahead.",
         ),
         io.Combo.Input(
             "on_failure",
             options=["restart", "finish"],
             default="restart",
-            tooltip="When a worker process dies, runs out of memory or hangs. restart: others take over at that step, "
-            "with a new warm-up, and if these fail, too, ComfyUI. finish: ComfyUI does the rest, on one device.",
+            tooltip="What to do when a worker process dies, runs out of memory or hangs. restart: new processes go on from that "
+            "step, with a new warm-up; if they fail, too, ComfyUI does the rest. finish: ComfyUI does the rest, on one device.",
         ),
         advanced(
             io.Combo.Input(
                 "compression",
                 options=["none", "half", "int8"],
                 default="none",
-                tooltip="Fewer bytes between devices in parallel steps, where links are slow (between machines, or old PCIe). "
-                "half: 16 bits per number, of use where the model computes in 32. int8: 8 bits for what changed since the "
-                "step before. Exact steps stay exact.",
+                tooltip="The devices send fewer bytes to each other in asynchronous steps. This is for slow connections (between "
+                "machines, or old PCIe). half: 16 bits per number, useful if the model computes in 32 bits. int8: 8 bits, for "
+                "what changed since the step before. Synchronous steps are never compressed.",
             )
         ),
         advanced(
@@ -192,9 +198,10 @@ def _option_widgets() -> list[io.Input]:
                 "verify",
                 options=["auto", "off", "first", "always"],
                 default="auto",
-                tooltip="Have ComfyUI compute a call of each kind as well, and compare. first: of the first picture of a model "
-                "and what hangs on it. always: of every picture. auto: as the settings say, by default as first where something "
-                "of another pack hangs on the model. A difference is reported, and ComfyUI then samples that model itself.",
+                tooltip="ComfyUI computes some calls of the network once more by itself, and compares. first: one call of each "
+                "kind, in the first picture of a model and what is attached to it. always: in every picture. auto: as the "
+                "AsyncDiff settings say; by default as first if code of another pack is attached to the model. If the results "
+                "differ, you are told, and ComfyUI samples that model by itself from then on.",
             )
         ),
     ]
@@ -213,7 +220,7 @@ class AsyncDiffOptions(ReadsSettings):
             node_id="AsyncDiffOptions",
             display_name="AsyncDiff Options",
             category="AsyncDiff",
-            description="How the model is split over the devices, and how much speed is traded for exactness.",
+            description="Sets how the model is split over your devices, and how close the picture stays to KSampler's.",
             inputs=widgets,
             outputs=[OptionsType.Output(display_name="options")],
         )

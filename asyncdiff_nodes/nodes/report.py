@@ -8,32 +8,37 @@ from comfy_api.latest import io, ui
 
 
 class AsyncDiffReport(io.ComfyNode):
-    """What the ranks did in the last run."""
+    """Shows what the ranks did in the last run."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """A latent, so that it runs after the sampler."""
+        """Schema with a latent as input, so that the node runs after the sampler."""
         return io.Schema(
             node_id="AsyncDiffReport",
             display_name="AsyncDiff Report",
             category="AsyncDiff",
-            description="The last AsyncDiff run: plan, times, speed-up, bytes, drift and memory, and a timeline of the devices.",
-            inputs=[io.Latent.Input("latent", tooltip="The sampler's result: the report is made after it.")],
+            description="Shows what the last AsyncDiff run did: plan, times, speed-up, bytes sent, the weights on each device, "
+            "the drift (how much the values that are sent change from step to step), and a timeline of the devices.",
+            inputs=[io.Latent.Input("latent", tooltip="The sampler's result. The report is made after the sampler has run.")],
             outputs=[
-                io.String.Output(display_name="text", tooltip="The report in words."),
-                io.Image.Output(display_name="timeline", tooltip="When each device computed, one lane per rank."),
+                io.String.Output(display_name="text", tooltip="The report as text."),
+                io.Image.Output(display_name="timeline", tooltip="When each device was computing, one row per device."),
             ],
             is_output_node=True,
         )
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> float:
-        """Never equal: every run has a report of its own."""
+        """Return NaN, which never equals itself, since every run has its own report."""
         return float("nan")
 
     @classmethod
     def execute(cls, latent: Any) -> io.NodeOutput:
-        """Text and timeline of the last run."""
+        """Return text and timeline of the last run.
+
+        Raises:
+            ValueError: nothing has been sampled with an AsyncDiff node yet.
+        """
         from asyncdiff_nodes.host.checks import checked
         from asyncdiff_nodes.host.page.report import last_run
         from asyncdiff_nodes.host.page.timeline import timeline
@@ -42,7 +47,7 @@ class AsyncDiffReport(io.ComfyNode):
         record = last_run()
         if record is None:
             raise ValueError(
-                "AsyncDiff Report: nothing was sampled with an AsyncDiff node yet; connect the latent of such a sampler"
+                "AsyncDiff Report: nothing has been sampled with an AsyncDiff node yet; link latent to an AsyncDiff sampler"
             )
         text = record.text()
         return io.NodeOutput(text, timeline(record), ui=ui.PreviewText(text))

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from order import together
+
 ROOT = Path(__file__).resolve().parents[2]
 HOST = os.environ.get("ASYNCDIFF_HOST_UNDER_TEST")  # set by run.py
 
@@ -19,6 +21,7 @@ else:
     from comfy.cli_args import args
 
     args.cpu = True
+    pytest.register_assert_rewrite("helpers")  # so that a failed assertion says as much there as in a test
 
     def pytest_collection_modifyitems(items):
         """Run the tests of one kind of model in a file one after the other, so that they share its ranks."""
@@ -27,10 +30,7 @@ else:
             kind = item.callspec.params.get("kind") if hasattr(item, "callspec") else None
             return item.nodeid if kind is None else (item.path, kind)
 
-        first = {}
-        for position, item in enumerate(items):
-            first.setdefault(shared(item), position)
-        items.sort(key=lambda item: first[shared(item)])
+        together(items, shared)
 
 
 @pytest.fixture(scope="session")
@@ -44,9 +44,9 @@ def sd15():
 @pytest.fixture(scope="session")
 def prompts():
     """Positive and negative CONDITIONING for ``sd15``."""
-    from helpers import small
+    from helpers.sampling import prompts_for
 
-    return small.conditioning("sd15", 1), small.conditioning("sd15", 2)
+    return prompts_for("sd15")
 
 
 @pytest.fixture(autouse=True)

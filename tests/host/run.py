@@ -1,6 +1,6 @@
 """Run the host tests under an installed ComfyUI's own Python, or say loudly that there is none.
 
-python tests/host/run.py [pytest arguments]
+python tests/host/run.py [pytest arguments]: all of this folder, or the files and tests that are named
 
 python tests/host/run.py --screenshots [modules of tools/screenshots]
 """
@@ -43,8 +43,8 @@ def main() -> int:
     else:
         if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
             print(f"{'!' * 79}\nALL BROWSER TESTS SKIPPED (no Chromium)\n{'!' * 79}")
-        command = [python, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *(arguments or ["-m", "not slow"])]
-        command.append(str(ROOT / "tests" / "host"))
+        command = [python, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-o", "testpaths=tests/host"]
+        command += arguments or ["-m", "not slow"]
     return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
 
 

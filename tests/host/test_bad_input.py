@@ -1,6 +1,5 @@
 """Whatever is asked for: what KSampler does, or an error that names the value and what to do."""
 
-import nodes
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -9,6 +8,7 @@ from hypothesis import strategies as st
 from asyncdiff_nodes.engine import AsyncDiffError
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
+from helpers.sampling import EXACT, ksampler
 
 DEVICES = st.lists(st.sampled_from(["cpu", "cuda:0", "cuda:99", "cpu:1", "meta", "auto", "mps", "-1", "ü", ""]), max_size=4)
 WIDGETS = {
@@ -42,13 +42,12 @@ def test_options_are_a_plan_for_their_devices_or_an_error_that_names_the_value(w
         assert len(devices) == plan.world_size >= 2
 
 
-def outcome(model, prompts, latent, steps=3, cfg=4.0, sampler="euler", scheduler="normal", denoise=1.0):
+def outcome(model, prompts, latent, **how):
     """The latent, or what was raised."""
     try:
-        run = nodes.KSampler().sample(model, 5, steps, cfg, sampler, scheduler, *prompts, {"samples": latent}, denoise)
+        return ksampler(model, prompts, {"samples": latent}, **{"steps": 3} | how)
     except Exception as error:
         return error
-    return run[0]["samples"]
 
 
 NORMAL, NORMAL_SIZE = torch.zeros(1, 4, 16, 16), 100.0  # a latent, and how large its numbers become
@@ -84,4 +83,4 @@ def test_a_strange_request_ends_as_with_ksampler_and_the_next_is_right(sd15, pro
         assert found.shape == expected.shape
         near = 0.0 if preset == "Exact" else 1e-3  # two branches, so that only rounding differs
         assert torch.allclose(found, expected, rtol=near, atol=near * NORMAL_SIZE, equal_nan=True)
-    assert torch.equal(outcome(attach(sd15, Options("Exact", "cpu,cpu")), prompts, NORMAL), outcome(sd15, prompts, NORMAL))
+    assert torch.equal(outcome(attach(sd15, EXACT), prompts, NORMAL), outcome(sd15, prompts, NORMAL))

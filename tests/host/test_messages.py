@@ -164,7 +164,7 @@ def test_numbers_of_other_libraries_are_as_good_as_pythons():
             "segments=1 with branches=1: one segment needs 2 or more branches",
         ),
         (Options("Custom", "cpu,cpu", segments=1, branches=2, stride=2), "stride=2 with segments=1: take"),
-        (Options("Custom", "cpu,cpu", branches=5), "stride=1 with branches=5 needs 5 devices or more, and there are 2: lower"),
+        (Options("Custom", "cpu,cpu", branches=5), "stride=1 with branches=5 needs 5 devices or more, but there are 2: lower"),
         (Options("Custom", "cpu,cpu", stride=9), "stride=9 is out of range: choose 1 to 4"),
         (Options("Custom", "cpu", warmup=0), "warmup=0 is out of range: choose 1 or more"),
         (Options("Custom", "cpu", segments=-1), "segments=-1 is out of range"),

@@ -1,4 +1,4 @@
-"""ControlNets that the ranks compute as a part of the network, where the host would compute them whole before each call of it."""
+"""ControlNets that the ranks compute as a part of the network; the host would compute them whole before each call."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from comfy.patcher_extension import WrappersMP
 from torch import nn
 
 from asyncdiff_nodes.engine import UnsupportedModelError
+from asyncdiff_nodes.host import OURS
 from asyncdiff_nodes.host.attributes import replaced
-from asyncdiff_nodes.host.patches.animatediff.calls import motion_models
 from asyncdiff_nodes.host.patches.foreign_code import foreign_classes
+from asyncdiff_nodes.host.patches.registry import models_of
 from asyncdiff_nodes.host.workers.skeleton import net_skeleton
 
 from .network import CONTROLLED, MERGE, Residuals
 
-KEY = "asyncdiff"  # what is ours among the host's: its hooks, and the calls of ControlNets among a call's residuals
-
 
 @dataclass(frozen=True)
 class NetCall:
-    """A call of a ControlNet that was not made yet.
+    """A call of a ControlNet that has not been made yet.
 
     Attributes:
         net: index of its network in :attr:`ControlNets.networks`.
-        arguments: of its network.
+        arguments: the arguments of its network.
     """
 
     control: ControlNet
@@ -41,7 +40,7 @@ class NetCall:
     arguments: dict[str, Any]
 
     def fits(self, x: torch.Tensor, timesteps: torch.Tensor) -> bool:
-        """Whether its sample and timesteps follow from those of the network's call."""
+        """Whether its sample and timesteps follow from ``x`` and ``timesteps`` of the network's call."""
         sample, times = self.arguments["x"], self.arguments["timesteps"]
         return (
             len(x) == len(sample)
@@ -51,10 +50,10 @@ class NetCall:
         )
 
     def to_send(self, per_item: bool) -> dict[str, Any]:
-        """As :meth:`~.controlled.Controlled.forward` wants it.
+        """The call in the form that :meth:`~.network.Controlled.forward` takes.
 
         Args:
-            per_item: whether batch items are to have a hint each, so that micro-batches have; one serves them all otherwise.
+            per_item: whether each batch item gets its own hint, as micro-batches need; otherwise one serves them all.
         """
         merge = {name: getattr(self.control, name) for name in MERGE}
         merge["strength_type"] = merge["strength_type"].value  # plain data
@@ -65,25 +64,25 @@ class NetCall:
 
 
 class ControlNets:
-    """Those of one sampling's prompts that the ranks can compute: of each chain of them the outermost.
+    """The ControlNets of one sampling's prompts that the ranks can compute: the outermost ones of each chain.
 
-    What comes before one that they cannot is the host's, as residuals are added up in this order.
+    Where they cannot compute one, the host computes it and all before it, as residuals are added up in this order.
 
     Args:
         conds: the sampling's prompts by name.
 
     Attributes:
-        networks: what they are made of; twice where a chain has one twice.
-        patchers: the host's, of the same networks.
-        notes: why others are the host's, where one would expect them here.
+        networks: their networks; one is here twice where a chain has it twice.
+        patchers: the host's patchers of the same networks.
+        notes: why the host computes some that one would expect here.
     """
 
     def __init__(self, conds: dict[str, Any], patcher: ModelPatcher, model_options: dict[str, Any]) -> None:
         self.networks: list[nn.Module] = []
         self.patchers: list[ModelPatcher] = []
         self.notes: list[str] = []
-        self._within = False  # a chain is being asked
-        self._chains: dict[ControlBase, dict[ControlNet, int]] = {}  # the outermost one -> those of its chain, and their networks
+        self._within = False  # a chain is being asked for its residuals
+        self._chains: dict[ControlBase, dict[ControlNet, int]] = {}  # outermost one -> one of its chain -> its network
         hosts = set()
         for control in _outermost(conds):
             chain = list(_chain(control))
@@ -92,12 +91,12 @@ class ControlNets:
             self._chains[control] = {}
             for each in reversed(mine):
                 self._chains[control][each] = self._index(each, self._chains[control].values())
-        # what the host computes as well, it must load
+        # the host must load the networks that it computes itself
         self.patchers = [each for each in self.patchers if id(each.model) not in hosts]
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
-        """While these ControlNets are not computed when the host asks for their residuals, but noted for :func:`take`."""
+        """Note the calls of these ControlNets for :func:`take` for a while, instead of making them when the host asks."""
         with contextlib.ExitStack() as stack:
             for control, nets in self._chains.items():
                 if nets:
@@ -105,7 +104,7 @@ class ControlNets:
             yield
 
     def _recording(self, control: ControlBase, nets: dict[ControlNet, int]) -> Callable[..., dict[str, Any] | None]:
-        """``control.get_control`` with the calls of the networks of ``nets`` noted among the residuals instead of made."""
+        """A ``control.get_control`` that notes the calls of ``nets`` among the residuals instead of making them."""
         original = control.get_control
 
         def get_control(*args: Any, **kwargs: Any) -> dict[str, Any] | None:
@@ -117,7 +116,7 @@ class ControlNets:
                 for net, index in nets.items():
                     stack.enter_context(replaced(net, "control_model", _Recorder(net, index, calls)))
                 residuals = original(*args, **kwargs)
-            return {**residuals, KEY: calls} if calls else residuals
+            return {**residuals, OURS: calls} if calls else residuals
 
         return get_control
 
@@ -131,7 +130,7 @@ class ControlNets:
         return False
 
     def _index(self, control: ControlNet, taken: Collection[int]) -> int:
-        """Of its network among :attr:`networks`, without those that are ``taken``."""
+        """The index of the network of ``control`` among :attr:`networks`, other than those ``taken``."""
         for index, network in enumerate(self.networks):
             if network is control.control_model and index not in taken:
                 return index
@@ -141,27 +140,27 @@ class ControlNets:
 
 
 def without_ranks(conds: dict[str, Any]) -> str | None:
-    """Which ControlNet of these prompts keeps the whole network from being routed, in words; None if none does."""
+    """Why a ControlNet of these prompts keeps the whole network from the ranks, in words; None if none does."""
     fun = getattr(comfy.controlnet, "QwenFunControlNet", ())  # older hosts have none
     if any(isinstance(each, fun) for control in _outermost(conds) for each in _chain(control)):
-        return "a QwenFunControlNet computes with weights of the network, which ComfyUI then has to load"
+        return "a QwenFunControlNet uses weights of the network, so ComfyUI has to load the whole network"
     return None
 
 
 def take(control: dict[str, Any] | None) -> list[NetCall]:
-    """The calls of ControlNets that a call's residuals lack, which are no longer noted there."""
-    return control.pop(KEY, []) if control else []
+    """Take the calls of ControlNets that are noted among a call's residuals out of these."""
+    return control.pop(OURS, []) if control else []
 
 
 def complete(control: Residuals, calls: Sequence[NetCall]) -> None:
     """Make ``calls`` here, on the host's own networks, and add their residuals to ``control``."""
     for call in calls:
-        found = call.control.control_model(**call.arguments)
-        control.update(call.control.control_merge(found, dict(control), None))
+        own = call.control.control_model(**call.arguments)
+        control.update(call.control.control_merge(own, dict(control), None))
 
 
 def _outermost(conds: dict[str, Any]) -> list[ControlBase]:
-    """Of each chain of these prompts, once."""
+    """The last ControlNet of each chain of these prompts, once."""
     return list(dict.fromkeys(entry["control"] for entries in conds.values() for entry in entries if "control" in entry))
 
 
@@ -174,19 +173,19 @@ def _chain(control: ControlBase | None) -> Iterator[ControlBase]:
 def _obstacle(control: ControlNet, patcher: ModelPatcher, model_options: dict[str, Any]) -> str | None:
     """Why the ranks cannot compute ``control``, in words; None if they can."""
     if type(control) is not ControlNet:
-        return f"a {type(control).__name__} is more than a network"
+        return f"a {type(control).__name__} does more than run a network"
     network, wrapped, controls = control.control_model, control.control_model_wrapped, type(patcher.model.diffusion_model)
     if controls not in CONTROLLED or type(network) is not CONTROLLED[controls].net_class:
         return f"there is no block list for its {type(network).__name__} with this {controls.__name__}"
-    if motion_models(patcher):
-        return "the network has AnimateDiff's motion modules"
+    if models_of(patcher):
+        return "the network contains further modules, such as AnimateDiff's"
     if "model_function_wrapper" in model_options:
         return "another node wraps the model's function"
     wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
     for kind in (WrappersMP.DIFFUSION_MODEL, WrappersMP.APPLY_MODEL):
         for others in (wrappers.get(kind, {}), patcher.wrappers.get(kind, {})):
-            if names := [str(name) for name in others if name != KEY]:
-                return f"another node ({', '.join(names)}) may change what the network is given"
+            if names := [str(name) for name in others if name != OURS]:
+                return f"another node ({', '.join(names)}) may change the inputs of the network"
     if control.extra_hooks is not None or wrapped.patches or wrapped.object_patches:
         return "another node changes its weights"
     dtype = control.manual_cast_dtype or network.dtype
@@ -194,7 +193,7 @@ def _obstacle(control: ControlNet, patcher: ModelPatcher, model_options: dict[st
     if dtype != ours:
         return f"it computes in {dtype}, the model in {ours}"
     if code := foreign_classes(network):
-        return f"its {type(network).__name__} runs code of others: {', '.join(code[:3])}"
+        return f"its {type(network).__name__} runs code of other packs: {', '.join(code[:3])}"
     try:
         net_skeleton(network, patcher)
     except UnsupportedModelError as error:
@@ -203,7 +202,7 @@ def _obstacle(control: ControlNet, patcher: ModelPatcher, model_options: dict[st
 
 
 class _Recorder:
-    """In place of a ControlNet's network: notes its calls, and returns no residuals."""
+    """Stand-in for a ControlNet's network that notes its calls and returns no residuals."""
 
     def __init__(self, control: ControlNet, net: int, calls: list[NetCall]) -> None:
         self.dtype = control.control_model.dtype

@@ -1,4 +1,4 @@
-"""How the network of a ControlNet is built: the host keeps no configuration of it."""
+"""Configurations of ControlNets' networks, read from the networks, since the host keeps none."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .network import ControlNetOnMeta
 
 
 def on_meta(net: nn.Module, config: dict[str, Any], operations: type) -> nn.Module:
-    """The network ``net`` on the meta device, with layers of ``operations``.
+    """Build the network ``net`` again on the meta device, with layers of ``operations``.
 
     Args:
-        config: of the network that it is a copy of; where it is another, that is read from ``net`` itself.
+        config: the configuration of the network that it is a copy of; differences are read from ``net`` itself.
 
     Raises:
-        Exception: whatever shows that ``net`` is built in another way.
+        Exception: any error; it shows that ``net`` is built in another way.
     """
     own = {**_OWN[type(net)](net, config), "dtype": net.dtype, "device": "meta", "operations": operations}
     return ControlNetOnMeta(own) if type(net) is cldm.ControlNet else type(net)(**own).requires_grad_(False).eval()
@@ -51,7 +51,7 @@ def _of_qwen_image(net: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reads(net: nn.Module, layer: str) -> int:
-    """Channels that the layer of this name reads."""
+    """Number of channels that the layer of this name reads."""
     return net.get_submodule(layer).weight.shape[1]
 
 

@@ -1,4 +1,4 @@
-"""A network of the host's and its ControlNets as one network, whose blocks the devices share out. Ranks import this, too."""
+"""A network of the host and its ControlNets as one network, whose blocks the devices share. Ranks import this too."""
 
 from __future__ import annotations
 
@@ -22,21 +22,20 @@ from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from torch import nn
 
 from asyncdiff_nodes.host.attributes import layers_with_weights, replaced
-from asyncdiff_nodes.host.patches.sag import GuidedUNet
 
-MERGE = ("strength", "strength_type", "global_average_pooling")  # what the host's merge of residuals reads
+MERGE = ("strength", "strength_type", "global_average_pooling")  # the settings that the host's merge of residuals reads
 Residuals = dict[str, list[torch.Tensor | None]]
-# where the blocks of ControlNets look up the host's attention
+# modules where the blocks of ControlNets look up the host's attention
 _WITH_ATTENTION = (attention, cldm, flux_math, mmdit_network, qwen_network)
 
 
 class ControlNetOnMeta(cldm.ControlNet):
     """The network of a UNet's ControlNet on the meta device.
 
-    It pickles as what it is built of: union ones have a class of their own.
+    It pickles as its configuration, since union ControlNets have a class of their own.
 
     Args:
-        config: of the host's class.
+        config: the arguments of the host's class.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -50,11 +49,11 @@ class ControlNetOnMeta(cldm.ControlNet):
 
 
 class Controlled:
-    """A network of the host's whose ``forward`` computes the residuals of its ControlNets, ``control_nets``, as well.
+    """A network of the host whose ``forward`` also computes the residuals of its ControlNets, ``control_nets``.
 
     Attributes:
-        net_class: of these ControlNets.
-        residuals: which kinds of them these return.
+        net_class: the class of these ControlNets.
+        residuals: the kinds of residuals that they return.
     """
 
     net_class: ClassVar[type[nn.Module]]
@@ -70,7 +69,7 @@ class Controlled:
         nets: dict[int, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """The host's, with the residuals of ``nets`` added to ``control`` when the network asks for the first of them.
+        """Run the host's, adding the residuals of ``nets`` to ``control`` when the network asks for the first of them.
 
         Args:
             timestep, timesteps: the host's classes have either name.
@@ -81,10 +80,10 @@ class Controlled:
         times = timesteps if timestep is None else timestep
 
         def merged(residuals: Residuals) -> Residuals:
-            # blocks have one order of execution, whatever that of the sum is
-            found = {slot: self._net(slot, x, times, **nets[slot]) for slot in sorted(nets)}
+            # blocks need one order of execution, whatever the order of the sum
+            computed = {slot: self._net(slot, x, times, **nets[slot]) for slot in sorted(nets)}
             for slot, net in nets.items():
-                residuals = _merger(net["merge"]).control_merge(found[slot], residuals, None)
+                residuals = _merger(net["merge"]).control_merge(computed[slot], residuals, None)
             return residuals
 
         if nets:
@@ -92,12 +91,12 @@ class Controlled:
         return super().forward(x, times, control=control, **kwargs)
 
     def _net(self, slot: int, x: torch.Tensor, timesteps: torch.Tensor, channels: int, merge: Any, **arguments: Any) -> Residuals:
-        sample = x[:, :channels].contiguous()  # an inpainting model's has more
+        sample = x[:, :channels].contiguous()  # an inpainting model's latent has more channels
         with _traceable_attention() if x.is_meta else contextlib.nullcontext():
             return self.control_nets[slot](x=sample, timesteps=timesteps.to(x.dtype), **arguments)
 
 
-class ControlledUNet(Controlled, GuidedUNet):
+class ControlledUNet(Controlled, UNetModel):
     """A UNet."""
 
     net_class = cldm.ControlNet
@@ -135,7 +134,7 @@ CONTROLLED: dict[type[nn.Module], type[Controlled]] = {
 
 
 def controlled(network: nn.Module, nets: Sequence[nn.Module]) -> nn.Module:
-    """``network`` itself, with ``nets``."""
+    """Add ``nets`` to ``network``, and return it."""
     network.__class__ = CONTROLLED[type(network)]
     network.control_nets = nn.ModuleList(nets)
     return network
@@ -143,7 +142,7 @@ def controlled(network: nn.Module, nets: Sequence[nn.Module]) -> nn.Module:
 
 @contextlib.contextmanager
 def _traceable_attention() -> Iterator[None]:
-    """An attention that runs on the meta device; ControlNets are given no options that could ask for it."""
+    """Use an attention that runs on the meta device; ControlNets get no options that could ask for it."""
     with contextlib.ExitStack() as stack:
         for module in _WITH_ATTENTION:
             for name in {"optimized_attention", "optimized_attention_masked"} & vars(module).keys():
@@ -152,9 +151,9 @@ def _traceable_attention() -> Iterator[None]:
 
 
 class _Later(dict):
-    """Residuals that are computed when the network asks for the first of some ``kinds`` of them.
+    """Residuals that are computed when the network first asks for one of these ``kinds``.
 
-    So its own first blocks are the first to run, and segments can have fresh skips at no more cost than without ControlNets.
+    So its own first blocks run first, and segments can have fresh skips at no more cost than without ControlNets.
     """
 
     def __init__(self, given: Residuals, kinds: frozenset[str], merged: Callable[[Residuals], Residuals]) -> None:
@@ -169,7 +168,7 @@ class _Later(dict):
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """As transformers ask; lists of all kinds are there."""
+        """The list ``name``, the way transformers ask; there is one of every kind."""
         return self[name]
 
 

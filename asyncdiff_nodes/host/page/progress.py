@@ -1,7 +1,7 @@
-"""The sampling that is under way, or the last one, for the page: what every rank does, and events to those who watch.
+"""The current sampling, or the last one, for the page: what every rank does, and events for pages that watch.
 
-The sampler's thread writes, the server's threads read; a page that watches asks again every few seconds, so nothing is sent
-to a page that is closed or whose panel is.
+The sampler's thread writes; the server's threads read. A page that watches asks again every few seconds. So nothing is sent to a
+page that is closed, or whose panel is closed.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import psutil
+import comfy.model_management
 import torch
 from comfy_execution.utils import get_executing_context
 
 from asyncdiff_nodes.engine import Plan, WorkerGroup
 from asyncdiff_nodes.engine.devices import on_cluster
 from asyncdiff_nodes.engine.telemetry import CallRecord, bytes_per_call
-from asyncdiff_nodes.host.routing.options import ALWAYS
+from asyncdiff_nodes.host.choices import ALWAYS
 
 from .prompt_server import prompt_server
 from .timing import Timing
@@ -29,10 +29,10 @@ from .timing import Timing
 log = logging.getLogger(__name__)
 
 EVENT = "asyncdiff.run"
-LEASE = 15.0  # seconds that a page is sent events after it asked
-_KEPT = 5000  # records in one answer
+LEASE = 15.0  # seconds for which a page gets events after it has asked
+_KEPT = 5000  # the most records in one answer
 _numbers = itertools.count(1)
-current: Progress | None = None  # the run that goes on, or was last
+current: Progress | None = None  # the current run, or the last one
 
 
 class Progress:
@@ -40,11 +40,11 @@ class Progress:
 
     Attributes:
         phase: starting (workers, weights), sampling, usual (ComfyUI samples as usual); then done, cancelled or failed.
-        posted: calls of the busiest stream that were begun.
+        posted: how many calls of the busiest stream have begun.
     """
 
     def __init__(self, steps: int) -> None:
-        """``steps`` of the sampler's schedule."""
+        """Begin a run whose schedule has ``steps`` steps."""
         global current
         current = self
         context = get_executing_context()
@@ -62,37 +62,37 @@ class Progress:
         WATCHERS.tell(self, at_once=True)
 
     def sampling(self, group: WorkerGroup, plan: Plan, calls: int | None = None) -> None:
-        """``group`` is ready, and samples with ``plan`` from now on; ``calls`` of each stream, if that is known."""
+        """Note that ``group`` samples with ``plan`` from now on, with ``calls`` calls per stream if that is known."""
         self._group, self._plan, self._steps = group, plan, calls or self._steps
         self.enter("sampling")
 
     def enter(self, phase: str) -> None:
-        """The run is in ``phase`` from now on."""
+        """Note that the run is in ``phase`` from now on."""
         self.phase = phase
         WATCHERS.tell(self, at_once=True)
 
     def call(self, stream: Any, turn: int = 0) -> None:
-        """A call of ``stream`` begins; the ``turn``-th, counting those of streams whose place it took."""
+        """Note that a call of ``stream`` begins: the ``turn``-th, counting calls of the streams that it replaced."""
         self._calls[stream] = self._calls.get(stream, 0) + 1
         self.posted = max(self.posted, self._calls[stream], turn)
 
     def add(self, record: CallRecord) -> None:
-        """A rank has finished a call."""
+        """Add the record of a call that a rank has finished."""
         self._records.append(record)
         WATCHERS.tell(self)
 
     def snapshot(self, first: int | None = None) -> dict[str, Any]:
-        """Plain data for the page, with the records from number ``first`` on; ``None``: all that it may need."""
+        """Plain data for the page, with the records from number ``first`` on; ``None``: all records that it may need."""
         group, plan, records = self._group, self._plan, list(self._records)
-        found = {"number": self.number, "node": self._node, "phase": self.phase, "notes": list(self.notes)}
-        found |= {"steps": self._steps, "step": self.posted}
+        told = {"number": self.number, "node": self._node, "phase": self.phase, "notes": list(self.notes)}
+        told |= {"steps": self._steps, "step": self.posted}
         if group is None or plan is None:
-            return found
+            return told
         first = max(0, len(records) - _KEPT) if first is None else first
-        # of a very long run the warm-up and the latest steps, so that an event costs the same at any time
+        # of a very long run only the warm-up and the latest steps, so that an event always costs the same
         some = records if len(records) < 1000 else records[:200] + records[-800:]
         timing = Timing(plan, group.devices, some, sum(group.placement.shares))
-        return found | {
+        return told | {
             "plan": {**asdict(plan), "warmup": None if plan.warmup >= ALWAYS else plan.warmup},
             "ranks": [self._rank(group, rank) for rank in range(group.plan.world_size)],
             "memory": self._memory_used(group),
@@ -128,18 +128,18 @@ class Progress:
         }
 
     def _memory_used(self, group: WorkerGroup) -> list[Any]:
-        """Used and total bytes per rank: of the whole GPU, or of the rank's process on a CPU. Looked up once a second."""
+        """Used and total bytes of each rank's device, for all programs together. Looked up at most once a second."""
         if group.closed:
             return []
-        when, found = self._memory
+        when, used = self._memory
         if time.monotonic() - when > 1.0:
-            found = [_memory(device, pid) for device, pid in zip(group.devices, group.pids, strict=True)]
-            self._memory = time.monotonic(), found
-        return found
+            used = [_memory(device) for device in group.devices]
+            self._memory = time.monotonic(), used
+        return used
 
 
 class Watchers:
-    """The pages that are shown a run while it goes on."""
+    """The pages that get events during a run."""
 
     def __init__(self) -> None:
         self._pages: dict[str, _Page] = {}
@@ -153,7 +153,7 @@ class Watchers:
         self._pages.pop(client, None)
 
     def tell(self, progress: Progress, at_once: bool = False) -> None:
-        """Send what is new to all that are due."""
+        """Send the news to every page whose next event is due."""
         for client, page in list(self._pages.items()):
             now = time.monotonic()
             if now > page.until:
@@ -162,8 +162,8 @@ class Watchers:
                 try:
                     page.due = now + page.interval
                     page.send(client, progress)
-                except Exception:  # a picture must not be lost for what is told about it
-                    log.exception("AsyncDiff: the panel is sent nothing more")
+                except Exception:  # an event that fails must not cost a picture
+                    log.exception("AsyncDiff: the panel gets no more events")
                     self.dismiss(client)
 
 
@@ -171,7 +171,7 @@ WATCHERS = Watchers()
 
 
 class _Page:
-    """One watching page: until when, how often, when next, and from which record on."""
+    """One page that watches: until when, how often, when next, and from which record on."""
 
     def __init__(self) -> None:
         self.until = self.interval = self.due = 0.0
@@ -181,7 +181,7 @@ class _Page:
         self.until, self.interval = time.monotonic() + LEASE, interval
 
     def send(self, client: str, progress: Progress) -> None:
-        """What is new to this page."""
+        """Send the records that this page does not have yet."""
         if self.number != progress.number:
             self.number, self.first = progress.number, 0
         first, self.first = self.first, progress.recorded
@@ -191,7 +191,7 @@ class _Page:
 
 
 def title(device: str) -> str:
-    """What people call a device, such as ``RTX 4090``."""
+    """The usual name of a device, such as ``RTX 4090``."""
     if on_cluster(device):
         return device
     if torch.device(device).type != "cuda":
@@ -201,26 +201,25 @@ def title(device: str) -> str:
 
 
 def visible_devices() -> Iterator[dict[str, Any]]:
-    """The GPUs that ``auto`` stands for; without looking at their use, which would take memory on each."""
+    """The GPUs that ``auto`` stands for. Their use is not looked up, since that would take memory on each."""
     for index in range(torch.cuda.device_count()):
         device = f"cuda:{index}"
         yield {"device": device, "title": title(device), "total": torch.cuda.get_device_properties(device).total_memory}
 
 
-def _memory(device: str, pid: int) -> Sequence[int] | None:
+def _memory(device: str) -> Sequence[int] | None:
     if on_cluster(device):
         return None
     if torch.device(device).type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return total - free, total
-    try:
-        return psutil.Process(pid).memory_info().rss, psutil.virtual_memory().total
-    except psutil.Error:  # it has just ended
-        return None
+    else:
+        management, where = comfy.model_management, torch.device(device)
+        free, total = management.get_free_memory(where), management.get_total_memory(where)
+    return total - free, total
 
 
 def _row(record: CallRecord) -> list[Any]:
-    """Rank, call, synchronous, start, end, [start, end, ...] of its waits, mean drift."""
+    """A record as a list: rank, call, synchronous, start, end, [start, end, ...] of its waits, mean drift."""
     drift = sum(record.drift.values()) / len(record.drift) if record.drift else None
     waits = [round(edge, 4) for span in record.waits for edge in span]
     return [record.rank, record.call, int(record.synchronous), round(record.start, 4), round(record.end, 4), waits, drift]

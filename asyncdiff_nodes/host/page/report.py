@@ -1,4 +1,4 @@
-"""What is known about the last sampling: kept for the report node, and told to the page."""
+"""The report on the last sampling, for the report node and for the page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from comfy_execution.utils import get_executing_context
 
 from asyncdiff_nodes.engine import Placement, Plan, RunStats, WorkerGroup
 from asyncdiff_nodes.engine.telemetry import CallSummary, RankReport
-from asyncdiff_nodes.host.routing.options import ALWAYS
+from asyncdiff_nodes.host.choices import ALWAYS
 
 from .prompt_server import prompt_server
 from .timing import Timing
@@ -22,8 +22,8 @@ class RunRecord:
 
     Attributes:
         plan: None where the host computed everything itself.
-        placement, stats: None there, too, and where the ranks were gone before they could report.
-        notes: why something was not done as asked, in sentences.
+        placement, stats: also None there, and where the ranks ended before they could report.
+        notes: sentences about what was not done as asked, and why.
         verified: how many calls the host computed as well, with the same result.
     """
 
@@ -37,14 +37,14 @@ class RunRecord:
     def of(
         cls, group: WorkerGroup | None, plan: Plan | None, notes: Sequence[str], timeout: float, verified: int = 0
     ) -> RunRecord:
-        """The record of the run that ``group`` (None: the host) has just finished; waits for it ``timeout`` seconds at most."""
+        """Make the record of the run that ``group`` (None: the host) has just finished. Waits at most ``timeout`` seconds."""
         if group is None:
             return cls(tuple(notes))
         return cls(tuple(notes), plan, group.placement, group.stats(timeout), verified)
 
     @property
     def line(self) -> str:
-        """One line for the node."""
+        """The record in one line, for the node."""
         if self.stats is None:
             return ("" if self.plan else "ComfyUI sampled as usual: ") + "; ".join(map(_first_line, self.notes))
         timing = self.timing
@@ -54,13 +54,13 @@ class RunRecord:
 
     @property
     def timing(self) -> Timing | None:
-        """What was measured; None where the host computed everything itself."""
+        """The measured times; None where the host computed everything itself."""
         if self.stats is None:
             return None
         return Timing(self.plan, [rank.device for rank in self.stats.ranks], self.stats.records, sum(self.placement.shares))
 
     def text(self) -> str:
-        """The whole record in readable lines."""
+        """The whole record as text."""
         lines = [f"Note: {note}" for note in self.notes]
         if self.stats is None:
             return "\n".join([*([] if self.plan else ["AsyncDiff was not used: ComfyUI sampled as usual."]), *lines])
@@ -68,24 +68,24 @@ class RunRecord:
         calls = self.stats.calls
         streams = {call.stream for call in calls}
         warmup = "every step synchronous" if plan.warmup >= ALWAYS else f"warm-up {plan.warmup}"
-        stale = "working ahead" if plan.forecast else "reuse"
+        stale = "working ahead" if plan.forecast else "plain reuse"
         how = f"stride {plan.stride}, {warmup}, {stale}" + (", time shift" if plan.time_shift else "")
         fewer = plan.compression != "none"
         how += f", {plan.compression} between ranks" if fewer else ""
         lines[:0] = [
-            f"Plan: {_in_words(plan)}, " + (how if plan.segments > 1 else "each with the whole network: nothing is stale"),
+            f"Plan: {_in_words(plan)}, " + (how if plan.segments > 1 else "each with the whole network, so nothing is stale"),
             f"Calls: {len(calls)} on {len(streams)} stream(s); synchronous: {_synchronous(calls)}",
         ]
         if timing.step_seconds:
             whole = timing.sequential_seconds
-            gain = f"; its segments one after the other {whole:.3f} s: {timing.speedup:.2f}x" if whole else ""
+            gain = f"; its segments one after the other take {whole:.3f} s: {timing.speedup:.2f}x" if whole else ""
             lines.append(f"Step: {timing.step_seconds:.3f} s asynchronous{gain}")
         lines.append(
             f"Sent between ranks: {_mib(self.stats.bytes_per_call)} per call; planned {_mib(self.stats.planned_bytes)}"
-            + (" in asynchronous ones" if fewer else "")
+            + (" per asynchronous call" if fewer else "")
         )
         if self.verified:
-            lines.append(f"Verified: {self.verified} calls were what ComfyUI computes")
+            lines.append(f"Verified: ComfyUI computed {self.verified} call(s) as well, with the same result")
         lines += [self._rank_line(rank, timing) for rank in self.stats.ranks]
         drifts: dict[int, list[float]] = {}
         for call in calls:
@@ -93,7 +93,7 @@ class RunRecord:
                 drifts.setdefault(call.call + 1, []).append(call.drift)
         if drifts:
             by_call = ", ".join(f"{number}: {statistics.mean(values):.0%}" for number, values in drifts.items())
-            lines.append(f"Drift of what was sent, since the call before: {by_call}")
+            lines.append(f"Drift (change of the values that are sent since the call before): {by_call}")
         return "\n".join(lines)
 
     def _rank_line(self, rank: RankReport, timing: Timing) -> str:
@@ -113,7 +113,7 @@ _last: RunRecord | None = None
 
 
 def last_run() -> RunRecord | None:
-    """The last sampling of a model that AsyncDiff is attached to."""
+    """The record of the last sampling of a model that AsyncDiff is attached to; None if there was none."""
     return _last
 
 
@@ -137,12 +137,12 @@ def _in_words(plan: Plan) -> str:
 
 
 def _synchronous(calls: Sequence[CallSummary]) -> str:
-    """Numbers of the synchronous calls, from 1, and why they were."""
-    found: dict[str, list[int]] = {}
+    """Numbers of the synchronous calls, from 1, and why they were synchronous."""
+    calls_by_reason: dict[str, list[int]] = {}
     for call in calls:
         if call.synchronous:
-            found.setdefault(call.why, []).append(call.call + 1)
-    spans = [(f"{min(n)} to {max(n)}" if min(n) < max(n) else str(min(n)), why) for why, n in found.items()]
+            calls_by_reason.setdefault(call.why, []).append(call.call + 1)
+    spans = [(f"{min(n)} to {max(n)}" if min(n) < max(n) else str(min(n)), why) for why, n in calls_by_reason.items()]
     return ", ".join(f"{span} ({why})" for span, why in spans) or "none"
 
 

@@ -1,4 +1,4 @@
-"""What the page asks the server: one read-only route for the state, and one to stop idle workers."""
+"""The routes for the page: a read-only one for the state, and one that stops idle workers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from aiohttp import web
 
 
 def register(server: Any) -> None:
-    """Add the routes to the host's ``server``. The rest of the pack is imported by the first request, not before."""
+    """Add the routes to the host's ``server``. Only the first request imports the rest of the pack."""
 
     @server.routes.get("/asyncdiff/state")
     async def state(request: web.Request) -> web.Response:
-        """What is being sampled, or was last. With ``client`` (a websocket's id), its page is sent events for a while.
+        """Send the current run, or the last one. With ``client`` (a websocket's id), that page gets events for a while.
 
         ``interval``: seconds between two events; 0: no more events.
         """
@@ -39,8 +39,8 @@ def register(server: Any) -> None:
         """End the worker processes that wait for the next prompt."""
         from asyncdiff_nodes.host.workers.pool import POOL
 
-        if request.content_type != "application/json":  # which a form on another site cannot send
-            return _refused(415, "send application/json")
+        if request.content_type != "application/json":  # a form on another site cannot send this
+            return _refused(415, f"Content-Type={request.content_type!r}: send application/json")
         stopped = await asyncio.to_thread(POOL.release_idle)
         if stopped is None:
             return _refused(409, "The workers are sampling: cancel the run first.")

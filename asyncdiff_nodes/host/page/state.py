@@ -12,7 +12,7 @@ from .report import last_run
 
 
 def state() -> dict[str, Any]:
-    """The run that goes on or was last, its report, the workers that are alive, and the devices of ``auto``."""
+    """The current or last run, its report, the live workers, and the devices of ``auto``."""
     record = last_run()
     return {
         "version": __version__,

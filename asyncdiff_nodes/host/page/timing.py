@@ -14,14 +14,14 @@ from asyncdiff_nodes.engine.telemetry import CallRecord
 
 @dataclass(frozen=True)
 class Timing:
-    """What ``records`` say; everything is None where it was not measured (yet).
+    """Times from ``records``; each is None as long as it was not measured.
 
-    A step is one call of the network on each of the streams that it takes: samplers that call it twice per step count two steps.
+    A step here is one call of the network for each of its streams. A sampler that makes two calls per step counts as two steps.
 
     Args:
-        plan: of the run.
+        plan: the run's plan.
         devices: one per rank.
-        work: of all segments together, in evaluations of the model: above 1 where segments compute the same blocks.
+        work: the work of all segments together, in evaluations of the model; above 1 where several compute the same blocks.
     """
 
     plan: Plan
@@ -31,18 +31,18 @@ class Timing:
 
     @cached_property
     def computing(self) -> list[CallRecord]:
-        """Without the replicas that only listened, and without what was done ahead in the warm-up."""
+        """Records without replicas that only listened, and without calls made ahead in the warm-up."""
         used, segments = self.plan.branch_size, self.plan.segments
         return [r for r in self.records if not r.ahead and r.rank % self._size < (segments if r.synchronous else used)]
 
     @property
     def _size(self) -> int:
-        """Ranks of one branch of the group, which may have more than this run uses."""
+        """Number of ranks in one branch of the group; it may be more than this run uses."""
         return len(self.devices) // self.plan.branches
 
     @cached_property
     def _ranks(self) -> list[int]:
-        """One for each segment, of the branches that compute."""
+        """One rank per segment, in the branches that compute."""
         branches = sorted({record.rank // self._size for record in self.records})
         return [branch * self._size + segment for branch in branches for segment in range(self.plan.segments)]
 
@@ -53,7 +53,7 @@ class Timing:
 
     @property
     def streams_per_step(self) -> float:
-        """Calls that make up a step."""
+        """Number of calls that make up a step."""
         return len(self.calls) / max(1, len({call for _, call in self.calls}))
 
     @cached_property
@@ -68,7 +68,7 @@ class Timing:
 
     @property
     def last_step_seconds(self) -> float | None:
-        """The last step that is known of all ranks, synchronous or not."""
+        """Time of the last step that all ranks have reported, synchronous or not."""
         finished = [max((r.call for r in self.records if r.rank == rank), default=-1) for rank in self._ranks]
         spans: dict[str, list[CallRecord]] = {}
         for record in self.computing:
@@ -88,10 +88,10 @@ class Timing:
         Ranks that share a device slow each other down, so only their synchronous calls count, without the first (cold) one.
         """
         ranks = self._ranks
-        found = [[r.compute for r in self.computing if r.rank == rank and r.synchronous and r.call > 0] for rank in ranks]
-        if not all(found) and len(set(self.devices)) == len(self.devices):
-            found = [[r.compute for r in self.computing if r.rank == rank] for rank in ranks]
-        whole = sum(map(statistics.median, found)) if found and all(found) else 0.0
+        seconds = [[r.compute for r in self.computing if r.rank == rank and r.synchronous and r.call > 0] for rank in ranks]
+        if not all(seconds) and len(set(self.devices)) == len(self.devices):
+            seconds = [[r.compute for r in self.computing if r.rank == rank] for rank in ranks]
+        whole = sum(map(statistics.median, seconds)) if seconds and all(seconds) else 0.0
         return whole / self.work * self.streams_per_step or None
 
     @property
@@ -101,7 +101,7 @@ class Timing:
 
     @property
     def speedup_so_far(self) -> float | None:
-        """The same for the whole run up to now, warm-up included."""
+        """Speed-up of the whole run so far, warm-up included."""
         if not self.records or not self.sequential_seconds:
             return None
         elapsed = max(r.end for r in self.records) - min(r.start for r in self.records)

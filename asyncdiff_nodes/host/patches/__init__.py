@@ -1,1 +1,1 @@
-"""What nodes hang on a model: one file for each thing that ranks can compute, and what only the host can."""
+"""Patches that nodes put on a model: one file for each kind that ranks can compute, and reasons why only the host can."""

@@ -1,7 +1,7 @@
-"""Model patches that can run in a rank: named by module and place in its source, rebuilt there by import.
+"""Model patches that can run in a rank: named by module and place in its source, and rebuilt there by import.
 
-A patch is a function that another node made, mostly a closure over that node's settings. No code is sent: a rank imports the
-module and finds the function's code in it, and only the settings, plain data, travel.
+A patch is a function that another node made, usually a closure over that node's settings. No code is sent: a rank imports the
+module and finds the function's code in it. Only the settings are sent, and these are plain data.
 """
 
 from __future__ import annotations
@@ -11,30 +11,29 @@ import importlib
 import inspect
 import sys
 import types
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-# Patches that look at nothing but what a block is given, so that they do the same wherever the block is; see the tests.
-_ALWAYS: dict[str, int] = {}
-# Module -> the greatest values of settings with which its patches are such. HyperTile draws the first of one or two sizes.
+from .protocol import RoutedPatch
+
+# Patches that read nothing but a block's inputs, so that they do the same wherever the block is; see the tests.
+_ALWAYS: Mapping[str, int] = {}
+# Module -> the greatest values of settings for which that is so. HyperTile's random choice has one outcome up to 2.
 STATELESS = {
     "comfy_extras.nodes_freelunch": _ALWAYS,
     "comfy_extras.nodes_nag": _ALWAYS,
     "comfy_extras.nodes_pag": _ALWAYS,
     "comfy_extras.nodes_hypertile": {"swap_size": 2},
-    "comfy_extras.nodes_sag": _ALWAYS,  # see sag.py for what the sampler reads of it
-    "comfy_extras.nodes_tomesd": _ALWAYS,  # see tome.py for what it draws
-    "comfy.model_patcher": _ALWAYS,  # which has one of the host's attentions take the place of another
+    "comfy.model_patcher": _ALWAYS,  # it replaces one of the host's attentions by another
 }
-# (module, variable): what its patches write before they read it
-_SCRATCH = {("comfy_extras.nodes_sag", "attn_scores"), ("comfy_extras.nodes_tomesd", "u")}
 _ATTENTIONS = "comfy.ldm.modules.attention"
 
 
 class Variable:
-    """What one or more patches close over. It pickles as its value; patches of one message still share it."""
+    """A variable that one or more patches close over. It pickles as its value; patches of one message still share it."""
 
     def __init__(self, value: Any) -> None:
         self.cell = types.CellType(value)
@@ -47,7 +46,7 @@ class Variable:
 
 
 class Scratch(Variable):
-    """One of :data:`_SCRATCH`: what it is now is of no interest, and does not travel."""
+    """A variable that its patches write before they read it: its current value does not matter, and is not sent."""
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -61,12 +60,12 @@ class Scratch(Variable):
 
 @dataclass(frozen=True)
 class ShippedPatch:
-    """A patch by reference; called like the function it stands for.
+    """A patch by reference; it is called like the function that it stands for.
 
     Attributes:
         module, qualname, line: where its source is.
-        settings: (name, variable) of those that it closes over.
-        defaults: of its arguments.
+        settings: name and variable of everything that it closes over.
+        defaults: the defaults of its arguments.
     """
 
     module: str
@@ -76,40 +75,52 @@ class ShippedPatch:
     defaults: tuple[Any, ...]
 
     @classmethod
-    def of(cls, patch: Any, variables: dict[int, Variable]) -> ShippedPatch | None:
-        """The reference to ``patch``; None if it cannot run in a rank.
+    def of(
+        cls, patch: Any, variables: dict[int, Variable], greatest: Mapping[str, int] = _ALWAYS, scratch: str = ""
+    ) -> ShippedPatch | None:
+        """The reference to ``patch``; None if it is not a function, or a setting is not plain data, or too great.
 
         Args:
-            variables: of the patches of the same call, by the identity of their cells; its own are added.
+            variables: those of the patches of the same call, by the identity of their cells; its own are added.
+            greatest: the greatest values of settings with which a rank can run it.
+            scratch: the name of the setting that it writes before it reads it.
         """
-        if not isinstance(patch, types.FunctionType) or patch.__module__ not in STATELESS or patch.__kwdefaults__ or vars(patch):
+        if not isinstance(patch, types.FunctionType) or patch.__kwdefaults__ or vars(patch):
             return None
         code, cells, defaults = patch.__code__, patch.__closure__ or (), patch.__defaults__ or ()
-        found = {
-            name: (cell, Scratch() if (patch.__module__, name) in _SCRATCH else Variable(cell.cell_contents))
+        cells_of = {
+            name: (cell, Scratch() if name == scratch else Variable(cell.cell_contents))
             for name, cell in zip(code.co_freevars, cells, strict=True)
         }
-        values = {name: variable.cell.cell_contents for name, (_, variable) in found.items()}
-        greatest = STATELESS[patch.__module__]
+        values = {name: variable.cell.cell_contents for name, (_, variable) in cells_of.items()}
         if not all(is_plain(value) or _is_attention(value) for value in (*values.values(), *defaults)):
             return None
         if any(values[name] > greatest[name] for name in values.keys() & greatest):
             return None
-        settings = tuple((name, variables.setdefault(id(cell), variable)) for name, (cell, variable) in found.items())
+        settings = tuple((name, variables.setdefault(id(cell), variable)) for name, (cell, variable) in cells_of.items())
         return cls(patch.__module__, patch.__qualname__, code.co_firstlineno, settings, defaults)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the patch."""
         module = importlib.import_module(self.module)
         path, *inner = self.qualname.split(".<locals>.")
-        found = functools.reduce(getattr, path.split("."), module)
-        code = inspect.unwrap(getattr(found, "__func__", found)).__code__
+        owner = functools.reduce(getattr, path.split("."), module)
+        code = inspect.unwrap(getattr(owner, "__func__", owner)).__code__
         for name in inner:
             nested = [c for c in code.co_consts if isinstance(c, types.CodeType) and c.co_name == name]
             code = min(nested, key=lambda c: abs(c.co_firstlineno - self.line))
         settings = dict(self.settings)
         cells = tuple(settings[name].cell for name in code.co_freevars)
         return types.FunctionType(code, vars(module), code.co_name, self.defaults, cells)(*args, **kwargs)
+
+
+class ByReference(RoutedPatch):
+    """Patches that need nothing but their settings: FreeU, PAG, NAG, HyperTile."""
+
+    def shipped(self, patch: Any, options: dict[str, Any], variables: dict[int, Variable]) -> Callable[..., Any] | None:
+        """See :class:`RoutedPatch`."""
+        greatest = STATELESS.get(getattr(patch, "__module__", None))
+        return None if greatest is None else ShippedPatch.of(patch, variables, greatest)
 
 
 def _is_attention(value: Any) -> bool:

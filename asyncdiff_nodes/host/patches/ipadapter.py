@@ -1,12 +1,13 @@
-"""The patches of ComfyUI_IPAdapter_plus in a rank: its code by import, what it looks at by value.
+"""The patches of ComfyUI_IPAdapter_plus in a rank: their code is imported, and the data that they read is sent.
 
-Each replaces the attention of one block to the prompt. Of the adapter's weights it needs the two layers of that block alone.
-Nothing of the host is imported here: a rank has not its flags yet when it imports this.
+Each replaces one block's attention to the prompt. It needs only two layers of the adapter, those of its block.
+Nothing of the host is imported here: a rank does not have the host's flags yet when it imports this.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,32 +17,33 @@ from torch import nn
 from torch.utils._pytree import register_pytree_node, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .by_reference import is_plain
+from .by_reference import Variable, is_plain
 from .packs import PackModule
+from .protocol import RoutedPatch
 
 _PACK, _MODULE, _CLASS, _CALLBACK = "comfyui_ipadapter_plus", "CrossAttentionPatch", "Attn2Replace", "ipadapter_attention"
-_OF_SDXL = "101_to_k_ip"  # the pack tells SDXL's adapters by their having this layer
+_OF_SDXL = "101_to_k_ip"  # the pack recognises SDXL's adapters by this layer
 
 Layers = tuple[tuple[torch.Tensor, torch.Tensor | None], ...]  # (weight, bias) of linear layers, one after the other
 
 
 @dataclass(frozen=True)
 class _At:
-    """In place of a tensor: where it is among those of its patch."""
+    """Placeholder for a tensor: its index among the tensors of its patch."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class ImageAttention:
-    """The patch of one block by reference; called like the object it stands for.
+    """The patch of one block by reference; it is called like the object that it stands for.
 
-    To the engine it is a container of its tensors, so that each rank is sent what its blocks look at, once per sampling.
+    For the engine it is a container of tensors, so that each rank gets what its blocks read, once per sampling.
 
     Attributes:
         module: where its class is.
-        settings: of each adapter that was applied to the block, with the layers of the block in place of the adapter.
-        tensors: of the settings.
+        settings: the settings of each adapter on the block, with the block's layers in place of the adapter.
+        tensors: the tensors of the settings.
     """
 
     module: PackModule
@@ -50,12 +52,12 @@ class ImageAttention:
 
     @classmethod
     def of(cls, patch: Any) -> ImageAttention | None:
-        """The reference to ``patch``; None if it is none of the pack's, or in a form that is not known."""
+        """The reference to ``patch``; None if it is not the pack's, or its form is unknown."""
         module = PackModule.of(type(patch))
         if module is None or (module.pack, module.name, type(patch).__qualname__) != (_PACK, _MODULE, _CLASS):
             return None
         if (made := _made.get(patch)) is not None and len(made.settings) == len(patch.callback):
-            return made  # nodes add to it, and never change what is there
+            return made  # nodes only add to it, and never change what is there
         callback = getattr(module.load(), _CALLBACK, None)
         settings = tuple(map(_settings, patch.kwargs))
         if any(each is not callback for each in patch.callback) or None in settings or not is_plain(settings):
@@ -83,17 +85,25 @@ class ImageAttention:
         return patch(q, k, v, extra_options)
 
     def traced(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]) -> torch.Tensor:
-        """What stands for it on the meta device: whether it looks at its tensors depends on the step, here it does."""
+        """Stand-in for the patch on the meta device. It always reads its tensors; the patch does so in some steps only."""
         for tensor in self.tensors:
             torch.empty_like(tensor)
         return nn.functional.scaled_dot_product_attention(q, k, v)
 
 
+class ImageAdapter(RoutedPatch):
+    """The pack's patches."""
+
+    def shipped(self, patch: Any, options: dict[str, Any], variables: dict[int, Variable]) -> Callable[..., Any] | None:
+        """See :class:`RoutedPatch`."""
+        return ImageAttention.of(patch)
+
+
 class _Adapter:
-    """What the pack's code reads of an adapter.
+    """The part of an adapter that the pack's code reads.
 
     Args:
-        layers: of this block, by name.
+        layers: the layers of this block, by name.
     """
 
     def __init__(self, layers: dict[str, Layers | None]) -> None:
@@ -101,12 +111,12 @@ class _Adapter:
         self.to_kvs = {name: functools.partial(_project, each) for name, each in layers.items()}
 
     def get_multigpu_clone(self, device: torch.device) -> _Adapter:
-        """Itself: its layers are where the block is."""
+        """Return itself: its layers are where the block is."""
         return self
 
 
 _made: WeakKeyDictionary[Any, ImageAttention] = WeakKeyDictionary()
-_constants = WeakTensorKeyDictionary()  # a tensor that several blocks look at -> the parameter that is sent in its place
+_constants = WeakTensorKeyDictionary()  # a tensor that several blocks read -> the parameter that is sent in its place
 
 register_pytree_node(
     ImageAttention,
@@ -116,13 +126,13 @@ register_pytree_node(
 
 
 def _settings(given: dict[str, Any]) -> dict[str, Any] | None:
-    """The settings of one adapter as plain data; None if they are others than expected."""
+    """The settings of one adapter as plain data; None if they are not the expected ones."""
     layers = getattr(getattr(given.get("ipadapter"), "ip_layers", None), "to_kvs", {})
     names = [f"{given.get('module_key')}_to_{what}_ip" for what in "kv"]
-    found = {name: _layers(layers[name]) for name in names if name in layers}
-    if len(found) < len(names) or None in found.values():
+    own = {name: _layers(layers[name]) for name in names if name in layers}
+    if len(own) < len(names) or None in own.values():
         return None
-    return {**given, "ipadapter": {_OF_SDXL: None, **found} if _OF_SDXL in layers else found}
+    return {**given, "ipadapter": {_OF_SDXL: None, **own} if _OF_SDXL in layers else own}
 
 
 def _layers(module: nn.Module) -> Layers | None:
@@ -137,7 +147,7 @@ def _project(layers: Layers, x: torch.Tensor) -> torch.Tensor:
 
 
 def constant(tensor: torch.Tensor) -> nn.Parameter:
-    """``tensor`` as what the engine takes for constant; the same one each time."""
+    """``tensor`` as a parameter, which the engine treats as constant; the same parameter each time."""
     if isinstance(tensor, nn.Parameter):
         return tensor
     if tensor not in _constants:

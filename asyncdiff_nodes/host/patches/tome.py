@@ -1,25 +1,31 @@
-"""Token merging (ToMe): ranks are sent the random numbers that its patches draw, as one generator is the host's for all blocks.
+"""Token merging (ToMe): ranks get the random numbers that its patches draw, since one generator serves all blocks.
 
-Nothing of the host is imported here: a rank has not its flags yet when it imports this.
+Nothing of the host is imported here: a rank does not have the host's flags yet when it imports this.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .by_reference import ShippedPatch
+from asyncdiff_nodes.host import OURS
 
-NUMBERS = "asyncdiff_random_numbers"  # in the options of a call: place of an attention -> those drawn there
-_MODULE = "comfy_extras.nodes_tomesd"
+from .by_reference import ShippedPatch, Variable
+from .protocol import PatchInSampling, RoutedCall, RoutedPatch
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+_NUMBERS = "random numbers"  # key in a call: place of an attention -> the numbers drawn there
+_MODULE, _VARIABLE = "comfy_extras.nodes_tomesd", "u"
 _KIND = "attn1_patch"  # of the patch that draws
 
-Place = tuple[str, int, int]  # of an attention: list of blocks, block, layer of its transformer
+AttentionPlace = tuple[str, int, int]  # list of blocks, block, layer of its transformer
 
 
 @dataclass(frozen=True)
@@ -28,25 +34,13 @@ class Merging:
 
     patch: ShippedPatch
 
-    @classmethod
-    def of(cls, patch: ShippedPatch) -> Merging | None:
-        """What stands for ``patch``; None if it is another node's."""
-        return cls(patch) if patch.module == _MODULE else None
-
-    @staticmethod
-    def runs_in(network: nn.Module) -> bool:
-        """Whether it is known where in ``network`` tokens are merged."""
-        from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-
-        return type(network) is UNetModel
-
     def __call__(self, *args: Any) -> Any:
         """Run the patch, whose last argument is the options of the call."""
-        numbers = args[-1][NUMBERS].get(_place(args[-1]))
+        numbers = args[-1][OURS][_NUMBERS].get(_place(args[-1]))
 
         def draw(*_: Any, **__: Any) -> torch.Tensor:
             if numbers is None:
-                raise RuntimeError(f"tokens are merged in the block {_place(args[-1])}, where that was not foreseen")
+                raise RuntimeError(f"no random numbers were sent for the tokens to merge in block {_place(args[-1])}")
             return numbers
 
         with _Drawing(draw):
@@ -54,7 +48,7 @@ class Merging:
 
 
 class _Drawing(TorchFunctionMode):
-    """While it lasts, ``draw`` is called in place of ``torch.randint``."""
+    """Call ``draw`` in place of ``torch.randint`` for a while."""
 
     def __init__(self, draw: Callable[..., torch.Tensor]) -> None:
         super().__init__()
@@ -65,20 +59,44 @@ class _Drawing(TorchFunctionMode):
 
 
 class _Asked(Exception):
-    """For random numbers, with these arguments."""
+    """Raised when a patch asks for random numbers, with the arguments."""
 
 
-def random_numbers(network: nn.Module, shipped: dict[str, Any], x: torch.Tensor) -> dict[str, Any]:
-    """What to add to the ``shipped`` options of a call of ``network``, the host's, with the latent ``x`` [B, C, h, w].
+class TokenMerging(RoutedPatch):
+    """The patches of *ToMe Patch Model*."""
 
-    They are drawn as the patches would, block after block, from the generator of the latent's device.
-    """
-    patch = next((patch for patch in shipped.get("patches", {}).get(_KIND, ()) if isinstance(patch, Merging)), None)
-    if patch is None:
-        return {}
-    asked = _asked(patch.patch, x)
-    places = _of_full_resolution(network) if asked else ()
-    return {NUMBERS: {place: torch.randint(*asked[0], **{**asked[1], "device": x.device}) for place in places}}
+    def shipped(self, patch: Any, options: dict[str, Any], variables: dict[int, Variable]) -> Callable[..., Any] | None:
+        """See :class:`RoutedPatch`."""
+        if getattr(patch, "__module__", None) != _MODULE:
+            return None
+        reference = ShippedPatch.of(patch, variables, scratch=_VARIABLE)
+        return reference and Merging(reference)
+
+    def runs_in(self, network: nn.Module) -> bool:
+        """Whether it is known where in ``network`` tokens are merged."""
+        from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+        return type(network) is UNetModel
+
+    def begin(self, patcher: ModelPatcher) -> PatchInSampling:
+        """See :class:`RoutedPatch`. Each call is searched for such patches, since nodes add them there too."""
+        return _Drawn()
+
+
+class _Drawn(PatchInSampling):
+    """One sampling, in which the host draws the numbers before each call."""
+
+    def before(self, call: RoutedCall) -> None:
+        """Draw as the patches would, block after block, from the generator of the latent's device."""
+        patches = call.arguments["transformer_options"].get("patches", {}).get(_KIND, ())
+        merging = next((patch for patch in patches if isinstance(patch, Merging)), None)
+        if merging is None:
+            return
+        asked = _asked(merging.patch, call.x)
+        places = _of_full_resolution(call.network) if asked else ()
+        numbers = {place: torch.randint(*asked[0], **{**asked[1], "device": call.x.device}) for place in places}
+        call.add(_NUMBERS, numbers)
+        call.repeatable = False  # the host would draw other numbers
 
 
 def _asked(patch: ShippedPatch, x: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -96,8 +114,8 @@ def _asked(patch: ShippedPatch, x: torch.Tensor) -> tuple[tuple[Any, ...], dict[
     return None
 
 
-def _of_full_resolution(network: nn.Module) -> Iterator[Place]:
-    """The attentions to as many tokens as the latent has pixels: there alone tokens are merged. In the order of execution."""
+def _of_full_resolution(network: nn.Module) -> Iterator[AttentionPlace]:
+    """The attentions to as many tokens as the latent has pixels, in order of execution; only there tokens are merged."""
     from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample
 
     def lowers(group: nn.Module) -> bool:
@@ -112,5 +130,5 @@ def _of_full_resolution(network: nn.Module) -> Iterator[Place]:
                     yield kind, index, depth
 
 
-def _place(options: dict[str, Any]) -> Place:
+def _place(options: dict[str, Any]) -> AttentionPlace:
     return (*options["block"], options["block_index"])

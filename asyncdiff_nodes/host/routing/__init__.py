@@ -1,1 +1,1 @@
-"""One sampling: from the hooks on a model to the calls that go to ranks, and what decides how they go."""
+"""One sampling: the hooks on a model, the calls that go to ranks, and the decisions about them."""

@@ -1,4 +1,4 @@
-"""One picture, sampled twice: as usual and by all devices."""
+"""Sample one picture twice: as usual, and on all devices."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from asyncdiff_nodes.host.page.report import last_run
 from .hooks import attach
 from .options import Options
 
-KEY = "asyncdiff.compare"
+_HOOK = "asyncdiff.compare"
 
 
 def compare(model: ModelPatcher, options: Options | None, vae: Any, **inputs: Any) -> tuple[dict[str, Any], dict[str, Any], str]:
     """Sample with and without AsyncDiff.
 
     Args:
-        vae: if not None, distances are those of pictures, otherwise of latents.
-        inputs: of the host's KSampler, but for the model.
+        vae: with one, pictures are compared; with None, latents.
+        inputs: inputs of the host's KSampler other than the model.
 
     Returns:
-        AsyncDiff's latent, KSampler's, and what to say of them.
+        AsyncDiff's latent, KSampler's latent, and a text that compares them.
     """
     usual, usual_seconds = _sample(model, inputs)
     routed, routed_seconds = _sample(attach(model, options), inputs)
@@ -46,7 +46,7 @@ def compare(model: ModelPatcher, options: Options | None, vae: Any, **inputs: An
 
 
 def _sample(model: ModelPatcher, inputs: dict[str, Any]) -> tuple[dict[str, Any], float]:
-    """The latent, and the seconds from the end of the first step to that of the sampling: without loading and starting."""
+    """The latent, and the seconds from the end of the first step to the end of the sampling, so without loading and starting."""
     marks: list[float] = []
 
     def timed(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
@@ -57,12 +57,12 @@ def _sample(model: ModelPatcher, inputs: dict[str, Any]) -> tuple[dict[str, Any]
             return callback(*progress) if callback is not None else None
 
         marks.append(time.perf_counter())
-        result = executor(*before, tell, *args[6:], **kwargs)  # on the CPU: the devices are done
+        result = executor(*before, tell, *args[6:], **kwargs)  # it is on the CPU, so the devices are done
         marks.append(time.perf_counter())
         return result
 
     clone = model.clone()
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, timed)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _HOOK, timed)
     (latent,) = nodes.KSampler().sample(clone, **inputs)
     return latent, marks[-1] - marks[min(1, len(marks) - 2)] if inputs["steps"] > 1 else marks[-1] - marks[0]
 

@@ -6,10 +6,10 @@ from collections.abc import Hashable
 
 
 class Windows:
-    """The streams of a sampling's windows that were called lately.
+    """The streams of a sampling's windows that were called recently.
 
     Attributes:
-        turn: how many timesteps there were, the one that goes on included.
+        turn: number of timesteps so far, including the current one.
     """
 
     def __init__(self) -> None:
@@ -18,9 +18,10 @@ class Windows:
         self._streams: dict[Hashable, tuple[int, int]] = {}  # -> first and last turn
 
     def stream(self, stream: Hashable, timestep: float) -> tuple[Hashable, list[Hashable]]:
-        """A name for ``stream``, another one if it was not called at the timestep before, and names that will not come again.
+        """A name for ``stream``, and the names of streams that will not be called again.
 
-        What the ranks keep of each would add up to more than they have room for.
+        The name is new if the stream was not called at the timestep before. The ranks forget the streams that are gone, as the
+        values of all of them would fill their memory.
         """
         gone = []
         if timestep != self._timestep:

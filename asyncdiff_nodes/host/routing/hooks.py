@@ -14,8 +14,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
+from asyncdiff_nodes.host import OURS
 from asyncdiff_nodes.host.attributes import replaced, without
-from asyncdiff_nodes.host.controlnet.calls import KEY
 from asyncdiff_nodes.host.page.settings import setting
 from asyncdiff_nodes.host.workers.pool import POOL
 
@@ -26,16 +26,16 @@ _WITHOUT_HOOK = frozenset({"OpenAISignatureMMDITWrapper"})  # networks whose for
 
 
 def attach(patcher: ModelPatcher, options: Options | None = None) -> ModelPatcher:
-    """A clone of ``patcher`` whose network is denoised by a worker group, wherever it is sampled.
+    """Clone ``patcher`` so that a worker group computes its network wherever it is sampled.
 
     Args:
-        options: the user's settings if None.
+        options: the options; None for those of the user's settings.
 
     Raises:
-        PlanError, DeviceError: an option that is out of range, or a device that this machine does not have.
+        PlanError, DeviceError: an option is out of range, or this machine lacks a device.
     """
     options = options or Options(preset=setting("Preset"))
-    with contextlib.suppress(OneDeviceError):  # the host's own path will do
+    with contextlib.suppress(OneDeviceError):  # the host then samples as usual
         options.resolve()
     clone = patcher.clone()
     route = Route(options)
@@ -46,8 +46,8 @@ def attach(patcher: ModelPatcher, options: Options | None = None) -> ModelPatche
         (WrappersMP.APPLY_MODEL, route.apply_model),
         (WrappersMP.PREDICT_NOISE, route.predict_noise),
     ):
-        clone.remove_wrappers_with_key(kind, KEY)
-        clone.add_wrapper_with_key(kind, KEY, hook)
+        clone.remove_wrappers_with_key(kind, OURS)
+        clone.add_wrapper_with_key(kind, OURS, hook)
     return clone
 
 
@@ -59,7 +59,7 @@ class Route:
         self._sampling: Sampling | None = None
 
     def outer_sample(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
-        """Around one sampling: set up, and tear down however it ends."""
+        """Wrap one sampling: set up before it, and clean up however it ends."""
         with POOL.in_use():
             outer, self._sampling = self._sampling, Sampling(self._options, executor.class_obj, *args[2:4])
             try:
@@ -74,26 +74,26 @@ class Route:
                 self._sampling = outer
 
     def prepare_sampling(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
-        """Where the host would load the network onto its own device: the ranks get it instead."""
+        """Give the network to the ranks, where the host would load it onto its own device."""
         if self._sampling is not None and (prepared := self._sampling.prepare(*args, **kwargs)) is not None:
             return prepared
         return executor(*args, **kwargs)
 
     def predict_noise(self, executor: WrapperExecutor, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """One evaluation of the model by the sampler, which may take several calls of the network."""
+        """Note one evaluation of the model by the sampler; it may make several calls of the network."""
         if self._sampling is not None:
             self._sampling.evaluate(x, sigma)
         return executor(x, sigma, *args, **kwargs)
 
     def diffusion_model(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
-        """One call of the network."""
+        """Route one call of the network."""
         network = executor.class_obj
         if not self._ranks_are_ready:
             return executor(*args, **kwargs)
         if not self._sampling.computes(network):
             self._sampling.pass_by(network, _by_name(network, args, kwargs))
             return executor(*args, **kwargs)
-        # the hooks of other nodes after ours still apply; only the network at the end of the chain is ours
+        # the hooks of other nodes after ours still apply; only the network at the end of the chain is replaced
         inner = executor.wrappers[executor.idx + 1 :]
 
         def routed(*args: Any, **kwargs: Any) -> Any:
@@ -103,16 +103,16 @@ class Route:
         return WrapperExecutor.new_class_executor(routed, network, inner).execute(*args, **kwargs)
 
     def apply_model(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
-        """One evaluation of the model, whose network may have no hook of its own."""
+        """Route one evaluation of the model, if its network has no hook of its own."""
         network = executor.class_obj.diffusion_model
         if not self._ranks_are_ready or type(network).__name__ not in _WITHOUT_HOOK:
             return executor(*args, **kwargs)
-        forward, theirs = network.forward, vars(network).get("forward")
+        forward, replacement = network.forward, vars(network).get("forward")
 
         def routed(*args: Any, **kwargs: Any) -> Any:
             given = _by_name(network, args, kwargs)
-            # a replacement by others is looked for in every call, and is not ours
-            with without(network, "forward") if theirs is None else replaced(network, "forward", theirs):
+            # each call looks for replacements by other nodes; ours must not count as one
+            with without(network, "forward") if replacement is None else replaced(network, "forward", replacement):
                 if self._sampling.computes(network):
                     return self._sampling.call(given, lambda: forward(*args, **kwargs))
                 self._sampling.pass_by(network, given)
@@ -126,11 +126,11 @@ class Route:
         return self._sampling is not None and self._sampling.group is not None
 
 
-_signature = functools.cache(inspect.signature)  # of the few classes of networks: it takes longer than the call's other overhead
+_signature = functools.cache(inspect.signature)  # it takes longer than all other overhead of a call
 
 
 def _by_name(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by the names that the ``forward`` of ``network``'s class has for them, in their order."""
+    """The arguments of a call, by their names in the ``forward`` of ``network``'s class and in that order."""
     signature = _signature(type(network).forward)
     given = signature.bind(network, *args, **kwargs).arguments
     del given[next(iter(signature.parameters))]  # self

@@ -1,4 +1,4 @@
-"""The host's own network in a sampling whose calls ranks compute: not loaded, until it has to compute one itself."""
+"""The host's own network in a sampling that ranks compute: it is loaded only once it has to compute a call itself."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from asyncdiff_nodes.host.workers.weights import originals_of
 
 
 class OwnNetwork:
-    """That of one sampling.
+    """The host's network in one sampling.
 
     Args:
-        patcher: the host's.
-        more: what is loaded with it: the patchers of its motion models, and of ControlNets that the ranks compute otherwise.
+        patcher: the host's patcher of the network.
+        more: patchers that are loaded with it: of its motion models, and of ControlNets that otherwise the ranks compute.
     """
 
     def __init__(self, patcher: ModelPatcher, more: Sequence[ModelPatcher]) -> None:
@@ -28,10 +28,10 @@ class OwnNetwork:
         self._loaded = False
 
     def prepare(self) -> None:
-        """What loading would have done to the rest of the model: other nodes' object patches, and small parts to the device."""
+        """Do what loading does to the rest of the model: apply other nodes' object patches, move small parts to the device."""
         patcher, live = self._patcher, dict(self._patcher.model.diffusion_model.named_parameters())
         if any(name in live and kept.shape != live[name].shape for name, kept in originals_of(patcher).items()):
-            unload([patcher], patcher.load_device)  # the host looks at shapes, which a clone's patches have changed
+            unload([patcher], patcher.load_device)  # the host reads shapes, and a clone's patches have changed them
         patcher.model_patches_to(patcher.load_device)
         patcher.model_patches_to(patcher.model_dtype())
         patcher.unpatch_model(patcher.offload_device, unpatch_weights=False)
@@ -42,14 +42,14 @@ class OwnNetwork:
                 child.to(patcher.load_device)
 
     def load(self, x: torch.Tensor) -> None:
-        """Have the host load it after all, for a call at the latent ``x``."""
+        """Have the host load the network after all, for a call at the latent ``x``."""
         if not self._loaded:
             need = self._patcher.memory_required(list(x.shape))
             comfy.model_management.load_models_gpu(list(dict.fromkeys([self._patcher, *self._more])), memory_required=need)
             self._loaded = True
 
     def for_once(self, compute: Callable[[], Any]) -> Any:
-        """What ``compute`` makes with it; afterwards it is unloaded again, and random numbers are as before."""
+        """Return the result of ``compute``, which uses the network. Then unload it again, and restore the random numbers."""
         loaded, device = self._loaded, self._patcher.load_device
         try:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -62,9 +62,9 @@ class OwnNetwork:
 
     @contextlib.contextmanager
     def batched_for(self, free: float) -> Iterator[None]:
-        """While the host, which asks in each step what memory is free and divides what does not fit, is told ``free`` bytes.
+        """Tell the host for a while that ``free`` bytes are free; it asks in each step, and divides a batch that does not fit.
 
-        It would ask the device that a rank has filled, and divide the prompts among calls, in some steps and not in others.
+        Otherwise it would ask a device that a rank has filled, and put the prompts into separate calls in some steps only.
         """
         if not hasattr(self._patcher, "get_free_memory"):  # not in 0.3
             yield

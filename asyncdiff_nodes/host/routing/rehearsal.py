@@ -1,7 +1,7 @@
-"""Which calls of the network a sampler will make, found by letting it run with a stand-in for the model.
+"""Find the calls of the network that a sampler will make, by running it with a stand-in for the model.
 
-A schedule of the host names the noise of every step, but many samplers call the network more than once per step, at noises of
-their own between (dpm_2, dpmpp_sde) or twice at the same (heun). Working ahead, and stride, need to know them all.
+The host's schedule names the noise of every step. But many samplers call the network more than once per step: at a noise level
+between two steps (dpm_2, dpmpp_sde), or twice at the same level (heun). Working ahead and stride need to know all calls.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from comfy.model_patcher import ModelPatcher
 
 log = logging.getLogger(__name__)
 
-_MOST = 8  # calls per step; more is taken for a sampler that never ends with this stand-in
+_MOST = 8  # calls per step; a sampler that makes more probably never ends with this stand-in
 
 
 def rehearse(sampler: Any, sigmas: torch.Tensor, patcher: ModelPatcher) -> torch.Tensor:
     """The sigma of every call of the network that ``sampler`` will make for the schedule ``sigmas`` [steps + 1], in order.
 
-    Where that cannot be told beforehand, it is taken to be one call per step. Only the host's own samplers are run for it:
-    another pack's might have effects besides.
+    One call per step is assumed where this is not known in advance. Only the host's own samplers are rehearsed: another pack's
+    might have side effects.
     """
     once = sigmas[:-1]
     function = getattr(sampler, "sampler_function", None)
@@ -32,19 +32,19 @@ def rehearse(sampler: Any, sigmas: torch.Tensor, patcher: ModelPatcher) -> torch
     start = torch.ones(1, 4, 8, 8) * float(sigmas[0])
     options = {**sampler.extra_options, "extra_args": {"model_options": {}, "seed": 0}, "callback": None, "disable": True}
     if "noise_sampler" in inspect.signature(function).parameters:
-        options["noise_sampler"] = lambda *_: torch.zeros_like(start)  # their own takes ten times as long as all the rest
+        options["noise_sampler"] = lambda *_: torch.zeros_like(start)  # their own takes ten times as long as everything else
     try:
         # the picture's own noise must not depend on whether there was a rehearsal
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             function(stand_in, start, sigmas.cpu(), **options)
-    except Exception as error:  # whatever a sampler may want of a model that a stand-in has not
+    except Exception as error:  # a sampler may want something of a model that the stand-in does not have
         log.debug("AsyncDiff: no rehearsal of this sampler (%s: %s)", type(error).__name__, error)
         return once
     return torch.tensor(stand_in.sigmas, dtype=sigmas.dtype, device=sigmas.device) if stand_in.sigmas else once
 
 
 class _StandIn:
-    """Looks to a sampler like the model that it denoises with, and expects an empty picture."""
+    """Stand-in for the model that a sampler denoises with; it always predicts an empty picture."""
 
     def __init__(self, patcher: ModelPatcher, limit: int) -> None:
         self.sigmas: list[float] = []

@@ -1,4 +1,4 @@
-"""Calls that the host computes beside the ranks, to compare: a net under all that is known, for what nobody has thought of."""
+"""Compare calls of the ranks with the host's own results: a safety net for cases that nobody has thought of."""
 
 from __future__ import annotations
 
@@ -16,53 +16,53 @@ from comfyui_version import __version__ as comfyui_version
 from asyncdiff_nodes import __version__
 from asyncdiff_nodes.engine import WorkerGroup
 from asyncdiff_nodes.engine.devices import on_cluster
-from asyncdiff_nodes.host.patches.compiled import compile_arguments
 from asyncdiff_nodes.host.patches.packs import around, code_name, of_host
 
-# of the result's length: rounding adds up over the layers of a network; other weights or code change much more
+# allowed difference, relative to the result: rounding adds up over the layers; other weights or code change much more
 _ROUNDING = {torch.float16: 3e-2, torch.bfloat16: 1e-1}
 _ROUNDING_OF_OTHERS = 1e-3
 
-# by the host's model: the kinds of its calls that were compared, and why it is not routed any more
+# model of the host -> the kinds of its calls that were compared; and why it is no longer routed
 _compared: WeakKeyDictionary[Any, set[Hashable]] = WeakKeyDictionary()
 _wrong: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
 def distrusted(patcher: ModelPatcher) -> str | None:
-    """Why the host computes this model from now on, in words; None if its ranks were never found to be wrong."""
+    """Why the host computes this model from now on, in words; None if its ranks were never wrong."""
     return _wrong.get(patcher.model)
 
 
 def strangers(patcher: ModelPatcher, model_options: dict[str, Any], guider: Any) -> list[str]:
-    """Names of what hangs on a model, or guides it, and is neither the host's nor this pack's, so that no test covers it."""
+    """Names of code of other packs that is attached to a model, or guides it, so that no test covers it."""
     wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
     callbacks = [each for keys in patcher.callbacks.values() for each in keys.values()]
     hooks = [each for keys in wrappers.values() for each in keys.values()]
-    found = [function for each in (*hooks, *callbacks) for function in each]
-    found += [*around(model_options), *patcher.object_patches.values(), type(guider)]
-    return sorted({code_name(each) for each in found if not of_host(each)})
+    attached = [function for each in (*hooks, *callbacks) for function in each]
+    attached += [*around(model_options), *patcher.object_patches.values(), type(guider)]
+    return sorted({code_name(each) for each in attached if not of_host(each)})
 
 
 class Audit:
     """The comparisons of one sampling.
 
     Args:
-        mode: ``off``; ``first``: a call of each kind, once per model; ``always``: once per sampling; ``auto``: as first, if there
-            are strangers. Where there is no room for the host's network, nothing is.
+        mode: ``off``; ``first``: a call of each kind, once per model; ``always``: once per sampling; ``auto``: like ``first``,
+            if there are strangers. Nothing is compared where there is no room for the host's network.
         strange: see :func:`strangers`.
+        rounds: because of a patch, the ranks' results equal the host's only up to rounding.
 
     Attributes:
-        agreed: how many calls were what the host computes.
-        lacked_room: a call that the user wanted to have compared was not, as the host has no room for its network.
+        agreed: how many calls gave the host's result.
+        lacked_room: a call was not compared although the user wanted that, since the host has no room for its network.
     """
 
-    def __init__(self, mode: str, patcher: ModelPatcher, strange: list[str]) -> None:
+    def __init__(self, mode: str, patcher: ModelPatcher, strange: list[str], rounds: bool) -> None:
         self.agreed, self.lacked_room = 0, False
-        self._mode, self._patcher, self._strange = mode, patcher, strange
+        self._mode, self._patcher, self._strange, self._rounds = mode, patcher, strange, rounds
         self._kinds: set[Hashable] = set() if mode == "always" else _compared.setdefault(patcher.model, set())
 
     def wants(self, kind: Hashable, x: torch.Tensor) -> bool:
-        """Whether a call of this ``kind`` at ``x`` is to be compared, which it then must be."""
+        """Whether to compare a call of this ``kind`` at ``x``; the caller must then do so."""
         kind = (self._patcher.patches_uuid, *self._strange, kind)
         if self._mode == "off" or kind in self._kinds or (self._mode == "auto" and not self._strange):
             return False
@@ -76,28 +76,28 @@ class Audit:
         need = self._patcher.model_size() + self._patcher.memory_required(list(x.shape))
         return comfy.model_management.get_free_memory(self._patcher.load_device) > need
 
-    def differs(self, group: WorkerGroup, found: Any, expected: Any, x: torch.Tensor, facts: dict[str, Any]) -> str | None:
-        """What to tell of the ranks' result ``found`` where it is not the host's; None where it is.
+    def differs(self, group: WorkerGroup, computed: Any, expected: Any, x: torch.Tensor, facts: dict[str, Any]) -> str | None:
+        """A report for the user where ``computed``, the ranks' result, is not the ``expected`` one of the host; None where it is.
 
         Args:
-            facts: what else is known of the call at ``x``.
+            facts: more facts about the call at ``x``, for the report.
         """
         # NaN is equal to NaN here
-        found, expected = ((each[0] if isinstance(each, tuple) else each).nan_to_num() for each in (found, expected))
-        alike = found.shape == expected.shape and found.dtype == expected.dtype
-        if alike and torch.equal(found, expected):
+        computed, expected = ((each[0] if isinstance(each, tuple) else each).nan_to_num() for each in (computed, expected))
+        alike = computed.shape == expected.shape and computed.dtype == expected.dtype
+        if alike and torch.equal(computed, expected):
             self.agreed += 1
             return None
         far = float("inf")
         if alike:
-            a, b = found.double(), expected.double()
+            a, b = computed.double(), expected.double()
             far = float((a - b).norm() / b.norm().clamp_min(1e-12))
-            rounds = compile_arguments(self._patcher) is not None or not _bit_by_bit(group, x.device)
+            rounds = self._rounds or not _bit_by_bit(group, x.device)
             if rounds and far <= _ROUNDING.get(x.dtype, _ROUNDING_OF_OTHERS):
                 self.agreed += 1
                 return None
         network = self._patcher.model.diffusion_model
-        reason = f"a call of its {type(network).__name__} by the ranks was not what ComfyUI computes (verified)"
+        reason = f"the ranks computed a call of its {type(network).__name__} differently from ComfyUI (found by verify)"
         _wrong[self._patcher.model] = reason
         details = {
             "relative difference": f"{far:.3g}",
@@ -108,19 +108,19 @@ class Audit:
             "cuts": ", ".join(group.placement.cuts),
             "model": f"{type(self._patcher.model).__name__}, {self._patcher.model_dtype()}, {len(self._patcher.patches)} patched",
             "latent": f"{x.dtype} {list(x.shape)}",
-            "hangs on it": ", ".join(self._strange) or "nothing of other packs",
+            "code of other packs on it": ", ".join(self._strange) or "none",
             **facts,
         }
         return "\n".join([f"{reason}: please report this", *(f"  {name}: {value}" for name, value in details.items())])
 
 
 def _bit_by_bit(group: WorkerGroup, device: torch.device) -> bool:
-    """Whether the host's result on ``device`` is to be the same bit by bit, as that of the whole batch is on devices like it."""
+    """Whether the host's result on ``device`` must be the same bit for bit: the whole batch, on devices of the same kind."""
     plan = group.plan
     if plan.branches > 1 or plan.microbatches > 1:
         return False
     if any(on_cluster(each) or torch.device(each).type != device.type for each in group.devices):
         return False
     if device.type == "cpu":
-        return torch.get_num_threads() == 1  # sums are cut into as many pieces, and ranks share the threads
+        return torch.get_num_threads() == 1  # sums are split over the threads, and ranks share the threads
     return len({torch.cuda.get_device_name(each) for each in (*group.devices, device)}) == 1

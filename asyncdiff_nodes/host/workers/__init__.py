@@ -1,1 +1,1 @@
-"""The ranks as the host keeps them: groups, their memory, and the network and weights that they are given."""
+"""The ranks, seen from the host: groups, their memory, and the network and weights that they get."""

@@ -1,4 +1,4 @@
-"""Measured balance: how long each block took, kept on disk; and whether a group's blocks should change their ranks."""
+"""Measured block times, kept on disk, and the decision whether a group's blocks should move to other ranks."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from comfy.model_patcher import ModelPatcher
 
 from asyncdiff_nodes.engine import BlockGraph, BlockTimes, Placement, Plan, WorkerGroup, better, pause, slowest
 from asyncdiff_nodes.engine.devices import on_cluster
-from asyncdiff_nodes.engine.parent.calls import TIMED
+from asyncdiff_nodes.engine.parent.course import TIMED
 from asyncdiff_nodes.engine.telemetry import CallRecord
 
 from .skeleton import fingerprint_of
 
 log = logging.getLogger(__name__)
 
-_KEPT = 200  # models and shapes in the file, the latest ones
-# what a move takes, guessed so that it rarely disappoints: rebuilding the module tree, and patching and sending weights
+_KEPT = 200  # entries in the file, for the latest models and shapes
+# what a move costs, estimated rather too high: rebuild the module tree, then patch and send weights
 _MOVE_SECONDS, _BYTES_PER_SECOND = 1.0, 1e9
-_PAUSES = 50  # of which the median is taken
-_SPARE_BYTES = 2**28  # that a rank must have left after it grew
+_PAUSES = 50  # the latest pauses, whose median counts
+_SPARE_BYTES = 2**28  # must stay free on a device whose ranks get more weights
 
 
 class Balance:
-    """Of one sampling: what is known of its model on its devices, what its ranks add to that, and what follows.
+    """The speed of one sampling's model on its devices: what is known, what its ranks measure, and where blocks should be.
 
     Args:
-        shape: [B, C, h, w] of the latent.
+        shape: [B, C, h, w], the shape of the latent.
         devices: one per rank of ``plan``.
-        room: bytes of weights that each of them can hold.
+        room: bytes of weights that each rank can hold.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Balance:
         part = f" in {plan.branches} parts" if plan.branches > 1 else ""
         self._key = f"{architecture} {'x'.join(map(str, shape))}{part} {patcher.model_dtype()}"
         self._models = [_model_of(device) for device in devices]
-        # ranks that share a device may be slowed differently by it
+        # ranks that share a device may be slowed down unequally
         uses = [devices[: rank + 1].count(device) for rank, device in enumerate(devices)]
         each = zip(self._models, devices, uses, strict=True)
         self._names = [f"{model} {device}" + (f" ({use})" if use > 1 else "") for model, device, use in each]
@@ -58,25 +58,25 @@ class Balance:
         self._records: list[CallRecord] = []
         self._waited_for: collections.deque[CallRecord] = collections.deque(maxlen=_PAUSES)
         self._plan = plan
-        self._kept = True  # what is known is what the file has
+        self._kept = True  # the file has everything that is known
         self._streams: set[str] = set()
 
     def estimate(self, graph: BlockGraph) -> tuple[list[float], list[float], float] | None:
         """Costs, speeds and pause for the planner, as far as they are known."""
-        found = self._times.estimate(graph, self._names, self._models)
-        return found and (*found, self._times.pause)
+        estimate = self._times.estimate(graph, self._names, self._models)
+        return estimate and (*estimate, self._times.pause)
 
     def add(self, record: CallRecord) -> None:
-        """A rank has finished a call."""
+        """Add the record of a call that a rank has finished."""
         if record.rank == self._plan.segments - 1:
             self._waited_for.append(record)
         if record.blocks:
             self._streams.add(record.stream)
-            if not self._records or record.stream == self._records[0].stream:  # others may be of another shape
+            if not self._records or record.stream == self._records[0].stream:  # other streams may have another shape
                 self._records.append(record)
 
     def learnt(self, plan: Plan) -> bool:
-        """Whether the ranks have told by now how fast they are in asynchronous calls of ``plan``; from then on it counts."""
+        """Whether the ranks have timed enough asynchronous calls of ``plan``; from then on these times count."""
         told = collections.Counter(record.rank for record in self._records if not record.synchronous)
         if any(told[rank] < TIMED for rank in range(plan.segments)):
             return False
@@ -84,18 +84,18 @@ class Balance:
         return True
 
     def better(self, group: WorkerGroup, calls: int, running: bool) -> Placement | None:
-        """Where the blocks of ``group`` should be; None where that does not pay.
+        """Where the blocks of ``group`` should be; None where a move does not pay off.
 
         Args:
-            calls: asynchronous ones of each stream within which it must.
+            calls: asynchronous calls of each stream within which a move must pay off.
             running: the run has begun, so that one more call of each stream is synchronous.
         """
         old, plan = group.placement, group.plan
-        if (found := self.estimate(old.graph)) is None or (new := better(old, *found, self.room, group.bandwidth)) is None:
+        if (known := self.estimate(old.graph)) is None or (new := better(old, *known, self.room, group.bandwidth)) is None:
             return None
-        costs, speeds, _ = found
+        costs, speeds, _ = known
         streams = max(1, len(self._streams))
-        before, after = (slowest(placement, *found, group.bandwidth) for placement in (old, new))
+        before, after = (slowest(placement, *known, group.bandwidth) for placement in (old, new))
         gain = (before - after) * streams * calls / plan.stride
         segments = range(plan.segments)
         come = sum(new.graph.blocks[i].weight_bytes for d in segments for i in set(new.owned(d)) - set(old.owned(d)))
@@ -105,7 +105,7 @@ class Balance:
         return new if gain > price and _fits(group, new) else None
 
     def finish(self) -> None:
-        """The sampling is over: keep what was learnt for those to come, in this session and others. Never raises."""
+        """Save what this sampling has measured, for later ones in this session and others. Never raises."""
         self._learn()
         if self._kept:
             return
@@ -115,7 +115,7 @@ class Balance:
         try:
             _save(dict(list(entries.items())[-_KEPT:]))
         except OSError as error:
-            log.warning("AsyncDiff: block times are not kept: %s", error)
+            log.warning("AsyncDiff: could not save the block times: %s", error)
 
     def _learn(self) -> None:
         if self._records:
@@ -125,11 +125,11 @@ class Balance:
 
 
 def _fits(group: WorkerGroup, new: Placement) -> bool:
-    """Whether every device has room for the weights that come to it; for a better cut alone nothing is unloaded."""
+    """Whether every device has room for its new weights; nothing is unloaded just for a better cut."""
     growth: collections.Counter[str] = collections.Counter()
     for rank, device in enumerate(group.devices):
         segment = group.plan.segment_of_rank(rank)
-        if not on_cluster(device):  # how much is free there is not known
+        if not on_cluster(device):  # its free memory is not known
             growth[device] += max(0, new.weight_bytes(segment) - group.placement.weight_bytes(segment))
     free = comfy.model_management.get_free_memory
     return all(size + _SPARE_BYTES < free(torch.device(device)) for device, size in growth.items() if size)
@@ -152,13 +152,13 @@ def _load() -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        log.warning("AsyncDiff: the block times in %s are not readable and measured anew: %s", _path(), error)
+        log.warning("AsyncDiff: could not read the block times in %s, so they are measured again: %s", _path(), error)
         return {}
     return entries if isinstance(entries, dict) else {}
 
 
 def _save(entries: dict[str, Any]) -> None:
-    """At once or not at all: a host that is killed meanwhile leaves the old file."""
+    """Write the file at once or not at all: a host that is killed meanwhile leaves the old file."""
     path = _path()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)

@@ -1,4 +1,4 @@
-"""The layer classes of ComfyUI-GGUF, which a rank takes from where the pack is installed. Ranks import this, too."""
+"""The layer classes of ComfyUI-GGUF, which a rank imports from the pack's folder. Ranks import this module too."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class GGUF:
 
     Attributes:
         source: the pack's module of layers.
-        options: what its loader was set to.
+        options: the settings of its loader.
     """
 
     source: PackModule
@@ -32,7 +32,7 @@ class GGUF:
 
     @classmethod
     def of(cls, patcher: ModelPatcher) -> GGUF | None:
-        """Those of the model; None if it has others."""
+        """The operations of the model; None if it has others."""
         made = type(patcher.model.model_config.custom_operations)
         source = PackModule.of(made)
         if made.__qualname__ != "GGMLOps" or source is None or not hasattr(source.load(), "GGMLTensor"):
@@ -40,7 +40,7 @@ class GGUF:
         return cls(source, tuple(getattr(made.Linear, name) for name in _OPTIONS))
 
     def classes(self) -> type:
-        """The pack's own class; in a rank with the options of its loader, whichever model's the process was before."""
+        """The pack's own class. A rank sets the loader's options again, as its process may have served another model."""
         made = self.source.load().GGMLOps
         if not self.source.of_host:
             for name, value in zip(_OPTIONS, self.options, strict=True):
@@ -48,16 +48,16 @@ class GGUF:
         return made
 
     def state(self, layer: nn.Module) -> dict[str, torch.Tensor]:
-        """Its weights; those in the state dict are for the host's estimate of memory."""
+        """The weights of ``layer``; its state dict is only for the host's estimate of memory."""
         return {name: weight.to("meta") for name, weight in layer.named_parameters(recurse=False)}
 
     def carries(self, weight: torch.Tensor) -> bool:
-        """Where it is quantised."""
+        """Whether ``weight`` is quantised, since it carries its patches then."""
         pack = self.source.load()
         return isinstance(weight, pack.GGMLTensor) and pack.is_quantized(weight)
 
     def pieces(self, weight: torch.Tensor, patches: Sequence[Any] = ()) -> tuple[Any, dict[str, torch.Tensor]] | None:
-        """The bytes of the file, and patches as tensors."""
+        """The bytes in the file, and the patches as tensors."""
         if not isinstance(weight, self.source.load().GGMLTensor):
             return None
         carried, tensors = lora.take_apart(patches if self.carries(weight) else ())

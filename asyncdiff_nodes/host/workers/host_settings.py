@@ -1,4 +1,4 @@
-"""What a rank does before it imports any class of the host."""
+"""Settings that a rank applies before it imports any class of the host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _COMPILER = "torch._dynamo"
 class HostSettings:
     """The host's command line, for a worker process.
 
-    A worker finds the parent's modules but starts with default flags, and these choose the attention, the precisions and the
+    A worker finds the parent's modules but starts with default flags. These flags choose the attention, the precisions and the
     memory policy at import.
     """
 
@@ -23,14 +23,14 @@ class HostSettings:
 
     @classmethod
     def current(cls) -> HostSettings:
-        """Those of this process."""
+        """The settings of this process."""
         from comfy.cli_args import args
 
         return cls(dict(vars(args)))
 
     def __call__(self) -> None:
         """Apply them, before ``comfy.model_management`` is imported."""
-        # the host's kernels import it, and do not use it: two fifths of the time that a rank takes to start
+        # the host's kernels import it without using it, which takes two fifths of a rank's start
         sys.modules.setdefault(_COMPILER, _Later(_COMPILER))
         from comfy.cli_args import args
 
@@ -38,10 +38,10 @@ class HostSettings:
 
 
 class _Later(ModuleType):
-    """A module that is imported when something of it is used."""
+    """A module that is imported once something of it is used."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name != "__path__":  # who goes through all modules looks for those, and uses none
+        if name.startswith("__") and name != "__path__":  # code that goes through all modules looks for these, and uses none
             raise AttributeError(name)
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]

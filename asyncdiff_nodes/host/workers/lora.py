@@ -1,4 +1,4 @@
-"""LoRA and other patches of weights as tensors and plain data, for weights that carry them along. Ranks import this, too."""
+"""LoRA and other patches of weights as tensors and plain data, for weights that carry them along. Ranks import this too."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from comfy.weight_adapter import WeightAdapterBase
 from asyncdiff_nodes.engine import UnsupportedModelError
 from asyncdiff_nodes.engine.trees import flatten, unflatten
 
-TENSOR = "patch"  # begins the names of their tensors
+TENSOR = "patch"  # the names of their tensors begin with this
 _ADAPTER = "adapter"
 
 
 def take_apart(patches: Sequence[Any]) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Patches of one weight, as the host keeps them: plain data, equal for those that differ in values only, and tensors.
+    """Take the host's patches of one weight apart: plain data, equal for patches that differ only in values, and tensors.
 
-    Numbers such as a strength are among the tensors, in double precision: they change from prompt to prompt.
+    Numbers such as a strength are among the tensors, in double precision, since they change from prompt to prompt.
 
     Raises:
-        UnsupportedModelError: one that is code, or of a class that is not the host's.
+        UnsupportedModelError: a patch is code, or of a class that is not the host's.
     """
     leaves, structure = flatten([_plain(*patch) for patch in patches])
     tensors, rest, numbers = {}, {}, []
@@ -35,12 +35,12 @@ def take_apart(patches: Sequence[Any]) -> tuple[Any, dict[str, torch.Tensor]]:
         elif isinstance(leaf, str | int):
             rest[place] = leaf
         else:
-            raise UnsupportedModelError(f"a patch on its quantised weights has a {type(leaf).__name__}, which a rank cannot take")
+            raise UnsupportedModelError(f"a patch on its quantised weights has a {type(leaf).__name__}, which a rank cannot get")
     return (structure, rest, numbers), tensors
 
 
 def put_together(settings: Any, tensors: dict[str, torch.Tensor]) -> list[Any]:
-    """The patches that :func:`take_apart` took apart, among other ``tensors``."""
+    """Put the patches together that :func:`take_apart` took apart; ``tensors`` may have others too."""
     structure, rest, numbers = settings
     leaves = dict(rest)
     for name, tensor in tensors.items():

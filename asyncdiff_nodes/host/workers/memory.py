@@ -1,6 +1,6 @@
-"""Memory for the ranks: how much there is, and the ranks in the host's own bookkeeping.
+"""Memory for the ranks: how much there is, and the ranks' entries in the host's own bookkeeping.
 
-So that *Unload models*, memory pressure and a model switch free them.
+Because of these entries, *Unload models*, a lack of memory, and a change of models free the ranks.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from asyncdiff_nodes.engine.devices import on_cluster
 def room_for_weights(devices: Sequence[str], call: float, networks: Sequence[ModelPatcher]) -> list[float]:
     """Bytes of weights that each of these ranks can hold beside a call, which needs ``call`` bytes on each.
 
-    Of a cluster's devices nothing is known, and no limit is set.
+    Devices of a cluster have no limit, since nothing is known about their memory.
 
     Args:
-        networks: the host's own, which stay on a GPU where it was told to keep all there (--highvram, --gpu-only).
+        networks: the host's own; with --highvram or --gpu-only they stay on a GPU.
     """
     ranks, reserved = Counter(devices), Counter(dict.fromkeys(devices, comfy.model_management.extra_reserved_memory()))
     for network in networks:
@@ -41,16 +41,16 @@ def room_for_weights(devices: Sequence[str], call: float, networks: Sequence[Mod
 
 
 def unload(patchers: Sequence[ModelPatcher], device: torch.device) -> None:
-    """Have the host unload these models, and their clones, from ``device``, as it does where memory is short."""
+    """Have the host unload these models, and their clones, from ``device``, as it does when memory is short."""
     models = {id(patcher.model) for patcher in patchers}
     loaded = comfy.model_management.current_loaded_models
-    others = [each for each in loaded if id(getattr(each.model, "model", None)) not in models]
-    comfy.model_management.free_memory(1e30, device, others)  # more than there is: all of these
+    kept = [each for each in loaded if id(getattr(each.model, "model", None)) not in models]
+    comfy.model_management.free_memory(1e30, device, kept)  # more than any device has, so that all of them go
 
 
 @contextlib.contextmanager
 def kept_from_host(ranks: Sequence[RankMemory]) -> Iterator[None]:
-    """While these are not among the host's loaded models, so that it does not end them to make room for others."""
+    """Take these ranks off the host's loaded models for a while, so that it does not end them to make room."""
     loaded = comfy.model_management.current_loaded_models
     entries = [entry for entry in loaded if any(entry.model is rank for rank in ranks)]
     for entry in entries:
@@ -62,20 +62,20 @@ def kept_from_host(ranks: Sequence[RankMemory]) -> Iterator[None]:
 
 
 class AsyncDiffRank:
-    """What the host's log calls a rank: the object that stands for its weights."""
+    """Stand-in for a rank's weights; the host's log shows the name of this class."""
 
 
 class RankMemory:
     """One rank among the host's loaded models.
 
-    It has the members of a ``ModelPatcher`` that ``comfy.model_management`` touches. A rank cannot give up a part of its
-    weights, and a group cannot run without one of its ranks: freeing any of them ends the whole group.
+    It has the members of a ``ModelPatcher`` that ``comfy.model_management`` uses. A rank cannot give up a part of its
+    weights, and a group cannot run without one of its ranks. So freeing any of them ends the whole group.
     """
 
     parent = None
 
     def __init__(self, device: torch.device, size: int, release: Callable[[], None]) -> None:
-        """``release`` ends the group; it must never raise, and may be called again."""
+        """``release`` ends the group; it must never raise, and may be called more than once."""
         self.model = AsyncDiffRank()
         self.load_device = device
         self.offload_device = torch.device("cpu")
@@ -85,11 +85,11 @@ class RankMemory:
         self._held = 0
 
     def forget(self) -> None:
-        """The group has ended: nothing is held any more, nor can be loaded."""
+        """Note that the group has ended: it holds nothing any more, and nothing can be loaded."""
         self._size = self._held = 0
 
     def resize(self, size: int) -> None:
-        """The rank's weights are other ones now, of ``size`` bytes."""
+        """Note that the rank has other weights now, of ``size`` bytes."""
         self._size, self._held = size, size if self._held else 0
 
     def model_size(self) -> int:
@@ -101,11 +101,11 @@ class RankMemory:
         return self._held
 
     def current_loaded_device(self) -> torch.device:
-        """Where its weights are; the host asks to learn how much it must make room for."""
+        """The device of the weights; the host asks, to learn how much room it must make."""
         return self.load_device if self._held else self.offload_device
 
     def partially_load(self, device: torch.device, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
-        """The host has made room: count the weights as loaded."""
+        """Count the weights as loaded, now that the host has made room; returns the bytes that are new."""
         grown, self._held = self._size - self._held, self._size
         return grown
 
@@ -117,7 +117,7 @@ class RankMemory:
         return freed
 
     def detach(self, unpatch_all: bool = True) -> AsyncDiffRank:
-        """End the group, or with ``unpatch_all=False``, of a model about to be loaded again, do nothing."""
+        """End the group. With ``unpatch_all=False`` do nothing: the model is about to be loaded again."""
         if unpatch_all:
             self.partially_unload(self.offload_device)
         return self.model
@@ -127,23 +127,23 @@ class RankMemory:
         return getattr(other, "model", None) is self.model
 
     def is_dynamic(self) -> bool:
-        """Not of the host's on-demand kind."""
+        """False: the host does not load a rank on demand."""
         return False
 
     def lowvram_patch_counter(self) -> int:
-        """No weights are patched while loading."""
+        """Zero: no weights are patched while loading."""
         return 0
 
     def model_patches_to(self, target: Any) -> None:
-        """Nothing to move: patches are in the weights."""
+        """Do nothing: patches are in the weights already."""
 
     def model_patches_models(self) -> list[Any]:
-        """No further models come with it."""
+        """An empty list: no further models come with a rank."""
         return []
 
     def get_nested_additional_models(self) -> list[Any]:
-        """No further models come with it."""
+        """An empty list: no further models come with a rank."""
         return []
 
     def model_dtype(self) -> None:
-        """Of no concern to the host."""
+        """None: the host does not use it."""

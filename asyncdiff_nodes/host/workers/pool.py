@@ -1,4 +1,4 @@
-"""The worker groups that are alive, kept between prompts and reused with as little work as is correct."""
+"""The live worker groups, kept between prompts and reused with no more work than a correct result needs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
-from asyncdiff_nodes.engine import AsyncDiffError, IdleWorkers, Placement, Plan, UnsupportedModelError, WorkerGroup
+from asyncdiff_nodes.engine import AsyncDiffError, IdleWorkers, Placement, Plan, RankOptions, UnsupportedModelError, WorkerGroup
 from asyncdiff_nodes.engine.devices import on_cluster
 from asyncdiff_nodes.engine.planning.plan import PER_RUN
 from asyncdiff_nodes.host.page.settings import setting
-from asyncdiff_nodes.host.patches.animatediff.calls import motion_models
 from asyncdiff_nodes.host.patches.compiled import compile_arguments
+from asyncdiff_nodes.host.patches.registry import models_of
 
 from .block_times import Balance
 from .host_settings import HostSettings
@@ -38,22 +38,46 @@ _CALL_TIMEOUT = 300.0
 
 
 class BusyError(AsyncDiffError, RuntimeError):
-    """A sampling within others would need ranks that these use."""
+    """A sampling inside other samplings needs ranks that these use."""
+
+
+@dataclass(frozen=True)
+class GroupRequest:
+    """A sampling's request for a group.
+
+    Attributes:
+        patcher: the model that it samples.
+        nets: networks of the ControlNets that the group computes too.
+        plan, devices: the plan and the devices of its ranks.
+        shape: the shape of the latent in each call, [B, C, h, w] or [B, C, F, h, w].
+        load: has the host load models (here: the ranks) and make room for them.
+        poll: see :class:`~asyncdiff_nodes.engine.WorkerGroup`.
+        balance: decides where the blocks should be.
+    """
+
+    patcher: ModelPatcher
+    nets: Sequence[nn.Module]
+    plan: Plan
+    devices: Sequence[str]
+    shape: Sequence[int]
+    load: Callable[[list[Any]], None]
+    poll: Callable[[], None]
+    balance: Balance
 
 
 @dataclass(eq=False)
-class Held:
-    """A group and what is in it.
+class PooledGroup:
+    """A group and its contents.
 
     Attributes:
         model: the host's model whose weights the ranks have.
-        sent: what these weights were.
-        description: of the model's network, as it was compared with the skeleton.
-        fingerprint: of the network without its weights.
-        skeleton: what the ranks have, on the meta device.
+        sent: a note of these weights as they were sent.
+        description: a description of the model's network when it was compared with the skeleton.
+        fingerprint: a fingerprint of the network without its weights.
+        skeleton: the ranks' network, on the meta device.
         nets: the networks of the ControlNets whose weights they have.
-        memory: one per rank, but for those on a cluster.
-        busy: a sampling that goes on uses it: another one within that can neither have nor end it.
+        memory: one per rank, without ranks on a cluster.
+        busy: a sampling uses it now; another sampling inside that one can neither have nor end it.
     """
 
     group: WorkerGroup
@@ -66,31 +90,31 @@ class Held:
     memory: list[RankMemory]
     busy: bool = False
 
-    def fits(self, plan: Plan, devices: Sequence[str], patcher: ModelPatcher, nets: Sequence[nn.Module]) -> bool:
-        """Whether ``plan`` can run in this group once it has the right weights.
+    def fits(self, request: GroupRequest) -> bool:
+        """Whether this group can serve the request once it has the right weights.
 
-        For the model that it was started for, it may have more ControlNets than are needed: such a workflow samples it twice. For
-        others the cuts would be those of a heavier network.
+        It may have more ControlNets than needed for the model that it was started for, since some workflows sample that twice.
+        For another model the cuts would be those of a heavier network.
         """
         own = self.group.plan
         return (
-            replace(own, **{name: getattr(plan, name) for name in PER_RUN}) == plan
-            and self.group.devices == tuple(devices)
-            and self.fingerprint == fingerprint_of(patcher)
-            and (len(nets) == len(self.nets) or self.model() is patcher.model)
-            and self.slots(nets) is not None
+            replace(own, **{name: getattr(request.plan, name) for name in PER_RUN}) == request.plan
+            and self.group.devices == tuple(request.devices)
+            and self.fingerprint == fingerprint_of(request.patcher)
+            and (len(request.nets) == len(self.nets) or self.model() is request.patcher.model)
+            and self.slots(request.nets) is not None
         )
 
     def slots(self, nets: Sequence[nn.Module]) -> list[int] | None:
-        """For each of ``nets`` its place, or one that can be its own; None where there are too few."""
+        """The place of each of ``nets``, or a free one that suits it; None where there are too few."""
         free = list(range(len(self.nets)))
-        found: dict[int, int] = {}  # index -> slot
+        chosen: dict[int, int] = {}  # index -> slot
         for suits in (self._has, self._could_have):
             for index, net in enumerate(nets):
-                if index not in found and (slot := next((slot for slot in free if suits(slot, net)), None)) is not None:
-                    found[index] = slot
+                if index not in chosen and (slot := next((slot for slot in free if suits(slot, net)), None)) is not None:
+                    chosen[index] = slot
                     free.remove(slot)
-        return [found[index] for index in range(len(nets))] if len(found) == len(nets) else None
+        return [chosen[index] for index in range(len(nets))] if len(chosen) == len(nets) else None
 
     def _has(self, slot: int, net: nn.Module) -> bool:
         return self.nets[slot]() is net
@@ -100,12 +124,12 @@ class Held:
         return outline_of(self.skeleton.control_nets[slot]) == outline_of(net)
 
     def weight_bytes(self) -> int:
-        """Of all ranks."""
+        """Bytes of the weights of all ranks."""
         plan, placement = self.group.plan, self.group.placement
         return sum(placement.weight_bytes(plan.segment_of_rank(rank)) for rank in range(plan.world_size))
 
     def weights(self, patcher: ModelPatcher, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and values of those in ``names``, as ``patcher`` and the ControlNets have them."""
+        """Names and values of the weights in ``names``, as ``patcher`` and the ControlNets have them."""
         return weights_of(patcher, self.skeleton, names, [ref() for ref in self.nets])
 
     def sources(self, patcher: ModelPatcher) -> Sources:
@@ -114,18 +138,18 @@ class Held:
 
 
 class Pool:
-    """The groups of this process, the latest used last."""
+    """The groups of this process, the most recently used last."""
 
     def __init__(self) -> None:
-        self._held: list[Held] = []
-        # The host looks at the entries of ended groups until it is done with its own lists: they must not vanish before.
+        self._held: list[PooledGroup] = []
+        # The host reads the entries of ended groups until it is done with its own lists, so they must not vanish before.
         self._retired: list[RankMemory] = []
         self._lock = threading.RLock()
         self._timer: threading.Timer | None = None
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """While a sampling goes on: nobody else ends a group. Afterwards they are kept for as long as the settings say."""
+        """Let nobody else end a group during a sampling. Afterwards groups are kept for as long as the settings say."""
         with self._lock:
             minutes = setting("KeepMinutes")
             if self._timer is not None:
@@ -138,76 +162,60 @@ class Pool:
                     self._timer.daemon = True
                     self._timer.start()
 
-    def acquire(
-        self,
-        patcher: ModelPatcher,
-        nets: Sequence[nn.Module],
-        plan: Plan,
-        devices: Sequence[str],
-        shape: Sequence[int],
-        load: Callable[[list[Any]], None],
-        poll: Callable[[], None],
-        balance: Balance,
-    ) -> WorkerGroup:
-        """A group that computes ``patcher``'s diffusion model as ``plan`` says; it is the caller's until :meth:`give_back`.
-
-        Args:
-            nets: networks of the ControlNets that it computes as well.
-            shape: [B, C, h, w] of the latent, or [B, C, F, h, w].
-            load: has the host load models (here: the ranks) and make room for them.
-            poll: see :class:`~asyncdiff_nodes.engine.WorkerGroup`.
-            balance: where the blocks should be.
+    def acquire(self, request: GroupRequest) -> WorkerGroup:
+        """Get a group that computes the diffusion model as ``request`` says; the caller owns it until :meth:`give_back`.
 
         Raises:
             UnsupportedModelError: the model cannot be split.
-            BusyError: others use all groups that there can be.
+            BusyError: other samplings use all groups that there can be.
             AsyncDiffError: see :class:`~asyncdiff_nodes.engine.WorkerGroup`.
         """
         self._retired.clear()
         self.bury()
-        check(patcher)
+        check(request.patcher)
         busy = [held for held in self._held if held.busy]
         if len(busy) >= MAX_GROUPS:
-            raise BusyError(f"all {len(busy)} groups of ranks are in use by the samplings that this one is a part of")
+            raise BusyError(f"all {len(busy)} groups of worker processes are in use by the samplings that contain this one")
 
         def load_beside(ranks: list[Any]) -> None:
             with kept_from_host([memory for held in busy for memory in held.memory]):
-                load(ranks)
+                request.load(ranks)
 
-        if held := self._find(patcher, nets, plan, devices):
-            if (now := description_of(patcher)) != held.description or motion_models(patcher):
-                skeleton_of(patcher, nets)  # raises where the ranks' is none of this network any more
+        if held := self._find(request):
+            now = description_of(request.patcher)
+            if now != held.description or models_of(request.patcher):  # the description lacks further models
+                skeleton_of(request.patcher, request.nets)  # raises where ranks cannot have this network any more
                 held.description = now
             load_beside(held.memory)
         if held is None or held.group.closed:  # closed: the host needed its memory for what it loaded
-            skeleton = skeleton_of(patcher, nets)
-            with contextlib.closing(self._make_way(patcher)) as idle:
-                held = self._start(patcher, nets, plan, devices, shape, skeleton, load_beside, poll, balance, idle)
+            skeleton = skeleton_of(request.patcher, request.nets)
+            with contextlib.closing(self._make_way(request.patcher)) as idle:
+                held = self._start(request, skeleton, load_beside, idle)
         else:
             self._held.remove(held)
             self._held.append(held)
-            self._update(held, patcher, nets)
+            self._update(held, request.patcher, request.nets)
         held.busy = True
         return held.group
 
     def give_back(self, group: WorkerGroup) -> None:
-        """The sampling that acquired ``group`` is over."""
+        """Give ``group`` back: the sampling that acquired it is over."""
         for held in self._held:
             held.busy = held.busy and held.group is not group
 
     def slots(self, group: WorkerGroup, nets: Sequence[nn.Module]) -> list[int]:
-        """Where ``group``, which was acquired for them, has these ControlNets."""
+        """The places of these ControlNets in ``group``, which was acquired for them."""
         return self._holder(group).slots(nets)
 
     def move(self, group: WorkerGroup, placement: Placement, patcher: ModelPatcher) -> None:
-        """Place the blocks of ``group``, which computes ``patcher``'s diffusion model, anew. Raises as ``WorkerGroup.move``."""
+        """Move the blocks of ``group``, which computes ``patcher``'s diffusion model. Raises as ``WorkerGroup.move``."""
         held = self._holder(group)
         group.move(placement, lambda names: held.weights(patcher, names))
         for rank, memory in enumerate(held.memory):
             memory.resize(placement.weight_bytes(placement.plan.segment_of_rank(rank)))
 
     def bury(self) -> None:
-        """Let go of the groups that have failed, so that the host knows that their memory is free."""
+        """Drop the groups that have failed, so that the host knows that their memory is free."""
         for held in [held for held in self._held if held.group.closed]:
             self._end(held)
 
@@ -228,23 +236,23 @@ class Pool:
             self._lock.release()
 
     def summary(self) -> list[dict[str, Any]]:
-        """Devices, and bytes of the weights, of each group that is alive."""
+        """Devices and bytes of weights of each live group."""
         alive = [held for held in self._held if not held.group.closed]
         return [{"devices": held.group.devices, "weights": held.weight_bytes()} for held in alive]
 
-    def _holder(self, group: WorkerGroup) -> Held:
+    def _holder(self, group: WorkerGroup) -> PooledGroup:
         return next(held for held in self._held if held.group is group)
 
-    def _find(self, patcher: ModelPatcher, nets: Sequence[nn.Module], plan: Plan, devices: Sequence[str]) -> Held | None:
-        """The group that needs least work: same model, then one whose model is gone, then the oldest if there is no room."""
-        fitting = [held for held in self._held if not held.busy and held.fits(plan, devices, patcher, nets)]
-        same = [held for held in fitting if held.model() is patcher.model]
+    def _find(self, request: GroupRequest) -> PooledGroup | None:
+        """The group that needs the least work: same model, else its model is gone, else the oldest if there is no room."""
+        fitting = [held for held in self._held if not held.busy and held.fits(request)]
+        same = [held for held in fitting if held.model() is request.patcher.model]
         gone = [held for held in fitting if held.model() is None]
         oldest = fitting if len(self._held) >= MAX_GROUPS else []
         return next(iter([*same, *gone, *oldest]), None)
 
     def _make_way(self, patcher: ModelPatcher) -> IdleWorkers:
-        """End the groups that one for ``patcher`` takes the place of; returns their processes."""
+        """End the groups that a new one for ``patcher`` replaces; returns their processes."""
         idle = IdleWorkers()
         free = [held for held in self._held if not held.busy]
         for held in [held for held in free if held.model() is patcher.model]:
@@ -255,21 +263,12 @@ class Pool:
         return idle
 
     def _start(
-        self,
-        patcher: ModelPatcher,
-        nets: Sequence[nn.Module],
-        plan: Plan,
-        devices: Sequence[str],
-        shape: Sequence[int],
-        skeleton: nn.Module,
-        load: Callable[[list[Any]], None],
-        poll: Callable[[], None],
-        balance: Balance,
-        idle: IdleWorkers,
-    ) -> Held:
+        self, request: GroupRequest, skeleton: nn.Module, load: Callable[[list[Any]], None], idle: IdleWorkers
+    ) -> PooledGroup:
+        patcher, nets, plan, devices = request.patcher, request.nets, request.plan, request.devices
         family = family_of(skeleton, patcher)
         memory: list[RankMemory] = []
-        started: list[weakref.ref[Held]] = []  # weak, so that what is ended is gone at once
+        started: list[weakref.ref[PooledGroup]] = []  # weak, so that a group that has ended is gone at once
 
         def release() -> None:
             if started and (held := started[0]()) is not None:
@@ -277,7 +276,7 @@ class Pool:
 
         def make_room(placement: Placement) -> None:
             for rank, device in enumerate(devices):
-                if on_cluster(device):  # its memory is not the host's to manage
+                if on_cluster(device):  # the host does not manage its memory
                     continue
                 size = placement.weight_bytes(plan.segment_of_rank(rank))
                 memory.append(RankMemory(torch.device(device), size, release))
@@ -289,26 +288,28 @@ class Pool:
         sent = Sent(sources)
         compiled = compile_arguments(patcher)
         try:
-            inputs = family.example_inputs(skeleton, tuple(shape[2:]), 2 * shape[0])
+            inputs = family.example_inputs(skeleton, tuple(request.shape[2:]), 2 * request.shape[0])
         except (AttributeError, KeyError) as error:
-            raise UnsupportedModelError(f"this ComfyUI builds its {family.name} in a way that is not known ({error})") from error
+            raise UnsupportedModelError(f"this ComfyUI builds its {family.name} in an unknown way ({error})") from error
         try:
             group = WorkerGroup(
                 skeleton,
                 plan,
                 devices,
-                estimate=balance.estimate,
-                room=balance.room,
                 family=family,
                 example_inputs=inputs,
                 weights=sent.noting(weights_of(patcher, skeleton, nets=nets), sources.patches),
-                compile=compiled,
-                prepare=HostSettings.current(),
+                estimate=request.balance.estimate,
+                room=request.balance.room,
                 on_placed=make_room,
-                start_timeout=_START_TIMEOUT,
-                call_timeout=_START_TIMEOUT if compiled else _CALL_TIMEOUT,  # the first calls compile
-                idle=idle,
-                poll=poll,
+                ranks=RankOptions(
+                    prepare=HostSettings.current(),
+                    compile=compiled,
+                    start_timeout=_START_TIMEOUT,
+                    call_timeout=_START_TIMEOUT if compiled else _CALL_TIMEOUT,  # the first calls compile
+                    idle=idle,
+                    poll=request.poll,
+                ),
             )
         except BaseException:
             for rank in memory:
@@ -317,13 +318,13 @@ class Pool:
         sent.take(sources)
         refs = list(map(weakref.ref, nets))
         model, network = weakref.ref(patcher.model), (description_of(patcher), fingerprint_of(patcher), skeleton)
-        held = Held(group, model, sent, *network, refs, memory)
+        held = PooledGroup(group, model, sent, *network, refs, memory)
         started.append(weakref.ref(held))
         self._held.append(held)
         return held
 
-    def _update(self, held: Held, patcher: ModelPatcher, nets: Sequence[nn.Module]) -> None:
-        """Send the weights in which model and ControlNets differ from what the ranks have."""
+    def _update(self, held: PooledGroup, patcher: ModelPatcher, nets: Sequence[nn.Module]) -> None:
+        """Send the weights of model and ControlNets that differ from what the ranks have."""
         for slot, net in zip(held.slots(nets), nets, strict=True):
             held.nets[slot] = weakref.ref(net)
         held.model, sources = weakref.ref(patcher.model), held.sources(patcher)
@@ -334,8 +335,8 @@ class Pool:
             held.group.load_weights(held.sent.noting(held.weights(patcher, names), sources.patches))
             held.sent.take(sources, changed | patches)
 
-    def _end(self, held: Held, idle: IdleWorkers | None = None) -> None:
-        """End a group; its processes only if nobody collects them in ``idle``."""
+    def _end(self, held: PooledGroup, idle: IdleWorkers | None = None) -> None:
+        """End a group. Its processes end too, unless ``idle`` collects them."""
         try:
             if idle is None:
                 held.group.close()

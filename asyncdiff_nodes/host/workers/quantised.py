@@ -1,4 +1,4 @@
-"""Quantised layers as a worker process can rebuild them: of the host's own classes, with their weights in plain parts."""
+"""Quantised layers in a form that a worker process can rebuild: the host's own classes, with weights in plain parts."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from asyncdiff_nodes.engine.planning.graph import tensors_of
+from asyncdiff_nodes.engine.tensors import tensors_of
 
 from . import lora
 from .gguf import GGUF
 
-_PARTS = "_parts"  # ends the name of what holds a weight's parts
+_PARTS = "_parts"  # the name of the module with a weight's parts ends with this
 Patches = Mapping[str, Sequence[Any]]  # name of a weight -> the patches on it, as the host keeps them
 Pieces = tuple[Any, dict[str, torch.Tensor]]  # settings of a quantised tensor, and the plain tensors that it is made of
 
 
 class Operations(Protocol):
-    """How a process gets at layer classes that cannot be imported. Plain data: it is compared, and sent to the ranks.
+    """Access to layer classes that cannot be imported. It is plain data, since it is compared and sent to ranks.
 
     Attributes:
         patch_dtype: the precision in which patches (LoRA) become part of a weight; None for the host's choice.
@@ -37,27 +37,27 @@ class Operations(Protocol):
         """The class that has these layer classes as members, the same one each time."""
 
     def state(self, layer: nn.Module) -> dict[str, torch.Tensor]:
-        """What such a layer is loaded from, weights on the meta device."""
+        """The state that such a layer is loaded from, with weights on the meta device."""
 
     def carries(self, weight: torch.Tensor) -> bool:
-        """Whether ``weight`` carries its patches along, which are then added in every call."""
+        """Whether ``weight`` carries its patches along, so that they are added in every call."""
 
     def pieces(self, weight: torch.Tensor, patches: Sequence[Any] = ()) -> Pieces | None:
-        """``weight``, and the ``patches`` that it carries along, taken apart; None if it is a plain tensor."""
+        """Take ``weight`` apart, with the ``patches`` that it carries along; None if it is a plain tensor."""
 
     def whole(self, settings: Any, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The tensor that :meth:`pieces` took apart."""
+        """Put the tensor together that :meth:`pieces` took apart."""
 
 
 @dataclass(frozen=True)
 class MixedPrecision:
     """The host's operations for checkpoints that say how each layer is quantised.
 
-    A rank asks the host's own function for them, too, which looks at what the rank's device can compute.
+    A rank gets them from the host's own function too, which checks what the rank's device can compute.
 
     Attributes:
         settings: the items of the checkpoint's quantisation settings.
-        compute_dtype: of the layers' results.
+        compute_dtype: the dtype of the layers' results.
     """
 
     settings: tuple[tuple[str, Any], ...]
@@ -66,7 +66,7 @@ class MixedPrecision:
 
     @classmethod
     def of(cls, patcher: ModelPatcher) -> MixedPrecision | None:
-        """Those of the model; None if it has others."""
+        """The operations of the model; None if it has others."""
         config = patcher.model.model_config
         settings = getattr(config, "quant_config", None)
         if not settings or config.custom_operations is not None:
@@ -78,7 +78,7 @@ class MixedPrecision:
         return _picked(self)
 
     def state(self, layer: nn.Module) -> dict[str, torch.Tensor]:
-        """See :class:`Operations`; ``comfy_quant``, text that is read when it is loaded, has its values."""
+        """See :class:`Operations`. ``comfy_quant``, a text that is read while loading, keeps its values."""
         return {key: value if key == "comfy_quant" else value.to("meta") for key, value in layer.state_dict().items()}
 
     def carries(self, weight: torch.Tensor) -> bool:
@@ -105,7 +105,7 @@ def _picked(operations: MixedPrecision) -> type:
 
 
 def operations_of(patcher: ModelPatcher) -> Operations | None:
-    """How a rank gets the layer classes of the diffusion model; None where they can be imported, or in no way that is known."""
+    """A rank's access to the layer classes of the diffusion model; None where they can be imported, or none is known."""
     return MixedPrecision.of(patcher) or GGUF.of(patcher)
 
 
@@ -118,14 +118,14 @@ def made_by(operations: Operations | None, cls: type) -> bool:
 
 
 def states(network: nn.Module, operations: Operations) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Name of each layer of these classes, and what it is loaded from; weights are on the meta device."""
+    """Name of each layer of these classes, and the state that it is loaded from, with weights on the meta device."""
     for name, layer in network.named_modules():
         if made_by(operations, type(layer)):
             yield name, operations.state(layer)
 
 
 def outline(network: nn.Module, operations: Operations, patches: Patches) -> list[Any]:
-    """Equal for networks that are quantised, and patched, in the same way."""
+    """A description that is equal for networks that are quantised and patched in the same way."""
 
     def described(name: str, value: torch.Tensor) -> Any:
         if not value.is_meta:
@@ -134,12 +134,12 @@ def outline(network: nn.Module, operations: Operations, patches: Patches) -> lis
         layouts = [(part, tuple(tensor.shape), tensor.dtype) for part, tensor in tensors.items()]
         return tuple(value.shape), value.dtype, settings, layouts
 
-    found = states(network, operations)
-    return [(name, {key: described(f"{name}.{key}", value) for key, value in state.items()}) for name, state in found]
+    layers = states(network, operations)
+    return [(name, {key: described(f"{name}.{key}", value) for key, value in state.items()}) for name, state in layers]
 
 
 def take_apart(network: nn.Module, operations: Operations, patches: Patches) -> None:
-    """Have the layers of these classes, on the meta device, keep their quantised weights in :class:`Parts`."""
+    """Make the layers of these classes, on the meta device, keep their quantised weights in :class:`Parts`."""
     for prefix, layer in list(network.named_modules()):
         if not made_by(operations, type(layer)):
             continue
@@ -151,13 +151,13 @@ def take_apart(network: nn.Module, operations: Operations, patches: Patches) -> 
 
 
 def whole_name(name: str) -> str:
-    """The host's name of the weight that the tensor of this name in a skeleton is, or is a part of."""
+    """The host's name of the weight that a skeleton's tensor ``name`` is, or is a part of."""
     owner = name.rpartition(".")[0]
     return owner.removesuffix(_PARTS) if owner.endswith(_PARTS) else name
 
 
 def part_of(skeleton: nn.Module, name: str, weight: torch.Tensor, patches: Sequence[Any]) -> torch.Tensor:
-    """What the tensor of this name in ``skeleton`` is of ``weight`` with its ``patches``: all of it, or a part."""
+    """The part of ``weight`` with its ``patches`` that the tensor ``name`` of ``skeleton`` holds; it may be the whole."""
     owner, _, leaf = name.rpartition(".")
     holder = skeleton.get_submodule(owner)
     pieces = holder.operations.pieces(weight, patches) if isinstance(holder, Parts) else None
@@ -165,23 +165,23 @@ def part_of(skeleton: nn.Module, name: str, weight: torch.Tensor, patches: Seque
 
 
 def changed_by_patches(skeleton: nn.Module, names: Collection[str]) -> frozenset[str]:
-    """Of the weights in ``names``, the tensors of ``skeleton`` that change with their patches: those carried along, or all."""
-    found: dict[str, list[str]] = {}
+    """The tensors of ``skeleton`` that change with the patches of the weights in ``names``: carried patches, or all parts."""
+    parts_of: dict[str, list[str]] = {}
     for name, _ in tensors_of(skeleton):
         if (whole := whole_name(name)) in names:
-            found.setdefault(whole, []).append(name)
+            parts_of.setdefault(whole, []).append(name)
     changed: set[str] = set()
-    for parts in found.values():
+    for parts in parts_of.values():
         carried = [name for name in parts if name.rpartition(".")[2].startswith(lora.TENSOR)]
         changed.update(carried or parts)
     return frozenset(changed)
 
 
 class Parts(nn.Module):
-    """A quantised weight as the plain tensors that it is made of, its buffers: they travel and are counted as any others.
+    """A quantised weight as the plain tensors that it is made of. They are buffers, sent and counted like any others.
 
     Args:
-        weight: the whole.
+        weight: the whole weight.
         settings, tensors: see :class:`Operations`.
     """
 
@@ -194,7 +194,7 @@ class Parts(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        self.__dict__["_whole"] = None  # another part
+        self.__dict__["_whole"] = None  # a part has changed
 
     def whole(self) -> torch.Tensor:
         """The weight; on the meta device a plain tensor, since quantised ones do not compute there."""
@@ -207,14 +207,14 @@ class Parts(nn.Module):
 
 
 class _Layer:
-    """What a layer of the host's class has beyond that, before it in the order of bases."""
+    """Mixin for a layer of the host's class; it comes before that class in the order of bases."""
 
     def __getattr__(self, name: str) -> Any:
         parts = self.__dict__["_modules"].get(name + _PARTS)
         return super().__getattr__(name) if parts is None else parts.whole()
 
     def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if input.is_meta:  # nothing is quantised there
+        if input.is_meta:  # on the meta device nothing is quantised
             return self.forward_comfy_cast_weights(input, *args, **kwargs)
         return super().forward(input, *args, **kwargs)
 
@@ -233,6 +233,6 @@ def _layer_class(operations: Operations, name: str) -> type:
 
 
 def _new_layer(operations: Operations, name: str) -> nn.Module:
-    operations.classes()  # of a process that was another model's rank, and may be set to that one's options
+    operations.classes()  # this process may have served another model, and may still have that one's options
     cls = _layer_class(operations, name)
     return cls.__new__(cls)

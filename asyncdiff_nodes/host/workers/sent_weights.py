@@ -1,9 +1,8 @@
-"""What of a model's weights the ranks have been sent, and which of them have changed since, in place as well.
+"""The weights that ranks were sent, and those of them that have changed since, also in place.
 
-Nobody announces such a change, and to read all weights of a large model takes too long. So before each sampling every small
-weight is looked at, and a sample of each large one; where a weight lies, and PyTorch's count of its changes, say more of those
-that have such a count. One that may only have been moved, as the host does to load a model and to unload it, is summed up before
-it is sent again.
+Nobody announces such a change, and reading all weights of a large model takes too long. So before each sampling every small
+weight is read, and a sample of each large one. A weight's address, and PyTorch's count of its changes if it has one, are compared
+too. A weight that may only have moved, as happens when the host loads or unloads a model, is summed up before it is sent again.
 """
 
 from __future__ import annotations
@@ -18,29 +17,29 @@ from comfy.weight_adapter import WeightAdapterBase
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from asyncdiff_nodes.engine.planning.graph import tensors_of
+from asyncdiff_nodes.engine.tensors import tensors_of
 from asyncdiff_nodes.engine.trees import flatten
-from asyncdiff_nodes.host.patches.animatediff.calls import motion_models
+from asyncdiff_nodes.host.patches.registry import models_of
 
-from .weights import PREFIX, loaded_as_patched, motion_prefix, net_prefix, unpatched
+from .weights import PREFIX, loaded_as_patched, net_prefix, unpatched
 
-_WHOLE = 2**13  # bytes up to which a weight is looked at as a whole,
-_ALL = 2**25  # as all are of a model that has no more than these
-_POINTS = 128  # elements that are looked at of a larger one
+_WHOLE = 2**13  # a weight of at most so many bytes is read whole
+_ALL = 2**25  # all weights of a model of at most so many bytes are read whole
+_POINTS = 128  # elements that are read of a larger weight
 _PATCH = "\0patch"  # between the name of a weight and the number of a tensor among its patches
 
 _USUAL = (torch.Tensor, nn.Parameter)
 
-Place = tuple[int, int | None, Any, Any]  # address, PyTorch's count of changes (None where it keeps none), shape and strides
+Location = tuple[int, int | None, Any, Any]  # address, PyTorch's count of changes (None where it keeps none), shape and strides
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What weights are made of, by name.
+    """Everything that weights are made of, by name.
 
     Attributes:
-        tensors: before patches, and those of the patches.
-        patches: what else there is of these.
+        tensors: the weights before patches, and the tensors of the patches.
+        patches: the rest of the patches.
         loaded: weights that the host has loaded with these very patches.
     """
 
@@ -50,17 +49,17 @@ class Sources:
 
     @classmethod
     def of(cls, patcher: ModelPatcher, nets: Sequence[nn.Module | None]) -> Sources:
-        """Those of the model, of its motion models and of the networks of ControlNets; of one that is gone nothing."""
-        found = cls()
-        found._add("", patcher, patcher.model.diffusion_model, PREFIX)
-        for slot, motion in enumerate(motion_models(patcher)):
-            found._add(motion_prefix(slot), motion, motion.model, "")
+        """The sources of the model, of its patches' further models, and of ControlNets that are not gone."""
+        sources = cls()
+        sources._add("", patcher, patcher.model.diffusion_model, PREFIX)
+        for prefix, model in models_of(patcher).items():
+            sources._add(prefix, model, model.model, "")
         for slot, net in enumerate(nets):
-            found.tensors.update((net_prefix(slot) + name, tensor) for name, tensor in tensors_of(net or nn.Module()))
-        return found
+            sources.tensors.update((net_prefix(slot) + name, tensor) for name, tensor in tensors_of(net or nn.Module()))
+        return sources
 
     def _add(self, name: str, patcher: ModelPatcher, network: nn.Module, prefix: str) -> None:
-        """``network`` of ``patcher``: ``name`` begins the names here, ``prefix`` the host's."""
+        """Add ``network`` of ``patcher``. Names begin with ``name`` here, and with ``prefix`` in the host."""
         for weight, tensor in tensors_of(network):
             key = prefix + weight
             self.tensors[name + weight] = unpatched(patcher, key, tensor)
@@ -79,29 +78,29 @@ class Sources:
 
 
 def _opened(part: Any) -> Any:
-    """A part of a patch, as the host keeps it, in a form that is taken apart."""
+    """A part of a patch, as the host keeps it, in a form that can be taken apart."""
     return (type(part), vars(part)) if isinstance(part, WeightAdapterBase) else part
 
 
 class Sent:
-    """What the ranks of one group have.
+    """The weights that the ranks of one group have.
 
     Args:
-        sources: of all that they will be sent.
+        sources: the sources of all weights that they will get.
     """
 
     @torch.no_grad()
     def __init__(self, sources: Sources) -> None:
         self._whole = _WHOLE if sum(tensor.nbytes for _, tensor in _plain(sources.tensors)) > _ALL else _ALL
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, Location] = {}
         self._samples: dict[str, bytes] = {}
         self._sums: dict[str, int] = {}
         self._patches: dict[str, Any] = {}
         self._patched: dict[str, bytes] = {}  # samples of weights as they were sent, with their patches
-        self._as_loaded: set[str] = set()  # those that were sent as the host had loaded them, whoever had changed them there
+        self._as_loaded: set[str] = set()  # names of weights sent as the host had loaded them, with anybody's changes to them
 
     def noting(self, weights: Iterable[tuple[str, torch.Tensor]], patched: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """``weights``, as they are sent; of those whose names are among ``patched`` it is kept what they are like."""
+        """Yield ``weights`` as they are sent, and keep samples of those whose names are in ``patched``."""
         for name, value in weights:
             if name in patched:
                 self._patched |= _samples({name: value}, self._whole)
@@ -109,7 +108,7 @@ class Sent:
 
     @torch.no_grad()
     def take(self, sources: Sources, names: Collection[str] | None = None) -> None:
-        """The ranks have what these sources are now; of these names only, if they are given."""
+        """Note that the ranks have the weights of these sources; only those in ``names``, if given."""
         tensors = {name: plain for name, plain in _plain(sources.tensors) if names is None or name.partition("\0")[0] in names}
         self._samples |= _samples(tensors, self._whole)
         for name, tensor in tensors.items():
@@ -120,7 +119,7 @@ class Sent:
 
     @torch.no_grad()
     def changed(self, sources: Sources) -> tuple[set[str], set[str]]:
-        """Names of the weights that the ranks have not as they are now; and of those of which only the patches are others."""
+        """Names of the weights that differ from the ranks', and of those where only the patches differ."""
         weights: set[str] = set()
         patches = {name for name in self._patches.keys() | sources.patches.keys() if self._other_patches(name, sources)}
         tensors = dict(_plain(sources.tensors))
@@ -144,7 +143,7 @@ class Sent:
 
 
 def _plain(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same as plain tensors: quantised ones are made of several; without those that the host has no values of."""
+    """The same as plain tensors, several for a quantised one; without tensors that the host has no values for."""
     for name, tensor in tensors.items():
         if type(tensor) not in _USUAL:
             if is_traceable_wrapper_subclass(tensor):
@@ -165,29 +164,29 @@ def _memory(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _samples(tensors: Mapping[str, torch.Tensor], whole: int) -> dict[str, bytes]:
-    """Some bytes of each tensor, the same ones each time, or all up to ``whole`` bytes; each device is waited for once."""
+    """Some bytes of each tensor, the same ones each time, or all up to ``whole`` bytes. It waits for each device once."""
     groups: dict[Any, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         each = _memory(tensor)
         if each.nbytes > whole:
             each = each[:: len(each) // _POINTS | 1]  # an odd distance, so that not all of them lie in one column
         groups.setdefault((each.device, each.dtype), {})[name] = each
-    found: dict[str, bytes] = {}
+    sums: dict[str, bytes] = {}
     for picked in groups.values():
         joined = memoryview(torch.cat(list(picked.values())).view(torch.uint8).cpu().numpy())
         begin = 0
         for name, each in picked.items():
-            found[name] = bytes(joined[begin : begin + each.nbytes])
+            sums[name] = bytes(joined[begin : begin + each.nbytes])
             begin += each.nbytes
-    return found
+    return sums
 
 
-def _place(tensor: torch.Tensor) -> Place:
+def _place(tensor: torch.Tensor) -> Location:
     return tensor.data_ptr(), None if tensor.is_inference() else tensor._version, tensor.shape, tensor.stride()
 
 
 def _sum(tensor: torch.Tensor) -> int:
-    """Of all bytes, in words of the machine where they lie so."""
+    """The sum of all bytes, added up in machine words where they are aligned."""
     memory = _memory(tensor)
     aligned = memory.nbytes % 8 == 0 and memory.storage_offset() * memory.element_size() % 8 == 0
     return int(memory.view(torch.int64 if aligned else torch.uint8).sum(dtype=torch.int64))

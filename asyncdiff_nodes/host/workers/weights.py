@@ -15,8 +15,8 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from asyncdiff_nodes.engine import UnsupportedModelError
-from asyncdiff_nodes.engine.planning.graph import tensors_of
-from asyncdiff_nodes.host.patches.animatediff.calls import motion_models
+from asyncdiff_nodes.engine.tensors import tensors_of
+from asyncdiff_nodes.host.patches.registry import models_of
 
 from .quantised import Operations, operations_of, part_of, whole_name
 
@@ -25,17 +25,12 @@ _string_to_seed = getattr(comfy.utils, "string_to_seed", None) or comfy.model_pa
 
 
 def net_prefix(slot: int) -> str:
-    """Of the names of the weights of a ControlNet; see :class:`~.controlled.Controlled`."""
+    """The prefix of the names of a ControlNet's weights; see :class:`~.controlnet.network.Controlled`."""
     return f"control_nets.{slot}."
 
 
-def motion_prefix(slot: int) -> str:
-    """Of the names of the weights of a motion model; see :class:`~.animated.AnimatedUNet`."""
-    return f"motion.{slot}."
-
-
 def patches_of(patcher: ModelPatcher) -> dict[str, Sequence[Any]]:
-    """Name, without prefix, of each of the diffusion model's weights that has patches, and these."""
+    """The patches of the diffusion model's weights, by the weight's name without prefix."""
     return {key.removeprefix(PREFIX): patches for key, patches in patcher.patches.items() if key.startswith(PREFIX)}
 
 
@@ -45,24 +40,22 @@ def weights_of(
     names: Collection[str] | None = None,
     nets: Sequence[nn.Module | None] = (),
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and value of every tensor of ``skeleton``, or of those that are in ``names``, or are parts of weights there.
+    """Name and value of every tensor of ``skeleton``; with ``names``, of those there and of parts of weights there.
 
     The values are what the host would have loaded: patches are applied on its device and in its precision, then rounded to the
-    weight's dtype, or quantised again. Nothing of the model is changed, whether it is loaded or not.
+    weight's dtype, or quantised again. The model is not changed, whether it is loaded or not.
 
     Args:
-        nets: networks of the ControlNets in ``skeleton``; None for one that is gone, so that no call can ask for it.
+        nets: networks of the ControlNets in ``skeleton``; None for one that is gone, which no call can ask for.
 
     Raises:
-        UnsupportedModelError: a weight that is not a plain tensor, nor made of them, or that a patch would reshape.
+        UnsupportedModelError: a weight is neither a plain tensor nor made of them, or a patch would reshape it.
     """
     live = {}
     for slot, net in enumerate(nets):
         live |= {net_prefix(slot) + name: tensor for name, tensor in tensors_of(net or skeleton.control_nets[slot])}
-    moving = {
-        motion_prefix(slot) + name: (motion, name)
-        for slot, motion in enumerate(motion_models(patcher))
-        for name, _ in tensors_of(motion.model)
+    of_patches = {
+        prefix + name: (model, name) for prefix, model in models_of(patcher).items() for name, _ in tensors_of(model.model)
     }
     operations = operations_of(patcher)
     patches = {} if operations is None else patches_of(patcher)
@@ -71,14 +64,14 @@ def weights_of(
         if names is None or name in names or whole_name(name) in names:
             wholes.setdefault(whole_name(name), {})[name] = meta
     for name, metas in wholes.items():
-        if name in moving:
-            weight = _loaded(*moving[name], None)
+        if name in of_patches:
+            weight = _loaded(*of_patches[name], None)
         else:
             weight = _filled(live[name]) if name in live else _loaded(patcher, PREFIX + name, operations)
         for part, meta in metas.items():
             value = part_of(skeleton, part, weight, patches.get(name, ()))
             if type(value) not in (torch.Tensor, nn.Parameter):
-                raise UnsupportedModelError(f"its weight {name} is a {type(value).__name__}, which a rank cannot take")
+                raise UnsupportedModelError(f"its weight {name} is a {type(value).__name__}, which a rank cannot get")
             if value.shape != meta.shape:
                 raise UnsupportedModelError(f"a patch changes the shape of its weight {part} to {tuple(value.shape)}")
             yield part, value.detach().to(meta.dtype)
@@ -106,25 +99,25 @@ def _loaded(patcher: ModelPatcher, key: str, operations: Operations | None) -> t
 
 
 def unpatched(patcher: ModelPatcher, key: str, live: torch.Tensor) -> torch.Tensor:
-    """The weight ``key`` without patches, which is not the ``live`` one where the host has loaded it with some."""
+    """The weight ``key`` without patches; where the host has loaded it with patches, this is not the ``live`` one."""
     if key in patcher.hook_backup:
         return patcher.hook_backup[key][0]
     return patcher.backup[key].weight if key in patcher.backup else live
 
 
 def originals_of(patcher: ModelPatcher) -> dict[str, torch.Tensor]:
-    """The diffusion model's weights, by name, in whose place the host has loaded patched ones, of ``patcher`` or of a clone."""
+    """The diffusion model's original weights, by name, where the host has loaded patched ones, of ``patcher`` or a clone."""
     return {key.removeprefix(PREFIX): kept.weight for key, kept in patcher.backup.items() if key.startswith(PREFIX)}
 
 
 def loaded_as_patched(patcher: ModelPatcher, key: str) -> bool:
-    """Whether the host has loaded the weight ``key`` with the patches of ``patcher``: then what it is now counts."""
+    """Whether the host has loaded the weight ``key`` with the patches of ``patcher``: then its current value counts."""
     dynamic = getattr(patcher, "is_dynamic", bool)()  # not in 0.3
     return key in patcher.backup and not dynamic and patcher.model.current_weight_patches_uuid == patcher.patches_uuid
 
 
 def reshaped(patcher: ModelPatcher) -> list[str]:
-    """Names of the weights to which a patch gives another shape, as LoRAs do that come with inputs of their own."""
+    """Names of the weights whose shape a patch changes, such as a LoRA with inputs of its own."""
     shape_of = getattr(comfy.lora, "calculate_shape", None)  # not in 0.3
     if shape_of is None:
         return []
@@ -139,5 +132,5 @@ def reshaped(patcher: ModelPatcher) -> list[str]:
 
 
 def _filled(weight: torch.Tensor) -> torch.Tensor:
-    """``weight``, or zeros, which the host takes, too, where a checkpoint is without it."""
+    """``weight``, or zeros where the checkpoint does not have it, as in the host."""
     return torch.zeros(weight.shape, dtype=weight.dtype) if weight.is_meta else weight

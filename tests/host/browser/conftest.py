@@ -47,6 +47,20 @@ def frontend(server, chromium):
     frontend.close()
 
 
+@pytest.fixture
+def choose(frontend):
+    """Choose settings of the page, by their ids, for one test."""
+    before = {}
+
+    def choose(name, value):
+        before.setdefault(name, frontend.setting(name))
+        frontend.choose(name, value)
+
+    yield choose
+    for name, value in before.items():
+        frontend.choose(name, value)
+
+
 @pytest.fixture(scope="session")
 def chinese(server, chromium):
     """A page in Chinese; those that open later are in English again."""

@@ -97,6 +97,15 @@ class Frontend:
             assert (wait := wait + 0.1) < seconds, f"the prompt did not end; the log ends with:\n{self.server.log[-3000:]}"
         return history[prompt]
 
+    def setting(self, name: str) -> Any:
+        """The value of one of the page's settings, by its id."""
+        return self.page.evaluate("name => window.app.extensionManager.setting.get(name)", name)
+
+    def choose(self, name: str, value: Any) -> None:
+        """Change one of the page's settings, as its dialog does."""
+        change = "async ([name, value]) => { await window.app.extensionManager.setting.set(name, value) }"
+        self.page.evaluate(change, [name, value])
+
     def execute(self, command: str) -> None:
         """Run a command as from the menu or the keyboard."""
         self.page.evaluate("async id => { await window.app.extensionManager.command.execute(id) }", command)

@@ -84,12 +84,9 @@ def warnings(frontend):
 
 
 @pytest.fixture(params=["canvas", "nodes 2.0"])
-def renderer(request, frontend):
+def renderer(request, choose):
     """Both ways in which the page draws nodes."""
-    choose = "async ([name, value]) => { await window.app.extensionManager.setting.set(name, value) }"
-    frontend.page.evaluate(choose, [VUE, request.param == "nodes 2.0"])
-    yield
-    frontend.page.evaluate(choose, [VUE, False])
+    choose(VUE, request.param == "nodes 2.0")
 
 
 def test_there_and_back(frontend, renderer):
@@ -97,7 +94,7 @@ def test_there_and_back(frontend, renderer):
     stocks, ours = types(before), ["AsyncDiffKSampler", "AsyncDiffKSampler", "AsyncDiffKSamplerAdvanced"]
     after = execute(frontend, REPLACE)
     assert types(after) == ours
-    assert toasts(frontend) == ["3 samplers replaced. Ctrl+Z takes it back."]
+    assert toasts(frontend) == ["3 samplers replaced. Press Ctrl+Z to undo."]
 
     replaced = frontend.prompt()
     assert sorted(node["class_type"] for node in replaced.values() if "KSampler" in node["class_type"]) == ours[1:]
@@ -113,7 +110,7 @@ def test_there_and_back(frontend, renderer):
     assert press(frontend, "Control+z", stocks) == before
     assert press(frontend, "Control+y", ours) == after
     assert execute(frontend, RESTORE) == before
-    assert toasts(frontend) == ["3 samplers replaced. Ctrl+Z takes it back."]
+    assert toasts(frontend) == ["3 samplers replaced. Press Ctrl+Z to undo."]
 
 
 def test_subgraphs_and_options(frontend):
@@ -156,11 +153,12 @@ def test_selection_in_an_open_subgraph(frontend):
     after = execute(frontend, REPLACE)
     assert types(after) == ["AsyncDiffKSamplerAdvanced", "KSampler", "KSampler"]
     assert page.evaluate(view) == [*seen[:-1], ["AsyncDiffKSamplerAdvanced"]]
-    assert toasts(frontend) == ["1 sampler replaced. Ctrl+Z takes it back."]
+    assert toasts(frontend) == ["1 sampler replaced. Press Ctrl+Z to undo."]
 
     # the selected one is replaced already, and the others were not asked for
     assert execute(frontend, REPLACE) == after
-    assert toasts(frontend) == ["No KSampler or KSampler (Advanced) in the selection. Select others, or nothing to replace all."]
+    [text] = toasts(frontend)
+    assert text.startswith("There is no KSampler or KSampler (Advanced) in the selection. Select other nodes, or clear ")
     assert press(frontend, "Control+z", types(before)) == before
     assert page.evaluate(view)[:-1] == seen[:-1]
     # what was undone before another change cannot be done again
@@ -195,4 +193,4 @@ def test_nothing_to_replace(frontend):
     before, _ = show(frontend, "options-1.49.6")
     assert execute(frontend, REPLACE) == before
     [text] = toasts(frontend)
-    assert text.startswith("No KSampler or KSampler (Advanced) in this graph. For other samplers, put AsyncDiff Model between ")
+    assert text.startswith("There is no KSampler or KSampler (Advanced) in this workflow. For other samplers, put AsyncDiff ")

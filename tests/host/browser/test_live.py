@@ -14,9 +14,22 @@ SEGMENTS = options("Custom", segments=2)
 
 
 @pytest.fixture(scope="module")
-def watcher(server):
-    """A page that never asked for events."""
+def page(server):
+    """What the server sends it stays for all tests."""
     return Page(server)
+
+
+@pytest.fixture
+def watcher(page):
+    """A page that has not asked for events, whatever it did in tests before."""
+    watch(page, interval=0)
+    return page
+
+
+@pytest.fixture
+def no_workers(server):
+    """Workers of tests before are gone."""
+    server.post("/asyncdiff/stop", {})
 
 
 @pytest.fixture
@@ -149,7 +162,7 @@ def test_a_wrong_setting_is_an_error_that_names_it(watcher, settings, wrong, nam
     assert run.error["exception_type"].startswith("asyncdiff_nodes.")
 
 
-def test_workers_end_when_they_were_kept_for_long_enough(watcher, settings):
+def test_workers_end_when_they_were_kept_for_long_enough(watcher, no_workers, settings):
     settings(KeepMinutes=0.05)
     assert watcher.run(routed_only(chosen=SEGMENTS)).done
     ranks = watcher.ranks()
@@ -157,6 +170,7 @@ def test_workers_end_when_they_were_kept_for_long_enough(watcher, settings):
     seconds_until_gone(ranks, limit=15.0)
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_watching_costs_less_than_two_per_cent_of_a_step(sd15, prompts):
     """Measured where it happens, in the sampler's thread, on steps of about 0.1 s and events at the highest rate."""

@@ -82,7 +82,7 @@ def test_from_installing_to_removing(tmp_path, chromium):
         page.wait_for_function("() => window.app.graph.nodes.some((node) => node.type === 'AsyncDiffKSampler')")
         frontend.execute("Workspace.ToggleBottomPanelTab.asyncdiff")
         status = page.locator(".asyncdiff-status")
-        expect(status).to_have_text("No run yet. Queue a graph with an AsyncDiff sampler.")
+        expect(status).to_have_text("Nothing has run yet. Run a workflow that has an AsyncDiff sampler.")
         run()
         first = picture(server)
         assert first.width == 256 and len(first.getcolors(1 << 20)) > 100
@@ -107,7 +107,7 @@ def test_from_installing_to_removing(tmp_path, chromium):
 
         server.post("/free", {"unload_models": True, "free_memory": True})
         seconds_until_gone(ranks, limit=10.0)
-        expect(page.locator(".asyncdiff-workers")).to_contain_text("No workers alive", timeout=15_000)
+        expect(page.locator(".asyncdiff-workers")).to_contain_text("No workers running", timeout=15_000)
         saved = frontend.serialize()
         assert "Traceback" not in server.log.split("To see the GUI")[1]
         frontend.close()

@@ -15,14 +15,15 @@ from comfy.t2i_adapter import adapter
 from comfy_extras import nodes_model_advanced
 
 from asyncdiff_nodes.engine import PlanError
-from asyncdiff_nodes.engine.planning.plan import place
+from asyncdiff_nodes.engine.planning.placement import place
 from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
 from asyncdiff_nodes.host.workers.memory import RankMemory
 from asyncdiff_nodes.host.workers.pool import POOL
 from helpers import checkpoints, small
-from helpers.controlling import AHEAD, EXACT, assert_exact, assert_simulated, controlled, pids, sample, shared
+from helpers.controlling import AHEAD, assert_exact, assert_simulated, controlled, pids, shared
+from helpers.sampling import EXACT, ksampler, prompts_for
 from helpers.simulated import simulated
 
 
@@ -36,14 +37,14 @@ def own_ranks():
 @pytest.mark.covers("controlnet")
 @pytest.mark.parametrize("kind", ["sd15", *(pytest.param(k, marks=pytest.mark.slow) for k in ("sdxl", "sd2_v", "vega"))])
 def test_synchronous_calls_are_the_hosts_bit_by_bit(kind):
-    model, prompts = small.model(kind), [small.conditioning(kind, seed) for seed in (1, 2)]
+    model, prompts = small.model(kind), prompts_for(kind)
     net = small.control_net(kind)
-    plain = sample(model, prompts)
+    plain = ksampler(model, prompts)
     assert not torch.equal(assert_exact(model, controlled(prompts, net), 1), plain)
     assert_exact(model, controlled(prompts, net, strength=0.4), 1, cfg=1.0, batch=2)
     assert_exact(model, controlled(prompts, net, start=0.3, end=0.8), 1, steps=6)
     comfy.model_management.unload_all_models()
-    sample(attach(model, EXACT), controlled(prompts, net))
+    ksampler(attach(model, EXACT), controlled(prompts, net))
     assert {type(model) for model in comfy.model_management.loaded_models()} == {RankMemory}, "the host itself loads none of it"
 
 
@@ -148,7 +149,7 @@ def test_what_the_host_computes_itself_comes_first(deep, prompts):
 
 def test_a_union_of_several_types():
     """Which type it is to be is told it with each call; its layers are as wide as SDXL's."""
-    model, prompts = small.model("sdxl", channels=320), [small.conditioning("sdxl", seed) for seed in (1, 2)]
+    model, prompts = small.model("sdxl", channels=320), prompts_for("sdxl")
     net = small.control_net("sdxl", channels=320, union=6)
     found = []
     for types in ([], [1], [4]):
@@ -160,7 +161,7 @@ def test_a_union_of_several_types():
 
 @pytest.mark.covers("controlnet", kind="sd15_inpaint")
 def test_an_inpainting_model_has_more_channels_than_its_nets():
-    model, prompts = small.model("sd15_inpaint"), [small.conditioning("sd15", seed) for seed in (1, 2)]
+    model, prompts = small.model("sd15_inpaint"), prompts_for()
     assert_exact(model, controlled(prompts, small.control_net()), 1)
 
 
@@ -169,13 +170,13 @@ def test_fresh_on_request(sd15, prompts):
     POOL.release()
     given = controlled(prompts, small.control_net())
     options = replace(AHEAD[0], control_nets="fresh")
-    found = sample(attach(sd15, options), given, steps=8, sampler="euler_ancestral")
+    found = ksampler(attach(sd15, options), given, steps=8, sampler="euler_ancestral")
     assert shared() == 0 and not last_run().notes
     oracle, simulator = simulated(sd15, options.resolve(items=2)[0], "euler_ancestral")
     with simulator:
-        expected = sample(oracle, given, steps=8, sampler="euler_ancestral")
+        expected = ksampler(oracle, given, steps=8, sampler="euler_ancestral")
     assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
-    assert not torch.allclose(found, sample(sd15, given, steps=8, sampler="euler_ancestral"), rtol=1e-5)
+    assert not torch.allclose(found, ksampler(sd15, given, steps=8, sampler="euler_ancestral"), rtol=1e-5)
     with pytest.raises(PlanError, match="control_nets='stale': choose one of shared, fresh"):
         replace(options, control_nets="stale").resolve()
 
@@ -208,13 +209,13 @@ def other_layers(net):
 @pytest.mark.parametrize(
     ("on_model", "on_net", "reason"),
     [
-        (another_nodes_wrapper, None, "another node (cache) may change what the network is given"),
+        (another_nodes_wrapper, None, "another node (cache) may change the inputs of the network"),
         pytest.param(function_wrapper, None, "another node wraps the model's function", marks=pytest.mark.slow),
         pytest.param(
             another_precision, None, "it computes in torch.float32, the model in torch.bfloat16", marks=pytest.mark.slow
         ),
         pytest.param(None, fewer_bits, "it computes in torch.float16, the model in torch.float32", marks=pytest.mark.slow),
-        (None, other_layers, "has other layers than the host's configuration says: input_blocks.1.2"),
+        (None, other_layers, "has other layers than ComfyUI's configuration says: input_blocks.1.2"),
     ],
     ids=["wrapper", "function", "compute", "dtype", "layers"],
 )
@@ -223,9 +224,9 @@ def test_what_cannot_be_shared_is_the_hosts_by_name(on_model, on_net, reason, sd
     if on_net:
         on_net(net)
     given = controlled(prompts, net)
-    expected = sample(model, given)
+    expected = ksampler(model, given)
     comfy.model_management.unload_all_models()  # and what a sampling leaves changed on the model
-    assert torch.equal(sample(attach(model, EXACT), given), expected)
+    assert torch.equal(ksampler(attach(model, EXACT), given), expected)
     (note,) = last_run().notes
     assert reason in note and note.startswith("ComfyUI computes a ControlNet before each step: ") and last_run().stats.records
 
@@ -234,7 +235,7 @@ def test_what_cannot_be_shared_is_the_hosts_by_name(on_model, on_net, reason, sd
 def test_a_run_goes_on_without_its_ranks(sd15, prompts):
     """The host took their memory back: it then needs the ControlNet itself."""
     given = controlled(prompts, small.control_net())
-    expected = sample(sd15, given)
+    expected = ksampler(sd15, given)
     comfy.model_management.unload_all_models()
     latent = small.latent()["samples"]
 
@@ -253,7 +254,7 @@ def test_the_hosts_objects_are_as_before(sd15, prompts):
     given = controlled(prompts, small.control_net())
     control = given[0][0][1]["control"]
     before = dict(vars(control))
-    sample(attach(sd15, EXACT), given)
+    ksampler(attach(sd15, EXACT), given)
     assert vars(control).keys() == before.keys() and control.control_model is before["control_model"]
 
 
@@ -274,7 +275,7 @@ def test_weights_of_a_net_that_is_gone_can_move(sd15, prompts):
 def test_one_that_stops_in_mid_run(sd15, prompts):
     """The calls without it are streams of their own, which begin there."""
     given = controlled(prompts, small.control_net(), end=0.5)
-    stock, found = sample(sd15, given, steps=10), sample(attach(sd15, AHEAD[0]), given, steps=10)
+    stock, found = ksampler(sd15, given, steps=10), ksampler(attach(sd15, AHEAD[0]), given, steps=10)
     assert shared() == 1 and not last_run().notes
     assert len({record.stream for record in last_run().stats.records}) == 2
     assert 0 < (found - stock).abs().max() < 1e-3 * stock.abs().max()

@@ -17,10 +17,11 @@ from asyncdiff_nodes.host.routing.options import Options
 from asyncdiff_nodes.host.workers.memory import RankMemory
 from asyncdiff_nodes.host.workers.pool import POOL
 from helpers import small
-from helpers.controlling import AHEAD, EXACT, assert_exact, assert_simulated, controlled, pids, sample, shared
+from helpers.controlling import AHEAD, assert_exact, assert_simulated, controlled, pids, shared
+from helpers.sampling import EXACT, exact, ksampler, prompts_for
 
 KINDS = ("flux", "sd3", "qwen_image")
-THREE = Options("Exact", "cpu,cpu,cpu")
+THREE = exact(3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +33,7 @@ def own_ranks():
 
 def given(kind):
     """A model of this kind, and prompts for it."""
-    return small.model(kind), [small.conditioning(kind, seed) for seed in (1, 2)]
+    return small.model(kind), prompts_for(kind)
 
 
 def kinds(*fast):
@@ -45,7 +46,7 @@ def kinds(*fast):
 def test_synchronous_calls_are_the_hosts_bit_by_bit(kind, options):
     model, prompts = given(kind)
     net = small.control_net(kind)
-    plain = sample(model, prompts, kind=kind)
+    plain = ksampler(model, prompts, kind=kind)
     found = assert_exact(model, controlled(prompts, net, kind=kind), 1, options, kind=kind)
     assert not torch.equal(found, plain)
     held = [rank.weights for rank in last_run().stats.ranks]
@@ -61,7 +62,7 @@ def test_strengths_ranges_and_batches(kind):
     assert_exact(model, controlled(prompts, net, kind=kind, strength=0.4), 1, kind=kind, cfg=1.0, batch=2)
     assert_exact(model, controlled(prompts, net, kind=kind, start=0.3, end=0.8), 1, kind=kind, steps=6)
     comfy.model_management.unload_all_models()
-    sample(attach(model, EXACT), controlled(prompts, net, kind=kind), kind=kind)
+    ksampler(attach(model, EXACT), controlled(prompts, net, kind=kind), kind=kind)
     assert {type(model) for model in comfy.model_management.loaded_models()} == {RankMemory}, "the host itself loads none of it"
 
 
@@ -104,8 +105,8 @@ def test_one_that_stops_in_mid_run(kind):
     """The calls without it are streams of their own, which begin there."""
     model, prompts = given(kind)
     stopped = controlled(prompts, small.control_net(kind), kind=kind, end=0.5)
-    stock = sample(model, stopped, steps=10, kind=kind)
-    found = sample(attach(model, AHEAD[0]), stopped, steps=10, kind=kind)
+    stock = ksampler(model, stopped, steps=10, kind=kind)
+    found = ksampler(attach(model, AHEAD[0]), stopped, steps=10, kind=kind)
     assert shared() == 1 and not last_run().notes
     assert len({record.stream for record in last_run().stats.records}) == 2
     assert 0 < (found - stock).abs().max() < 1e-2 * stock.abs().max()
@@ -137,7 +138,7 @@ def test_weights_of_fewer_bits_and_a_lora(kind):
     """Network and net compute in float32, from weights in half the bits, each of its own kind."""
     model = small.model(kind, dtype=torch.bfloat16)
     model = comfy.sd.load_lora_for_models(model, None, small.lora(model), 0.8, 0)[0]
-    prompts = [small.conditioning(kind, seed) for seed in (1, 2)]
+    prompts = prompts_for(kind)
     assert_exact(model, controlled(prompts, small.control_net(kind, dtype=torch.float16), kind=kind), 1, kind=kind)
 
 
@@ -147,9 +148,9 @@ def test_two_devices_halve_the_prompts_of_cfg(kind):
     """Each branch computes the ControlNet for its own half."""
     model, prompts = given(kind)
     routed = controlled(prompts, small.control_net(kind), kind=kind)
-    found = sample(attach(model, Options("Balanced", "cpu,cpu")), routed, kind=kind)
+    found = ksampler(attach(model, Options("Balanced", "cpu,cpu")), routed, kind=kind)
     assert (last_run().plan.branches, last_run().plan.segments, shared()) == (2, 1, 1) and not last_run().notes
-    stock = sample(model, routed, kind=kind)
+    stock = ksampler(model, routed, kind=kind)
     assert (found - stock).abs().max() < 1e-3 * stock.abs().max()
 
 
@@ -157,8 +158,8 @@ def assert_the_hosts(kind, net, reason):
     """ComfyUI computes ``net`` itself, for this reason, and the ranks the network."""
     model, prompts = given(kind)
     prompts = controlled(prompts, net, kind=kind)
-    expected = sample(model, prompts, kind=kind)
-    assert torch.equal(sample(attach(model, EXACT), prompts, kind=kind), expected)
+    expected = ksampler(model, prompts, kind=kind)
+    assert torch.equal(ksampler(attach(model, EXACT), prompts, kind=kind), expected)
     (note,) = last_run().notes
     assert reason in note and note.startswith("ComfyUI computes a ControlNet before each step: ")
     assert last_run().stats.records and shared() == 0
@@ -185,7 +186,7 @@ def another_packs_class(net):
     ("change", "reason"),
     [
         (fewer_bits, "it computes in torch.bfloat16, the model in torch.float32"),
-        (other_layers, "has other layers than the host's configuration says: controlnet_blocks.0"),
+        (other_layers, "has other layers than ComfyUI's configuration says: controlnet_blocks.0"),
         (another_packs_class, "there is no block list for its Variant with this Flux"),
     ],
     ids=["dtype", "layers", "class"],
@@ -206,7 +207,7 @@ def test_those_of_stable_diffusion_3_5_are_the_hosts_by_name():
     )  # fmt: skip
     small.randomise(network, 3)
     net = comfy.controlnet.ControlNetSD35(network.eval(), compression_ratio=1)
-    assert_the_hosts("sd3", net, "a ControlNetSD35 is more than a network")
+    assert_the_hosts("sd3", net, "a ControlNetSD35 does more than run a network")
 
 
 @pytest.mark.skipif(not hasattr(comfy.controlnet, "QwenFunControlNet"), reason="this ComfyUI has none of these")
@@ -220,7 +221,7 @@ def test_fun_ones_of_qwen_image_are_sampled_as_usual():
     small.randomise(network, 3)
     net = comfy.controlnet.QwenFunControlNet(network.eval(), compression_ratio=1, extra_conds=[])
     prompts = controlled(prompts, net, kind="qwen_image")
-    expected = sample(model, prompts, kind="qwen_image")
-    assert torch.equal(sample(attach(model, EXACT), prompts, kind="qwen_image"), expected)
-    assert last_run().notes == ("a QwenFunControlNet computes with weights of the network, which ComfyUI then has to load",)
+    expected = ksampler(model, prompts, kind="qwen_image")
+    assert torch.equal(ksampler(attach(model, EXACT), prompts, kind="qwen_image"), expected)
+    assert last_run().notes == ("a QwenFunControlNet uses weights of the network, so ComfyUI has to load the whole network",)
     assert last_run().stats is None

@@ -8,20 +8,18 @@ args.cpu = True
 
 def main():
     """For ever."""
-    import nodes
     import torch
 
     from asyncdiff_nodes.host.routing.hooks import attach
-    from asyncdiff_nodes.host.routing.options import Options
     from helpers import small
+    from helpers.sampling import ksampler, prompts_for, segmented
 
     torch.set_num_threads(1)
-    prompts = [small.conditioning("sd15", seed) for seed in (1, 2)]
-    model = attach(small.model("sd15", seed=9), Options("Custom", "cpu,cpu", segments=2))
+    model, prompts = attach(small.model("sd15", seed=9), segmented()), prompts_for()
     print("sampling", flush=True)
     with torch.inference_mode():
         while True:
-            nodes.KSampler().sample(model, 5, 6, 4.0, "euler", "normal", *prompts, small.latent())
+            ksampler(model, prompts, steps=6)
 
 
 if __name__ == "__main__":

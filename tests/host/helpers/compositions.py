@@ -25,16 +25,16 @@ from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras import nodes_freelunch, nodes_pag, nodes_perpneg
 from hypothesis import strategies
 
-from asyncdiff_nodes.host.controlnet.calls import KEY
+from asyncdiff_nodes.host import OURS
 from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
 from helpers import small
+from helpers.sampling import EXACT
 
 Model = Any
 KINDS = ("sd15", "flux")
 SIZE = 16
-EXACT = Options(preset="Exact", devices="cpu,cpu")
 
 
 @dataclass(frozen=True)
@@ -432,7 +432,7 @@ def _nesting(another: bool) -> Callable[..., torch.Tensor]:
         inner = outer = model.inner_model.model_patcher
         if another:
             inner = base(_kind(outer), 10)
-            inner = attach(inner, EXACT) if KEY in outer.wrappers.get(WrappersMP.OUTER_SAMPLE, {}) else inner
+            inner = attach(inner, EXACT) if OURS in outer.wrappers.get(WrappersMP.OUTER_SAMPLE, {}) else inner
         for step, (now, then) in enumerate(itertools.pairwise(sigmas)):
             denoised = model(x, now * x.new_ones([len(x)]), **(extra_args or {}))
             if step == 0:

@@ -1,16 +1,14 @@
 """Samplings under ControlNets, and what they are compared with."""
 
 import nodes
-import torch
 
 from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
-from asyncdiff_nodes.host.routing.options import Options
-from helpers import small
+from helpers import sampling, small
+from helpers.sampling import EXACT, ksampler, segmented
 from helpers.simulated import simulated
 
-EXACT = Options("Exact", "cpu,cpu")
-AHEAD = [Options("Custom", ",".join(["cpu"] * n), segments=n, warmup=2) for n in (2, 3)]
+AHEAD = [segmented(ranks, warmup=2) for ranks in (2, 3)]
 
 
 def controlled(prompts, *nets, kind="sd15", strength=0.9, start=0.0, end=1.0, vae=None):
@@ -20,11 +18,6 @@ def controlled(prompts, *nets, kind="sd15", strength=0.9, start=0.0, end=1.0, va
             *prompts, net, small.hint(kind, seed), strength, start, end, vae
         )
     return prompts
-
-
-def sample(model, prompts, steps=4, cfg=4.0, sampler="euler", batch=1, kind="sd15"):
-    latent = small.latent(batch, kind=kind)
-    return nodes.KSampler().sample(model, 5, steps, cfg, sampler, "normal", *prompts, latent)[0]["samples"]
 
 
 def shared():
@@ -39,10 +32,8 @@ def pids():
 
 def assert_exact(model, prompts, nets, options=EXACT, **kwargs):
     """The ranks have so many ``nets``, and what they sample is the host's own."""
-    expected = sample(model, prompts, **kwargs)
-    found = sample(attach(model, options), prompts, **kwargs)
-    assert last_run().stats.records and not last_run().notes and shared() == nets, last_run().line
-    assert torch.equal(found, expected) and expected.isfinite().all()
+    found = sampling.assert_exact(model, lambda m: ksampler(m, prompts, **kwargs), options)
+    assert shared() == nets, last_run().line
     return found
 
 
@@ -51,7 +42,7 @@ def assert_simulated(model, prompts, options, *nets, kind="sd15"):
     given = controlled(prompts, *nets, kind=kind)
 
     def run(model):
-        return sample(model, given, steps=8, sampler="euler_ancestral", kind=kind)
+        return ksampler(model, given, steps=8, sampler="euler_ancestral", kind=kind)
 
     stock, routed = run(model), run(attach(model, options))
     assert shared() == len(nets) and not last_run().notes

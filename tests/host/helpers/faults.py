@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import comfy.sample
-import comfy.samplers
 import folder_paths
 import psutil
 import torch
@@ -37,11 +35,12 @@ from asyncdiff_nodes.host.workers.block_times import Balance
 from asyncdiff_nodes.host.workers.host_settings import HostSettings
 from asyncdiff_nodes.host.workers.pool import POOL
 from helpers import injected, small
+from helpers.failing import STEPS, sample
+from helpers.sampling import EXACT, prompts_for
 
-STEPS = 6
 _REUSE = {"segments": 2, "warmup": 1, "forecast": False, "cooldown": 0}
 PLANS = {
-    "exact": Options("Exact", "cpu,cpu"),
+    "exact": EXACT,
     "asynchronous": Options("Custom", "cpu,cpu", **_REUSE),
     "stride": Options("Custom", "cpu,cpu,cpu", stride=2, **_REUSE),
 }
@@ -140,7 +139,7 @@ class Chaos:
         self._shared = _shared_memory()
         self._others: list[psutil.Process] = []  # of another host that was killed
         self._model = small.model("sd15", seed=9)
-        self._prompts = small.conditioning("sd15", 1), small.conditioning("sd15", 2)
+        self._prompts = prompts_for("sd15")
         self._pictures: dict[str, dict[tuple[str, int], torch.Tensor]] = {}  # plan -> on_failure, call that others begin with
 
     @contextlib.contextmanager
@@ -169,15 +168,7 @@ class Chaos:
             at: called with the number of each step, and what it begins with.
             begin: where it does not begin at the first: ``latent`` and ``start_step``.
         """
-        latent = begin.pop("latent", small.latent()["samples"])
-        noise = torch.zeros_like(latent) if begin else comfy.sample.prepare_noise(latent, 5)
-
-        def callback(step: int, denoised: Any, x: torch.Tensor, total: int) -> None:
-            if at is not None:
-                at(step, x.clone())
-
-        sampler = comfy.samplers.KSampler(model, STEPS, "cpu", "euler", "normal", model_options=model.model_options)
-        return sampler.sample(noise, *self._prompts, cfg=4.0, latent_image=latent, callback=callback, **begin)
+        return sample(model, self._prompts, at, **begin)
 
     def _references(self, options: Options) -> dict[tuple[str, int], torch.Tensor]:
         """The sampler's own pictures, begun with the latent that the undisturbed run had at each step."""
@@ -320,7 +311,7 @@ class Chaos:
         notes = [note for note in record.notes if "there is no report" not in note]  # the picture was done
         if not notes:
             return "undisturbed", torch.equal(picture, self._pictures[fault.plan]["restart", 0])
-        if record.plan is None or any("going on without" in note for note in notes):
+        if record.plan is None or any("finishes the picture" in note for note in notes):
             how, on_failure, calls = "finished by ComfyUI", "finish", range(STEPS)
         else:  # with stride, not every call is told about
             how, on_failure, told = "restarted", "restart", record.stats is not None and fault.plan != "stride"

@@ -2,7 +2,6 @@
 
 import contextlib
 
-import nodes
 import torch
 from comfy.patcher_extension import WrappersMP
 
@@ -11,7 +10,6 @@ from asyncdiff_nodes.host.attributes import replaced
 from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
-from helpers import small
 
 TWO = Options(devices="cpu,cpu")
 
@@ -31,11 +29,6 @@ def by_halves(model):
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "halves", call)
     return clone
-
-
-def ksampler(model, positive, negative, cfg=7.0, batch=1, sampler="dpmpp_2m", steps=4):
-    arguments = model, 5, steps, cfg, sampler, "normal", positive, negative, small.latent(batch)
-    return nodes.KSampler().sample(*arguments)[0]["samples"]
 
 
 @contextlib.contextmanager

@@ -28,9 +28,9 @@ class Injected:
         orders.obey("spawn")
         self.settings()
         from asyncdiff_nodes.engine import wire
-        from asyncdiff_nodes.engine.rank import split, worker
+        from asyncdiff_nodes.engine.rank import message_loop, split_model
 
-        load, call, receive = split.SplitModel.load, worker.Rank._call, wire.receive
+        load, call, receive = split_model.SplitModel.load, message_loop.Rank._call, wire.receive
 
         def loading(model, name, tensor):
             orders.obey("weights")
@@ -49,7 +49,7 @@ class Injected:
                 orders.obey("shutdown")
             return message, tensors
 
-        split.SplitModel.load, worker.Rank._call, wire.receive = loading, calling, receiving
+        split_model.SplitModel.load, message_loop.Rank._call, wire.receive = loading, calling, receiving
 
 
 class Orders:

@@ -7,13 +7,12 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from asyncdiff_nodes.engine import NoiseLevels, Simulator
-from asyncdiff_nodes.engine.planning.graph import tensors_of
+from asyncdiff_nodes.engine.tensors import tensors_of
 from asyncdiff_nodes.host.controlnet.calls import ControlNets, take
 from asyncdiff_nodes.host.page.report import last_run
-from asyncdiff_nodes.host.patches.animatediff.calls import Motion
 from asyncdiff_nodes.host.patches.obstacles import shippable
-from asyncdiff_nodes.host.patches.sag import give_back, patch_of
-from asyncdiff_nodes.host.patches.tome import random_numbers
+from asyncdiff_nodes.host.patches.protocol import RoutedCall
+from asyncdiff_nodes.host.patches.registry import begun, models_of
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.rehearsal import rehearse
 from asyncdiff_nodes.host.workers.quantised import operations_of
@@ -39,15 +38,14 @@ def simulated(model, plan, sampler, size=(16, 16), control=None, batch=2):
     """
     clone = model.clone()
     network = whole = model.model.diffusion_model
-    motion = Motion(model)
-    if motion.patchers:
-        motion.take_out()
+    patches = begun(model)
+    for patch in patches:
+        patch.prepare()
     nets = ControlNets({"positive": [{"control": control}]}, model, {}) if control else None
     skeleton = skeleton_of(model, nets.networks if nets else ())
     family = family_of(skeleton, model)
     inputs = family.example_inputs(skeleton, size, batch)
-    guided = patch_of(model.model_options["transformer_options"])
-    if nets or motion.patchers or guided or operations_of(model):
+    if type(skeleton) is not type(network) or skeleton._forward_hooks or models_of(model) or operations_of(model):
         whole = loaded(skeleton, model, nets.networks if nets else ())
     if nets:
         clone.recording = nets.recorded()  # for as long as there is this model
@@ -70,13 +68,14 @@ def simulated(model, plan, sampler, size=(16, 16), control=None, batch=2):
             simulator.begin(sampling.timestep(sigmas), levels)
         if calls := take(given.get("control")):
             given["nets"] = {call.net: call.to_send(plan.microbatches > 1) for call in calls}
-        if motion.patchers:
-            given["motion"] = motion.state()
         stream = tuple(options["uuids"]), tuple(x.shape), len(calls)
-        shipped = {"sample_sigmas": None, **shippable(options)}
-        shipped |= random_numbers(network, shipped, x)
-        result = simulator(stream=stream, **given | {"transformer_options": shipped})
-        return give_back(options, result) if isinstance(result, tuple) else result
+        routed = RoutedCall(network, given | {"transformer_options": {"sample_sigmas": None, **shippable(options)}}, options, x)
+        for patch in patches:
+            assert patch.before(routed) is None
+        result = simulator(stream=stream, **routed.arguments)
+        for patch in patches:
+            result = patch.after(routed, result)
+        return result
 
     def apply(executor, *args, **kwargs):
         network.forward = call  # not every network calls wrappers of its own

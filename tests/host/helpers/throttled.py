@@ -1,7 +1,6 @@
 """A rank that is half as fast. Imports nothing of the host: a rank must first be told its flags."""
 
-import multiprocessing
-import time
+from slowed import throttled
 
 SECONDS = 0.03
 
@@ -17,16 +16,5 @@ class Throttled:
         from comfy.ldm.modules.attention import SpatialTransformer
         from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 
-        seconds = SECONDS * (1 + (multiprocessing.current_process().name == "asyncdiff-rank-1"))
         for cls in (ResBlock, SpatialTransformer):
-            cls.forward = until(cls.forward, seconds)
-
-
-def until(forward, seconds):
-    def slow(*args, **kwargs):
-        end = time.monotonic() + seconds
-        output = forward(*args, **kwargs)
-        time.sleep(max(0.0, end - time.monotonic()))
-        return output
-
-    return slow
+            cls.forward = throttled(cls.forward, SECONDS)

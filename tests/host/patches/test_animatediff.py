@@ -8,7 +8,6 @@ import comfy.sample
 import comfy.sd
 import comfy.utils
 import folder_paths
-import nodes
 import pytest
 import test_ipadapter
 import test_sag
@@ -16,16 +15,17 @@ import test_tome
 import torch
 from comfy.model_base import ModelType
 
+from asyncdiff_nodes.host.choices import ALWAYS
 from asyncdiff_nodes.host.page import progress
 from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.patches.obstacles import obstacle
 from asyncdiff_nodes.host.patches.packs import PackModule
 from asyncdiff_nodes.host.routing.hooks import attach
-from asyncdiff_nodes.host.routing.options import ALWAYS, Options
 from asyncdiff_nodes.host.workers.pool import POOL
-from helpers import packs, small
+from helpers import packs, sampling, small
 from helpers.controlling import controlled
 from helpers.halves import assert_halved
+from helpers.sampling import ksampler
 from helpers.simulated import assert_simulated
 
 NAME = "ComfyUI-AnimateDiff-Evolved"
@@ -109,23 +109,19 @@ def animated(pack, model, name="v3", context=None, settings=None, **motion_setti
     return pack["ADE_UseEvolvedSampling"]().use_evolved_sampling(model, "autoselect", motions, context, settings)[0]
 
 
-def sample(model, prompts, frames=FRAMES, steps=3, cfg=4.0, sampler="euler", size=8):
-    latent = small.latent(frames, size, size)
-    return nodes.KSampler().sample(model, 5, steps, cfg, sampler, "normal", *prompts, latent)[0]["samples"]
+def sample(model, prompts, frames=FRAMES, steps=3, cfg=4.0, size=8):
+    return ksampler(model, prompts, small.latent(frames, size, size), steps=steps, cfg=cfg)
 
 
 def segmented(ranks, **changed):
-    return Options("Custom", ",".join(["cpu"] * ranks), **{"segments": ranks, "warmup": ALWAYS} | changed)
+    return sampling.segmented(ranks, **{"warmup": ALWAYS} | changed)
 
 
 def assert_exact(model, prompts, ranks=2, routed=None, **kwargs):
     """Bit for bit what the host computes; it was routed."""
-    expected = sample(model, prompts, **kwargs)
-    found = sample(routed or attach(model, segmented(ranks)), prompts, **kwargs)
-    assert last_run().stats and last_run().stats.records, last_run().notes
-    assert not last_run().notes and last_run().plan.segments == ranks
-    assert expected.isfinite().all() and torch.equal(found, expected)
-    return expected
+    found = sampling.assert_exact(model, lambda m: sample(m, prompts, **kwargs), segmented(ranks), routed)
+    assert last_run().plan.segments == ranks
+    return found
 
 
 def pids():
@@ -298,7 +294,7 @@ def test_a_control_net_is_the_hosts(pack, model, prompts):
     given = [[[entry[0][0], entry[0][1]]] for entry in given]
     expected = sample(moving, given)
     assert torch.equal(sample(attach(moving, segmented(2)), given), expected)
-    assert "the network has AnimateDiff's motion modules" in last_run().notes[0] and last_run().stats.records
+    assert "further modules, such as AnimateDiff's" in last_run().notes[0] and last_run().stats.records
 
 
 @pytest.mark.slow
@@ -320,7 +316,7 @@ def test_with_an_image(pack, model, prompts, monkeypatch):
 def test_patches_that_the_host_must_know_of(pack, model, prompts, changed):
     """The sampler asks what one saw, and another draws the host's random numbers."""
     moving = animated(pack, model)
-    patched, routed = changed(moving), attach(changed(moving), Options("Exact", "cpu,cpu"))
+    patched, routed = changed(moving), attach(changed(moving), sampling.EXACT)
     found = assert_exact(patched, prompts, routed=routed, size=32)
     assert not torch.equal(found, sample(moving, prompts, size=32))
 
@@ -378,4 +374,4 @@ def test_what_is_more_than_motion_modules_is_the_hosts_by_name(pack, model, prom
 def test_parts_that_are_refused(pack, model, part, reason):
     moving = animated(pack, model)
     setattr(moving.additional_models["ADE"][0].model, part, torch.nn.Identity())
-    assert obstacle(moving, moving.model_options) == f"AnimateDiff-Evolved: {reason} is more than motion modules"
+    assert obstacle(moving, moving.model_options) == f"AnimateDiff-Evolved: {reason} does more than run motion modules"

@@ -1,19 +1,22 @@
 """ComfyUI_IPAdapter_plus: its attention to images is computed by the ranks that have the blocks. Adapters have random weights."""
 
+import functools
 import shutil
 
 import pytest
 import torch
 from comfy.model_base import ModelType
 
-from asyncdiff_nodes.engine.parent.ranks import Ranks
+from asyncdiff_nodes.engine.parent.rank_set import RankSet
 from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
-from helpers import packs, small
-from helpers.halves import assert_halved, ksampler
+from helpers import packs, sampling, small
+from helpers.halves import assert_halved
+from helpers.sampling import EXACT, ksampler, segmented
 from helpers.simulated import simulated
 
+sample = functools.partial(ksampler, cfg=7.0, sampler="dpmpp_2m")
 NAME = "ComfyUI_IPAdapter_plus"
 pytestmark = packs.needs(NAME)
 
@@ -102,14 +105,11 @@ CASES = {
 }
 
 
-def assert_exact(model, sample, devices):
-    """Bit for bit what the host computes; it was routed."""
-    expected = sample(model)
-    found = sample(attach(model, Options("Exact", devices)))
-    assert last_run().stats.records and not last_run().notes, last_run().line
+def assert_exact(model, run, devices="cpu,cpu"):
+    """Bit for bit what the host computes; all ranks computed some of it."""
+    found = sampling.assert_exact(model, run, Options("Exact", devices))
     assert len({record.rank for record in last_run().stats.records}) == devices.count("cpu")
-    assert expected.isfinite().all() and torch.equal(found, expected)
-    return expected
+    return found
 
 
 @pytest.mark.parametrize(
@@ -121,18 +121,18 @@ def assert_exact(model, sample, devices):
 )
 def test_settings(pack, model, prompts, case, devices):
     patched = applied(pack, model, **CASES[case])
-    found = assert_exact(patched, lambda m: ksampler(m, *prompts), devices)
-    assert (found - ksampler(model, *prompts)).abs().max() > 1e-3, "the image matters"
+    found = assert_exact(patched, lambda m: sample(m, prompts), devices)
+    assert (found - sample(model, prompts)).abs().max() > 1e-3, "the image matters"
 
 
 @pytest.mark.slow
 def test_two_images_and_batches(pack, model, prompts):
     """Two adapters on one block; an image and a mask for each latent of a batch."""
     twice = applied(pack, applied(pack, model), adapter(seed=8), weight=0.5, attn_mask=mask())
-    one = assert_exact(twice, lambda m: ksampler(m, *prompts, cfg=1.0), "cpu,cpu")
-    assert not torch.equal(one, ksampler(applied(pack, model), *prompts, cfg=1.0))
+    one = assert_exact(twice, lambda m: sample(m, prompts, cfg=1.0))
+    assert not torch.equal(one, sample(applied(pack, model), prompts, cfg=1.0))
     each = applied(pack, model, node="IPAdapterEmbedsBatch", images=2, attn_mask=mask(2))
-    assert_exact(each, lambda m: ksampler(m, *prompts, batch=2), "cpu,cpu")
+    assert_exact(each, lambda m: sample(m, prompts, batch=2))
 
 
 @pytest.mark.slow
@@ -141,45 +141,45 @@ def test_sdxl(pack, layouts):
     model = small.model("sdxl_layout", channels=_CHANNELS)
     prompts = small.conditioning("sdxl", 1), small.conditioning("sdxl", 2)
     patched = applied(pack, model, adapter("sdxl_layout"), start_at=0.2)
-    assert_exact(patched, lambda m: ksampler(m, *prompts), "cpu,cpu,cpu")
+    assert_exact(patched, lambda m: sample(m, prompts), "cpu,cpu,cpu")
 
 
 @pytest.mark.parametrize(
     "options",
     [
         Options(devices="cpu,cpu,cpu"),
-        pytest.param(Options("Custom", "cpu,cpu", segments=2, warmup=2, forecast=False), marks=pytest.mark.slow),
+        pytest.param(segmented(warmup=2, forecast=False), marks=pytest.mark.slow),
     ],
     ids=["balanced", "published"],
 )
 def test_asynchronous_steps_equal_the_simulator(pack, model, prompts, options):
     patched = applied(pack, model, end_at=0.5)
 
-    def sample(m):
-        return ksampler(m, *prompts, cfg=4.0, sampler="euler", steps=8)
+    def run(m):
+        return ksampler(m, prompts, steps=8)
 
-    found = sample(attach(patched, options))
+    found = run(attach(patched, options))
     plan = options.resolve(items=2)[0]
     assert last_run().plan == plan and not last_run().notes
     oracle, simulator = simulated(patched, plan, "euler")
     with simulator:
-        expected = sample(oracle)
+        expected = run(oracle)
     assert (found - expected).abs().max() <= 1e-5
-    assert (found - sample(patched)).abs().max() > 3e-5
+    assert (found - run(patched)).abs().max() > 3e-5
 
 
 def test_weights_are_sent_once_and_where_they_are_needed(pack, model, prompts, monkeypatch):
     """Each rank has those of its own blocks; the middle block's, which the pack files under another name, nobody."""
-    sent, original = {}, Ranks.send
+    sent, original = {}, RankSet.send
 
     def send(ranks, rank, header, tensors=(), **options):
         if isinstance(header, tuple) and header[0] == "call":
             sent.setdefault(rank, []).extend(tensor.double().sum().item() for tensor in tensors if tensor.shape[1:] in SHAPES)
         original(ranks, rank, header, tensors, **options)
 
-    monkeypatch.setattr(Ranks, "send", send)
-    routed = attach(applied(pack, model), Options("Exact", "cpu,cpu"))
-    ksampler(routed, *prompts)
+    monkeypatch.setattr(RankSet, "send", send)
+    routed = attach(applied(pack, model), EXACT)
+    sample(routed, prompts)
     names = {value.double().sum().item(): name for name, value in adapter()["ip_adapter"].items()}
     found = {tuple(sorted(names[total] for total in totals if total in names)) for totals in sent.values()}
     blocks = [f"input_blocks.{i}" for i in (1, 2, 4, 5, 7, 8)] + [f"output_blocks.{i}" for i in range(3, 12)]
@@ -191,7 +191,7 @@ def test_weights_are_sent_once_and_where_they_are_needed(pack, model, prompts, m
     assert len(found) == 2 and sum(map(len, found)) < 2 * 2 * len(blocks)
     assert all(len([total for total in totals if total not in names]) == 2 for totals in sent.values()), "for all blocks together"
     sent.clear()
-    ksampler(routed, *prompts)
+    sample(routed, prompts)
     assert not any(sent.values()), "nor for the next picture"
 
 
@@ -203,10 +203,10 @@ def has(block, weights):
 def test_halves_of_cfg(pack, model, prompts):
     """Each branch looks at its own prompt's image."""
     patched = applied(pack, model, attn_mask=mask())
-    assert_halved(patched, lambda m: ksampler(m, *prompts))
-    assert_halved(patched, lambda m: ksampler(m, *prompts, batch=2))
+    assert_halved(patched, lambda m: sample(m, prompts))
+    assert_halved(patched, lambda m: sample(m, prompts, batch=2))
     each = applied(pack, model, node="IPAdapterEmbedsBatch", images=2, attn_mask=mask(2))
-    assert_halved(each, lambda m: ksampler(m, *prompts, batch=2))
+    assert_halved(each, lambda m: sample(m, prompts, batch=2))
 
 
 @pytest.mark.slow
@@ -214,11 +214,11 @@ def test_latents_of_one_prompt_are_not_parted(pack, model, prompts):
     """Each has an image of its own."""
     each = applied(pack, model, node="IPAdapterEmbedsBatch", images=2)
 
-    def sample(m):
-        return ksampler(m, *prompts, cfg=1.0, batch=2)
+    def run(m):
+        return sample(m, prompts, cfg=1.0, batch=2)
 
-    expected = sample(each)
-    found = sample(attach(each, Options("Custom", "cpu,cpu", segments=2, warmup=4)))
+    expected = run(each)
+    found = run(attach(each, segmented(warmup=4)))
     assert (last_run().plan.branches, last_run().plan.segments) == (1, 2)
     assert torch.equal(found, expected), "no micro-batches either"
 
@@ -230,6 +230,6 @@ def test_other_code_is_the_hosts(pack, model, prompts, tmp_path):
     patch.add(lambda out, *_, **__: out * 0.1, **patch.kwargs[0])
     other = applied(packs.loaded(shutil.copytree(packs.place_of(NAME), tmp_path / "another_pack")), model)
     for patched in (foreign, other):
-        expected = ksampler(patched, *prompts)
-        assert torch.equal(ksampler(attach(patched, Options("Exact", "cpu,cpu")), *prompts), expected)
+        expected = sample(patched, prompts)
+        assert torch.equal(sample(attach(patched, EXACT), prompts), expected)
         assert last_run().stats is None and "CrossAttentionPatch.Attn2Replace" in last_run().notes[0]

@@ -10,10 +10,10 @@ from asyncdiff_nodes.host.patches.obstacles import obstacle
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
 from asyncdiff_nodes.host.workers.pool import POOL
-from helpers import small
+from helpers import sampling, small
 from helpers.controlling import controlled, shared
-from helpers.failing import killing
-from helpers.failing import sample as sample_at
+from helpers.failing import killing, sample
+from helpers.sampling import exact, ksampler, prompts_for, segmented
 from helpers.simulated import assert_simulated
 
 CASES = [(kind, ranks) for kind in ("sd15", "sdxl", "sd2_v") for ranks in (2, 3)]
@@ -28,36 +28,15 @@ def guided(model):
     return small.node(nodes_sag.SelfAttentionGuidance, model, 0.8, 2.0)
 
 
-def exact(ranks=2, **changed):
-    return Options("Exact", ",".join(["cpu"] * ranks), **changed)
-
-
-def segmented(ranks, **changed):
-    return Options("Custom", ",".join(["cpu"] * ranks), **{"segments": ranks, "warmup": 3} | changed)
-
-
-def conditioned(kind="sd15"):
-    return small.conditioning(kind, 1), small.conditioning(kind, 2)
-
-
-def sample(model, prompts, steps=4, cfg=4.0, batch=1, sampler="euler"):
-    return nodes.KSampler().sample(model, 5, steps, cfg, sampler, "normal", *prompts, small.latent(batch))[0]["samples"]
-
-
 def assert_exact(model, prompts, ranks=2, routed=None, **kwargs):
-    """Bit for bit what the host computes, and all of it routed."""
-    expected = sample(model, prompts, **kwargs)
-    found = sample(routed or attach(model, exact(ranks)), prompts, **kwargs)
-    assert last_run().stats and last_run().stats.records and not last_run().notes
-    assert expected.isfinite().all() and torch.equal(found, expected)
-    return found
+    return sampling.assert_exact(model, lambda m: ksampler(m, prompts, **kwargs), exact(ranks), routed)
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])])
 def test_synchronous_calls_are_the_hosts_bit_by_bit(kind, ranks):
-    model, prompts = small.attentive(kind), conditioned(kind)
+    model, prompts = small.attentive(kind), prompts_for(kind)
     found = assert_exact(guided(model), prompts, ranks)
-    assert (found - sample(model, prompts)).abs().max() > 1e-3, "guidance matters"
+    assert (found - ksampler(model, prompts)).abs().max() > 1e-3, "guidance matters"
     calls = [record for record in last_run().stats.records if record.rank == 0]
     assert len(calls) == 8, "a call of both prompts, and one of the blurred picture, in each step"
 
@@ -98,9 +77,9 @@ def test_on_and_off(model, prompts):
 
 def test_branches_share_the_prompts(model, prompts):
     model = guided(model)
-    found, expected = sample(attach(model, Options(devices="cpu,cpu")), prompts), sample(model, prompts)
+    found, expected = ksampler(attach(model, Options(devices="cpu,cpu")), prompts), ksampler(model, prompts)
     (note,) = last_run().notes
-    assert "a guidance node one of them again" in note and "only the first of 2 branches works" in note
+    assert "a guidance node evaluates one of them again" in note and "only the first of 2 branches computes" in note
     assert last_run().plan.branches == 2 and {record.rank for record in last_run().stats.records} == {0, 1}
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max(), "the same but for rounding"
 
@@ -118,8 +97,8 @@ def test_branches_share_the_prompts(model, prompts):
 )
 @pytest.mark.parametrize("kind", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_asynchronous_calls_equal_the_simulator(kind, changed):
-    prompts = conditioned(kind)
-    assert_simulated(guided(small.attentive(kind)), segmented(3, **changed), lambda m: sample(m, prompts, steps=9))
+    prompts = prompts_for(kind)
+    assert_simulated(guided(small.attentive(kind)), segmented(3, **changed), lambda m: ksampler(m, prompts, steps=9))
 
 
 @pytest.mark.slow
@@ -139,9 +118,9 @@ def test_what_crosses_is_a_number_for_each_token(model, prompts):
 def test_compiled_blocks(model, prompts):
     """What the patch saw is not to be had of them."""
     both = small.node(nodes_torch_compile.TorchCompileModel, guided(model), "eager")
-    expected = sample(both, prompts)
-    assert torch.equal(sample(attach(both, exact()), prompts), expected)
-    assert "compiled (torch.compile), and Self-Attention Guidance looks into it" in last_run().notes[0]
+    expected = ksampler(both, prompts)
+    assert torch.equal(ksampler(attach(both, exact()), prompts), expected)
+    assert "compiled (torch.compile), and Self-Attention Guidance reads values inside it" in last_run().notes[0]
 
 
 @pytest.mark.slow
@@ -149,8 +128,8 @@ def test_compiled_blocks(model, prompts):
 def test_ranks_that_fail(model, prompts, then):
     """Others take over, or the host, whose own patch then sees what it blurs by."""
     model = guided(model)
-    expected = sample_at(model, prompts)
-    found = sample_at(attach(model, exact(on_failure=then)), prompts, killing(1, 2))
+    expected = sample(model, prompts)
+    found = sample(attach(model, exact(on_failure=then)), prompts, killing(1, 2))
     assert torch.equal(found, expected) and last_run().notes
 
 

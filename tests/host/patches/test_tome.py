@@ -1,17 +1,16 @@
 """Token merging: which tokens are merged is drawn by lot, in the ranks from the host's numbers."""
 
-import nodes
 import pytest
 import torch
 from comfy_extras import nodes_sag, nodes_tomesd, nodes_torch_compile
-from test_sag import exact, segmented
 
 from asyncdiff_nodes.host import demo
 from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.patches.obstacles import obstacle
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
-from helpers import small
+from helpers import sampling, small
+from helpers.sampling import exact, ksampler, prompts_for, segmented
 from helpers.simulated import assert_simulated
 
 
@@ -24,18 +23,21 @@ def merging(model, ratio=0.5):
     return small.node(nodes_tomesd.TomePatchModel, model, ratio)
 
 
-def sample(model, prompts, steps=4, cfg=4.0, sampler="euler", height=16, width=16, batch=1, seed=5):
-    latent = small.latent(batch, height, width)
-    return nodes.KSampler().sample(model, seed, steps, cfg, sampler, "normal", *prompts, latent)[0]["samples"]
+def sample(model, prompts, height=16, width=16, batch=1, **how):
+    return ksampler(model, prompts, small.latent(batch, height, width), **how)
 
 
 def assert_exact(model, prompts, ranks=2, **kwargs):
     """Bit for bit what the host computes, and all of it routed; and the host's generator is where it would be."""
-    expected, after = sample(model, prompts, **kwargs), torch.randn(3)
-    found = sample(attach(model, exact(ranks)), prompts, **kwargs)
-    assert torch.equal(torch.randn(3), after)
-    assert last_run().stats and last_run().stats.records and not last_run().notes
-    assert expected.isfinite().all() and torch.equal(found, expected)
+    after = []
+
+    def run(model):
+        found = sample(model, prompts, **kwargs)
+        after.append(torch.randn(3))
+        return found
+
+    found = sampling.assert_exact(model, run, exact(ranks))
+    assert torch.equal(*after)
     return found
 
 
@@ -43,7 +45,7 @@ def assert_exact(model, prompts, ranks=2, **kwargs):
 @pytest.mark.parametrize("kind", ["sd15", *(pytest.param(k, marks=pytest.mark.slow) for k in ("sd2_v", "sdxl", "svd"))])
 def test_synchronous_calls_are_the_hosts_bit_by_bit(kind, ranks):
     """Random numbers are drawn where the picture has its full resolution: SDXL has no attention there."""
-    model, prompts = small.attentive(kind), (small.conditioning(kind, 1), small.conditioning(kind, 2))
+    model, prompts = small.attentive(kind), prompts_for(kind)
     found = assert_exact(merging(model), prompts, ranks, batch=4 if kind == "svd" else 1)
     change = (found - sample(model, prompts, batch=4 if kind == "svd" else 1)).abs().max()
     assert change == 0 if kind == "sdxl" else change > 1e-4

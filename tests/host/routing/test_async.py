@@ -1,8 +1,8 @@
 """Law 2 on the host: the asynchronous presets equal the engine's simulator, driven by the same sampler loop."""
 
+import functools
 from dataclasses import replace
 
-import nodes
 import pytest
 import torch
 
@@ -10,6 +10,7 @@ from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
 from helpers import small
+from helpers.sampling import ksampler, segmented
 from helpers.simulated import simulated
 
 TWICE = ("heun", "dpm_2", "dpmpp_sde")  # the network is called twice per step
@@ -18,7 +19,7 @@ TWICE = ("heun", "dpm_2", "dpmpp_sde")  # the network is called twice per step
 PRESETS = {
     "balanced": Options(devices="cpu,cpu,cpu,cpu"),
     "turbo": Options("Turbo", "cpu,cpu,cpu"),
-    "custom": Options("Custom", "cpu,cpu", segments=2, warmup=2, forecast=False, time_shift=True),
+    "custom": segmented(warmup=2, forecast=False, time_shift=True),
 }
 
 
@@ -35,11 +36,7 @@ def cases():
 @pytest.mark.parametrize(("kind", "preset", "sampler"), list(cases()))
 def test_presets_equal_the_simulator(kind, preset, sampler):
     model, options = small.model(kind), PRESETS[preset]
-    positive, negative = small.conditioning(kind, 1), small.conditioning(kind, 2)
-
-    def sample(m):
-        return nodes.KSampler().sample(m, 5, 8, 4.0, sampler, "normal", positive, negative, small.latent())[0]["samples"]
-
+    sample = functools.partial(ksampler, kind=kind, steps=8, sampler=sampler)
     stock = sample(model)
     routed = sample(attach(model, options))
     plan = options.resolve(items=2)[0]
@@ -59,38 +56,26 @@ def test_presets_equal_the_simulator(kind, preset, sampler):
 def test_stride_falls_back_where_calls_are_not_foretold():
     """dpm_adaptive chooses its steps by what the model says."""
     model = attach(small.model("sd15"), Options("Turbo", "cpu,cpu,cpu"))
-    prompts = small.conditioning("sd15", 1), small.conditioning("sd15", 2)
-    found = nodes.KSampler().sample(model, 5, 6, 4.0, "dpm_adaptive", "normal", *prompts, small.latent())[0]["samples"]
-    assert found.isfinite().all()
+    assert ksampler(model, steps=6, sampler="dpm_adaptive").isfinite().all()
     assert last_run().plan.stride == 1 and "stride=2 is not possible" in last_run().notes[0]
-    again = nodes.KSampler().sample(model, 5, 6, 4.0, "euler", "normal", *prompts, small.latent())[0]["samples"]
-    assert again.isfinite().all()
+    assert ksampler(model, steps=6).isfinite().all()
     assert last_run().plan.stride == 2 and not last_run().notes
 
 
 def test_same_seed_same_picture():
-    model = attach(small.model("sd15"), Options("Custom", devices="cpu,cpu", segments=2))
-    prompts = small.conditioning("sd15", 1), small.conditioning("sd15", 2)
-    first, second = (
-        nodes.KSampler().sample(model, 5, 8, 4.0, "euler", "normal", *prompts, small.latent())[0]["samples"] for _ in range(2)
-    )
-    assert torch.equal(first, second)
+    model = attach(small.model("sd15"), segmented())
+    assert torch.equal(ksampler(model, steps=8), ksampler(model, steps=8))
 
 
 @pytest.mark.parametrize("how", ["int8", pytest.param("half", marks=pytest.mark.slow)])
 def test_compression_needs_no_other_workers_and_hardly_changes_the_picture(how):
-    model, options = small.model("sd15"), Options("Custom", "cpu,cpu", segments=2)
-    prompts = small.conditioning("sd15", 1), small.conditioning("sd15", 2)
-
-    def sample(m):
-        return nodes.KSampler().sample(m, 5, 8, 4.0, "euler", "normal", *prompts, small.latent())[0]["samples"]
-
+    model, options, sample = small.model("sd15"), segmented(), functools.partial(ksampler, steps=8)
     whole, before = sample(attach(model, options)), last_run().stats
     fewer = replace(options, compression=how)
     found, record = sample(attach(model, fewer)), last_run()
     assert [rank.pid for rank in record.stats.ranks] == [rank.pid for rank in before.ranks]
     assert record.stats.planned_bytes < (0.6 if how == "half" else 0.35) * before.planned_bytes
-    assert f"{how} between ranks" in record.text() and "in asynchronous ones" in record.text()
+    assert f"{how} between ranks" in record.text() and "per asynchronous call" in record.text()
     assert 1e-7 < (found - whole).abs().max() < 1e-4 * whole.abs().max()
     oracle, simulator = simulated(model, fewer.resolve(items=2)[0], "euler")
     with simulator:

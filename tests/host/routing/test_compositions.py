@@ -9,6 +9,7 @@ from hypothesis import seed as drawn_by
 
 from asyncdiff_nodes.host.routing.options import Options
 from helpers import compositions
+from helpers.sampling import EXACT
 
 ANY = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 
@@ -34,7 +35,7 @@ def forgotten():
 @settings(max_examples=24, **ANY)
 @given(compositions.strategy())
 def test_exact_is_the_stock_sampler(composition):
-    check(composition, compositions.EXACT)
+    check(composition, EXACT)
 
 
 @pytest.mark.slow
@@ -43,7 +44,7 @@ def test_exact_is_the_stock_sampler(composition):
 @settings(max_examples=2000, **ANY)
 @given(compositions.strategy())
 def test_exact_is_the_stock_sampler_in_thousands(composition):
-    check(composition, compositions.EXACT)
+    check(composition, EXACT)
 
 
 @pytest.mark.slow

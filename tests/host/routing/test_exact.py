@@ -9,30 +9,14 @@ import pytest
 import torch
 from comfy_extras import nodes_custom_sampler as custom
 
-from asyncdiff_nodes.host.page.report import last_run
-from asyncdiff_nodes.host.routing.hooks import attach
-from asyncdiff_nodes.host.routing.options import Options
 from helpers import small
+from helpers.controlling import controlled
+from helpers.sampling import assert_exact, ksampler, prompts_for
 
-EXACT = Options(preset="Exact", devices="cpu,cpu")
 SAMPLERS = ["euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "ddim", "uni_pc", "lcm", "dpm_2"]
 OTHERS = ["sd15_inpaint", "sd2_v", "sdxl_refiner"]
 SCHEDULERS = ["normal", "karras", "exponential", "sgm_uniform"]
-
-
-def ksampler(model, latent, positive, negative, sampler="euler", scheduler="normal", cfg=7.0, steps=4, denoise=1.0):
-    return nodes.KSampler().sample(model, 5, steps, cfg, sampler, scheduler, positive, negative, latent, denoise)[0]["samples"]
-
-
-def assert_exact(model, sample):
-    """``sample(model)`` is the same on the host and on two ranks, and the ranks did compute it."""
-    expected = sample(model)
-    found = sample(attach(model, EXACT))
-    # no call fell back to the host, which would be exact whatever the ranks do
-    assert last_run().stats.records and not last_run().notes, last_run().line
-    assert torch.equal(found, expected)
-    assert expected.isfinite().all()
-    return expected
+sample = functools.partial(ksampler, cfg=7.0)
 
 
 def spread():
@@ -67,37 +51,36 @@ def model(kind, models):
 
 @pytest.mark.parametrize("kind, sampler, scheduler, cfg, batch", list(spread()))
 def test_every_sampler_on_every_kind(models, kind, sampler, scheduler, cfg, batch):
-    prompts = small.conditioning(kind, 1), small.conditioning(kind, 2)
-    assert_exact(models(kind), lambda m: ksampler(m, small.latent(batch), *prompts, sampler, scheduler, cfg))
+    asked = {"kind": kind, "batch": batch, "sampler": sampler, "scheduler": scheduler, "cfg": cfg}
+    assert_exact(models(kind), lambda m: ksampler(m, **asked))
 
 
 def test_denoise_and_mask(kind, model):
-    positive, negative = small.conditioning(kind, 1), small.conditioning(kind, 2)
-    mask = torch.zeros(1, 16, 16)
+    prompts, mask = prompts_for(kind), torch.zeros(1, 16, 16)
     mask[:, 4:12, 4:12] = 1.0
     masked = {**small.latent(), "noise_mask": mask}
-    image_to_image = assert_exact(model, lambda m: ksampler(m, small.latent(), positive, negative, denoise=0.6))
-    inpainted = assert_exact(model, lambda m: ksampler(m, masked, positive, negative, denoise=0.6))
+    image_to_image = assert_exact(model, lambda m: sample(m, prompts, denoise=0.6))
+    inpainted = assert_exact(model, lambda m: sample(m, prompts, masked, denoise=0.6))
     assert not torch.equal(image_to_image, inpainted)
 
 
 def test_advanced_in_two_stages(kind, model):
-    positive, negative = small.conditioning(kind, 1), small.conditioning(kind, 2)
+    positive, negative = prompts_for(kind)
 
-    def sample(m):
+    def stages(m):
         common = (6, 7.0, "dpmpp_2m", "karras", positive, negative)
         first = nodes.KSamplerAdvanced().sample(m, "enable", 5, *common, small.latent(), 0, 3, "enable")[0]
         return nodes.KSamplerAdvanced().sample(m, "disable", 5, *common, first, 3, 10000, "disable")[0]["samples"]
 
-    assert_exact(model, sample)
+    assert_exact(model, stages)
 
 
 @pytest.mark.parametrize("guider", ["cfg", "basic", "dual"])
 def test_custom_sampler_with_guiders(kind, model, guider):
-    positive, negative = small.conditioning(kind, 1), small.conditioning(kind, 2)
+    positive, negative = prompts_for(kind)
     third = small.conditioning(kind, 3)
 
-    def sample(m):
+    def guided(m):
         if guider == "cfg":
             guide = small.node(custom.CFGGuider, m, positive, negative, 5.0)
         elif guider == "basic":
@@ -109,7 +92,7 @@ def test_custom_sampler_with_guiders(kind, model, guider):
         sampler = small.node(custom.KSamplerSelect, "dpmpp_2m")
         return small.node(custom.SamplerCustomAdvanced, noise, guide, sampler, sigmas, small.latent())["samples"]
 
-    assert_exact(model, sample)
+    assert_exact(model, guided)
 
 
 @pytest.mark.parametrize(
@@ -123,15 +106,15 @@ def test_custom_sampler_with_guiders(kind, model, guider):
 def test_weights_in_fewer_bits_with_lora(dtype, prompts):
     model = small.model("sd15", dtype=dtype)
     changed = comfy.sd.load_lora_for_models(model, None, small.lora(model), 0.7, 0)[0]
-    assert_exact(changed, lambda m: ksampler(m, small.latent(), *prompts))
+    assert_exact(changed, lambda m: sample(m, prompts))
 
 
 def test_lora(sd15, prompts):
-    plain = assert_exact(sd15, lambda m: ksampler(m, small.latent(), *prompts))
+    plain = assert_exact(sd15, lambda m: sample(m, prompts))
     for strength in (0.8, 0.3):
         changed = comfy.sd.load_lora_for_models(sd15, None, small.lora(sd15), strength, 0)[0]
-        assert not torch.equal(plain, assert_exact(changed, lambda m: ksampler(m, small.latent(), *prompts)))
-    assert_exact(sd15, lambda m: ksampler(m, small.latent(), *prompts))
+        assert not torch.equal(plain, assert_exact(changed, lambda m: sample(m, prompts)))
+    assert_exact(sd15, lambda m: sample(m, prompts))
 
 
 def test_areas_and_masks(sd15, prompts):
@@ -140,26 +123,24 @@ def test_areas_and_masks(sd15, prompts):
     mask = torch.zeros(1, 16, 16)
     mask[:, :, 8:] = 1.0
     masked = nodes.ConditioningSetMask().append(small.conditioning("sd15", 4, tokens=154), mask, "default", 0.8)[0]
-    assert_exact(sd15, lambda m: ksampler(m, small.latent(), positive + area + masked, negative))
+    assert_exact(sd15, lambda m: sample(m, (positive + area + masked, negative)))
 
 
 def test_prompt_in_time_ranges(sd15, prompts):
     positive, negative = prompts
     early = nodes.ConditioningSetTimestepRange().set_range(positive, 0.0, 0.5)[0]
     late = nodes.ConditioningSetTimestepRange().set_range(small.conditioning("sd15", 3), 0.5, 1.0)[0]
-    assert_exact(sd15, lambda m: ksampler(m, small.latent(), early + late, negative, steps=6))
+    assert_exact(sd15, lambda m: sample(m, (early + late, negative), steps=6))
 
 
 @pytest.mark.covers("controlnet", kind="sd15")
 def test_control_net(sd15, prompts):
-    plain = ksampler(sd15, small.latent(), *prompts)
+    plain = sample(sd15, prompts)
     for start, end in ((0.0, 1.0), (0.2, 0.7)):
-        positive, negative = nodes.ControlNetApplyAdvanced().apply_controlnet(
-            *prompts, small.control_net(), small.hint(), 0.9, start, end, None
-        )
-        found = assert_exact(sd15, lambda m, p=positive, n=negative: ksampler(m, small.latent(), p, n, steps=6))
+        given = controlled(prompts, small.control_net(), start=start, end=end)
+        found = assert_exact(sd15, lambda m, given=given: sample(m, given, steps=6))
         assert not torch.equal(found, plain)
 
 
 def test_sizes_not_divisible_by_the_downsampling(sd15, prompts):
-    assert_exact(sd15, lambda m: ksampler(m, small.latent(1, 15, 21), *prompts))
+    assert_exact(sd15, lambda m: sample(m, prompts, small.latent(1, 15, 21)))

@@ -3,18 +3,19 @@
 from dataclasses import replace
 
 import comfy.sd
-import nodes
 import pytest
 import torch
 
 from asyncdiff_nodes.engine import Plan, find_family
 from asyncdiff_nodes.host.page.report import last_run
-from asyncdiff_nodes.host.routing import sampling
+from asyncdiff_nodes.host.routing import preparation
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
 from asyncdiff_nodes.host.workers.pool import POOL
 from asyncdiff_nodes.models import FAMILIES
 from helpers import small
+from helpers.controlling import controlled
+from helpers.sampling import EXACT, assert_exact, exact, ksampler, prompts_for, segmented
 from helpers.simulated import simulated
 
 
@@ -28,24 +29,21 @@ def latent(kind):
     return small.latent(3 if kind == "svd" else 1, kind=kind)
 
 
-def sampled(model, kind, steps=6, cfg=1.0, sampler="euler"):
-    positive, negative = small.conditioning(kind, 1), small.conditioning(kind, 2)
-    return nodes.KSampler().sample(model, 5, steps, cfg, sampler, "simple", positive, negative, latent(kind))[0]["samples"]
+def sampled(model, kind, steps=6, cfg=1.0, **how):
+    return ksampler(model, **{"kind": kind, "latent": latent(kind), "steps": steps, "cfg": cfg, "scheduler": "simple"} | how)
 
 
 @pytest.mark.covers("exact", "async", "sharded")
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", kinds("svd", "flux", "ltxv", "sd3", "wan"))
 def test_exact_is_the_stock_sampler_and_asynchronous_steps_are_the_simulators(kind, ranks):
-    model, cfg, devices = small.model(kind), 1.0 if kind == "flux" else 5.0, ", ".join(["cpu"] * ranks)
-    stock = sampled(model, kind, 8, cfg)
-    exact = sampled(attach(model, Options("Exact", devices)), kind, 8, cfg)
+    model, cfg = small.model(kind), 1.0 if kind == "flux" else 5.0
+    stock = assert_exact(model, lambda m: sampled(m, kind, 8, cfg), exact(ranks))
     held = last_run().stats.ranks
-    assert not last_run().notes and len(held) == ranks
+    assert len(held) == ranks and stock.std() > 0
     assert max(sum(rank.weights.values()) for rank in held) < model.model_size()
-    assert torch.equal(exact, stock) and stock.isfinite().all() and stock.std() > 0
 
-    found = sampled(attach(model, Options("Custom", devices, segments=ranks, warmup=3)), kind, 8, cfg)
+    found = sampled(attach(model, segmented(ranks)), kind, 8, cfg)
     assert not last_run().notes
     oracle, simulator = simulated(model, last_run().plan, "euler", latent(kind)["samples"].shape[2:])
     with simulator:
@@ -80,13 +78,8 @@ def test_image_to_image_with_a_mask(kind):
     given = latent(kind)
     given["noise_mask"] = torch.zeros(1, 1, 16, 16)
     given["noise_mask"][..., 6:] = 1.0
-    prompts = small.conditioning(kind, 1), small.conditioning(kind, 2)
-
-    def sample(model):
-        return nodes.KSampler().sample(model, 5, 6, 1.0, "dpmpp_2m", "sgm_uniform", *prompts, given, 0.6)[0]["samples"]
-
-    stock = sample(small.model(kind))
-    assert torch.equal(sample(attach(small.model(kind), Options("Exact", "cpu,cpu"))), stock) and not last_run().notes
+    how = {"latent": given, "sampler": "dpmpp_2m", "scheduler": "sgm_uniform", "denoise": 0.6}
+    stock = assert_exact(small.model(kind), lambda m: sampled(m, kind, **how))
     assert torch.allclose(stock[..., :6], given["samples"][..., :6], atol=1e-4)
 
 
@@ -97,56 +90,40 @@ def test_lora_and_fewer_bits(kind):
     plain = sampled(model, kind)
     for strength in (0.8, 0.3):
         changed = comfy.sd.load_lora_for_models(model, None, small.lora(model), strength, 0)[0]
-        stock = sampled(changed, kind)
-        assert torch.equal(sampled(attach(changed, Options("Exact", "cpu,cpu")), kind), stock) and not last_run().notes
-        assert not torch.equal(stock, plain)
+        assert not torch.equal(assert_exact(changed, lambda m: sampled(m, kind)), plain)
 
 
 @pytest.mark.covers("controlnet")
 @pytest.mark.parametrize("kind", ["flux", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd3", "sdxl"))])
 def test_control_net(kind):
     """Where the host computes its residuals, they are added to what the blocks return, in place."""
-    model, prompts = small.model(kind), (small.conditioning(kind, 1), small.conditioning(kind, 2))
-    controlled = nodes.ControlNetApplyAdvanced().apply_controlnet(
-        *prompts, small.control_net(kind), small.hint(kind), 0.9, 0.0, 1.0, None
-    )
-
-    def sample(model, prompts):
-        return nodes.KSampler().sample(model, 5, 4, 3.0, "euler", "simple", *prompts, latent(kind))[0]["samples"]
-
-    stock, fresh = sample(model, controlled), Options("Exact", "cpu,cpu", control_nets="fresh")
-    assert torch.equal(sample(attach(model, fresh), controlled), stock) and not last_run().notes
-    assert not torch.equal(stock, sample(model, prompts))
+    model, given = small.model(kind), controlled(prompts_for(kind), small.control_net(kind), kind=kind)
+    found = assert_exact(model, lambda m: sampled(m, kind, 4, 3.0, prompts=given), exact(control_nets="fresh"))
+    assert not torch.equal(found, sampled(model, kind, 4, 3.0))
 
 
 @pytest.mark.parametrize("kind", ["flux", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen_image", "z_image"))])
 def test_reference_latents(kind):
     """Pictures to edit, as further tokens."""
-    model, prompts = small.model(kind), [small.conditioning(kind, seed) for seed in (1, 2)]
+    model, prompts = small.model(kind), prompts_for(kind)
     for seed, prompt in enumerate(prompts):
         prompt[0][1]["reference_latents"] = [small.latent(kind=kind, seed=seed)["samples"], small.latent(kind=kind)["samples"]]
-
-    def sample(model):
-        return nodes.KSampler().sample(model, 5, 4, 3.0, "euler", "simple", *prompts, latent(kind))[0]["samples"]
-
-    stock = sample(model)
-    assert torch.equal(sample(attach(model, Options("Exact", "cpu,cpu"))), stock) and not last_run().notes
-    assert not torch.equal(stock, sampled(model, kind, 4, 3.0))
+    found = assert_exact(model, lambda m: sampled(m, kind, 4, 3.0, prompts=prompts))
+    assert not torch.equal(found, sampled(model, kind, 4, 3.0))
 
 
 @pytest.mark.parametrize("kind", ["ltxv"])
 def test_video_from_its_first_frame(kind):
     """LTX-Video has a timestep for each token then: those of the frame that is given are at rest."""
-    model, prompts = small.model(kind), [small.conditioning(kind, seed) for seed in (1, 2)]
+    model = small.model(kind)
     given = {**latent(kind), "noise_mask": torch.ones(1, 1, 3, 16, 16)}
     given["noise_mask"][:, :, 0] = 0.0
 
     def sample(model):
-        return nodes.KSampler().sample(model, 5, 8, 3.0, "euler", "simple", *prompts, given)[0]["samples"]
+        return sampled(model, kind, 8, 3.0, latent=given)
 
-    stock = sample(model)
-    assert torch.equal(sample(attach(model, Options("Exact", "cpu,cpu"))), stock) and not last_run().notes
-    found = sample(attach(model, Options("Custom", "cpu,cpu", segments=2)))
+    stock = assert_exact(model, sample)
+    found = sample(attach(model, segmented()))
     assert not last_run().notes and last_run().plan.forecast == 1
     assert 0 < (found - stock).abs().max() < 0.01 * stock.abs().max()
     assert torch.allclose(found[:, :, 0], given["samples"][:, :, 0], atol=1e-4)
@@ -157,8 +134,8 @@ def test_devices_get_no_more_weights_than_they_have_room_for(monkeypatch):
     model, placed = small.model("flux"), []
     whole = model.model_size()
     for limit in (whole, 0.6 * whole):
-        monkeypatch.setattr(sampling, "room_for_weights", lambda devices, *_, limit=limit: [limit] * len(devices))
-        found = sampled(attach(model, Options("Exact", "cpu,cpu")), "flux")
+        monkeypatch.setattr(preparation, "room_for_weights", lambda devices, *_, limit=limit: [limit] * len(devices))
+        found = sampled(attach(model, EXACT), "flux")
         placed.append([sum(rank.weights.values()) for rank in last_run().stats.ranks])
         POOL.release()
     assert max(placed[0]) > 0.6 * whole >= max(placed[1]), placed
@@ -169,17 +146,17 @@ def test_devices_get_no_more_weights_than_they_have_room_for(monkeypatch):
 @pytest.mark.parametrize("guided", [0, 1], ids=["the prompt", "the negative prompt"])
 def test_calls_that_depend_on_values_are_sampled_as_usual(guided, kind):
     """LTX-Video leaves out the tokens of a key frame that a mask says."""
-    model, prompts = small.model(kind), [small.conditioning(kind, seed) for seed in (1, 2)]
+    model, prompts = small.model(kind), prompts_for(kind)
     places = torch.rand(1, 3, 256, 2, generator=torch.Generator().manual_seed(1))
     older = not hasattr(model.model.diffusion_model, "caption_channels")  # a place instead of a span for each token
     prompts[guided][0][1]["keyframe_idxs"] = places[..., 0] if older else places
     given = {**latent(kind), "noise_mask": torch.ones(1, 1, 3, 16, 16)}
 
     def sample(model):
-        return nodes.KSampler().sample(model, 5, 4, 3.0, "euler", "simple", *prompts, given)[0]["samples"]
+        return sampled(model, kind, 4, 3.0, prompts=prompts, latent=given)
 
     stock = sample(model)
-    assert torch.equal(sample(attach(model, Options("Exact", "cpu,cpu"))), stock)
+    assert torch.equal(sample(attach(model, EXACT)), stock)
     if older:  # does not leave out any
         assert not last_run().notes
         return
@@ -190,7 +167,7 @@ def test_calls_that_depend_on_values_are_sampled_as_usual(guided, kind):
 def test_a_network_that_is_built_in_an_unknown_way_is_sampled_as_usual():
     model = small.model("flux")
     stock = sampled(model, "flux", 4)
-    routed = attach(model, Options("Exact", "cpu,cpu"))
+    routed = attach(model, EXACT)
 
     def without(net, *_):
         return net.parameters_of_another_version
@@ -200,7 +177,7 @@ def test_a_network_that_is_built_in_an_unknown_way_is_sampled_as_usual():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FAMILIES, "comfy.Flux", changed)
         assert torch.equal(sampled(routed, "flux", 4), stock)
-    assert "this ComfyUI builds its Flux in a way that is not known" in last_run().notes[0]
+    assert "this ComfyUI builds its Flux in an unknown way" in last_run().notes[0]
 
 
 def test_a_network_that_reads_the_schedule_is_sampled_as_usual(monkeypatch):
@@ -208,7 +185,7 @@ def test_a_network_that_reads_the_schedule_is_sampled_as_usual(monkeypatch):
     monkeypatch.setitem(small.ALL["hunyuan_video"][3], "meanflow", True)
     model = small.model("hunyuan_video")
     stock = sampled(model, "hunyuan_video", 4)
-    assert torch.equal(sampled(attach(model, Options("Exact", "cpu,cpu")), "hunyuan_video", 4), stock)
+    assert torch.equal(sampled(attach(model, EXACT), "hunyuan_video", 4), stock)
     assert "cannot be split: its HunyuanVideo is distilled by mean flow" in last_run().notes[0]
 
 
@@ -220,7 +197,7 @@ def test_a_variant_with_blocks_of_its_own_is_sampled_as_usual():
 
     model.model.diffusion_model.__class__ = Variant
     stock = sampled(model, "wan")
-    assert torch.equal(sampled(attach(model, Options("Exact", "cpu,cpu")), "wan"), stock)
+    assert torch.equal(sampled(attach(model, EXACT), "wan"), stock)
     assert "cannot be split: no block list for a " in last_run().notes[0] and "Variant" in last_run().notes[0]
 
 

@@ -2,14 +2,13 @@
 
 import copy
 
-import nodes
 import pytest
 import torch
 
 from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
-from asyncdiff_nodes.host.routing.options import Options
 from helpers import small
+from helpers.sampling import EXACT, ksampler
 
 BLOCK = "output_blocks.1.0"
 
@@ -22,20 +21,16 @@ def poisoned():
     return model
 
 
-def sample(model, prompts, latent=None):
-    return nodes.KSampler().sample(model, 5, 3, 4.0, "euler", "normal", *prompts, latent or small.latent())[0]["samples"]
-
-
 def test_the_note_names_block_and_device(poisoned, prompts):
-    result = sample(attach(poisoned, Options("Exact", "cpu,cpu")), prompts)
-    assert torch.equal(result.isnan(), sample(poisoned, prompts).isnan()) and result.isnan().any()
+    result = ksampler(attach(poisoned, EXACT), prompts)
+    assert torch.equal(result.isnan(), ksampler(poisoned, prompts).isnan()) and result.isnan().any()
     (note,) = last_run().notes
-    assert f"the network's result in step 1 has NaN or infinity, from block {BLOCK} on, on cpu" in note
+    assert f"the network's result in step 1 has NaN or infinity, starting at block {BLOCK} on cpu" in note
 
 
 def test_a_latent_that_is_not_a_number_is_not_blamed_on_the_network(sd15, prompts):
     latent = copy.deepcopy(small.latent())
     latent["samples"][0, 0, 0, 0] = torch.nan
-    result = sample(attach(sd15, Options("Exact", "cpu,cpu")), prompts, latent)
-    assert torch.equal(result.isnan(), sample(sd15, prompts, latent).isnan()) and result.isnan().any()
-    assert last_run().notes == ("the latent of step 1 has NaN or infinity, before the network is called",)
+    result = ksampler(attach(sd15, EXACT), prompts, latent)
+    assert torch.equal(result.isnan(), ksampler(sd15, prompts, latent).isnan()) and result.isnan().any()
+    assert last_run().notes == ("the latent of step 1 has NaN or infinity already before the network is called",)

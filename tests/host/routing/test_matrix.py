@@ -12,7 +12,6 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.patcher_extension
 import comfy.samplers
-import nodes
 import pytest
 import torch
 from comfy_extras import (
@@ -34,8 +33,8 @@ from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
 from helpers import small
+from helpers.sampling import EXACT, ksampler, segmented
 
-EXACT = Options(preset="Exact", devices="cpu,cpu")
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "comfyui.md"
 
 
@@ -127,7 +126,7 @@ ROWS = {
 
 def sample(model, prompts, steps=4):
     torch.manual_seed(0)  # for what draws random numbers of its own
-    return nodes.KSampler().sample(model, 5, steps, 7.0, "euler", "normal", *prompts, small.latent())[0]["samples"]
+    return ksampler(model, prompts, steps=steps, cfg=7.0)
 
 
 if importlib.util.find_spec("comfy_extras.nodes_nag") is None:  # a host older than this node
@@ -199,9 +198,8 @@ def test_only_the_patched_calls_run_on_the_host(sd15, prompts):
 
 def test_calls_that_a_cache_leaves_out(sd15, prompts):
     """The others are still worked ahead for."""
-    model = attach(ROWS["EasyCache"][0](sd15), Options("Custom", "cpu,cpu", segments=2))
-    found = nodes.KSampler().sample(model, 5, 12, 4.0, "euler", "normal", *prompts, small.latent())[0]["samples"]
-    assert found.isfinite().all()
+    model = attach(ROWS["EasyCache"][0](sd15), segmented())
+    assert ksampler(model, prompts, steps=12).isfinite().all()
     calls = {record.call for record in last_run().stats.records}
     assert max(calls) >= 10 and len(calls) < 12, "or nothing was left out"
     assert not last_run().notes and last_run().plan.forecast == 1
@@ -224,10 +222,11 @@ def test_table_in_the_docs():
     assert not missing
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_the_ranks_compile_their_blocks_once(sd15, prompts):
     """Not for each step: what a block is told of the sampling must not count as news."""
-    model = attach(compiled("inductor")(sd15), Options("Custom", "cpu,cpu", segments=2, warmup=2))
+    model = attach(compiled("inductor")(sd15), segmented(warmup=2))
     expected, found = sample(attach(sd15, EXACT), prompts, steps=8), sample(model, prompts, steps=8)
     record = last_run()
     assert not record.notes

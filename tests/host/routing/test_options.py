@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 
 from asyncdiff_nodes.engine import DeviceError, PlanError
+from asyncdiff_nodes.host.choices import ALWAYS
 from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
-from asyncdiff_nodes.host.routing.options import ALWAYS, OneDeviceError, Options
+from asyncdiff_nodes.host.routing.options import OneDeviceError, Options
 from helpers import small
+from helpers.sampling import EXACT, ksampler
 
 
 @pytest.mark.parametrize(
@@ -17,7 +19,7 @@ from helpers import small
         (Options(preset="Ludicrous"), PlanError, "preset='Ludicrous'.*Exact, Balanced, Fast, Turbo, Custom"),
         (Options(devices="cpu,gpu"), DeviceError, "'gpu' is not a device"),
         (Options(devices="cpu,cuda:7"), DeviceError, "'cuda:7' does not exist"),
-        (Options(devices="ray://203.0.113.5:10001"), DeviceError, "takes no address from a workflow.*RAY_ADDRESS=ray://203"),
+        (Options(devices="ray://203.0.113.5:10001"), DeviceError, "no address is taken from a workflow.*RAY_ADDRESS=ray://203"),
         (Options("Custom", "cpu,cpu", segments=3), PlanError, "segments=3 with stride=1 and branches=1 needs 3 devices.*are 2"),
         (Options("Custom", "cpu,cpu", stride=2), PlanError, "stride=2 with branches=1 needs 3 devices"),
         (Options("Custom", "cpu,cpu,cpu", stride=2, branches=2), PlanError, "stride=2 with branches=2 needs 6 devices"),
@@ -37,11 +39,9 @@ def test_refused(options, error, words):
 
 
 def test_unknown_cut_is_named_when_sampling(sd15, prompts):
-    import nodes
-
     model = attach(sd15, Options(devices="cpu,cpu", cuts="input_blocks.1, decoder.7"))
     with pytest.raises(PlanError, match=r"unknown cut 'decoder.7'.*output_blocks"):
-        nodes.KSampler().sample(model, 5, 3, 7.0, "euler", "normal", *prompts, small.latent())
+        ksampler(model, prompts)
 
 
 @pytest.mark.parametrize(
@@ -120,15 +120,12 @@ def test_one_device():
 
 
 def test_a_run_too_short_for_an_asynchronous_step_says_so(sd15, prompts):
-    import nodes
-
     def notes(steps, preset):
-        model = attach(sd15, Options(preset, "cpu,cpu"))
-        nodes.KSampler().sample(model, 5, steps, 1.0, "euler", "simple", *prompts, small.latent())
+        ksampler(attach(sd15, Options(preset, "cpu,cpu")), prompts, steps=steps, cfg=1.0, scheduler="simple")
         return last_run().notes
 
     (note,) = notes(4, "Balanced")
-    assert note.startswith("all of these 4 steps are exact") and "warm-up of 3 and a cool-down of 1" in note
+    assert note.startswith("all of these 4 steps are synchronous") and "warm-up of 3 and the cool-down of 1" in note
     assert notes(5, "Balanced") == notes(4, "Fast") == notes(4, "Exact") == ()
 
 
@@ -141,7 +138,7 @@ def test_no_step_at_all_is_the_host_s_own(sd15):
     latent = small.latent()["samples"]
     arguments = latent, 5.0, comfy.samplers.sampler_object("euler"), torch.tensor([0.0])
     positive = negative = small.conditioning("sd15", 1)
-    found = comfy.sample.sample_custom(attach(sd15, Options("Exact", "cpu,cpu")), *arguments, positive, negative, latent)
+    found = comfy.sample.sample_custom(attach(sd15, EXACT), *arguments, positive, negative, latent)
     assert torch.equal(found, comfy.sample.sample_custom(sd15, *arguments, positive, negative, latent))
     assert "no step" in last_run().notes[0]
 
@@ -160,16 +157,13 @@ def test_noise_levels_that_make_no_sense_are_left_to_the_sampler(sd15, prompts):
         sampler = comfy.samplers.sampler_object("euler")
         return comfy.sample.sample_custom(model, noise, 5.0, sampler, sigmas, positive, negative, latent)
 
-    expected, got = sample(sd15), sample(attach(sd15, Options("Exact", "cpu,cpu")))
+    expected, got = sample(sd15), sample(attach(sd15, EXACT))
     assert torch.equal(torch.nan_to_num(expected), torch.nan_to_num(got))
 
 
 def test_the_warm_up_follows_from_the_speed_up_wanted(sd15, prompts):
-    import nodes
-
     def sample(speedup):
-        model = attach(sd15, Options("Custom", "cpu,cpu", branches=1, speedup=speedup))
-        nodes.KSampler().sample(model, 5, 20, 7.0, "euler", "normal", *prompts, small.latent())
+        ksampler(attach(sd15, Options("Custom", "cpu,cpu", branches=1, speedup=speedup)), prompts, steps=20)
         return last_run()
 
     def gain(record, warmup):

@@ -1,21 +1,20 @@
 """Long runs in half precision: finite, the same whichever processes compute them, and as near to KSampler's as in float32."""
 
-import nodes
 import pytest
 import torch
 
 from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
-from asyncdiff_nodes.host.routing.options import Options
 from asyncdiff_nodes.host.workers.pool import POOL
 from helpers import small
+from helpers.sampling import EXACT, ksampler, segmented
 
 STEPS = 100
-ASYNCHRONOUS = Options("Custom", "cpu,cpu", segments=2, forecast=False)  # plain reuse: what errors could build up in
+ASYNCHRONOUS = segmented(forecast=False)  # plain reuse: what errors could build up in
 
 
 def sample(model, prompts):
-    return nodes.KSampler().sample(model, 5, STEPS, 4.0, "euler", "normal", *prompts, small.latent())[0]["samples"].float()
+    return ksampler(model, prompts, steps=STEPS).float()
 
 
 def distance(one, other):
@@ -27,7 +26,7 @@ def distance(one, other):
 def test_a_hundred_steps(dtype, prompts):
     full, half = small.model(seed=9), small.model(seed=9, dtype=dtype, compute=dtype)
     stock, routed = sample(half, prompts), attach(half, ASYNCHRONOUS)
-    assert torch.equal(sample(attach(half, Options("Exact", "cpu,cpu")), prompts), stock)
+    assert torch.equal(sample(attach(half, EXACT), prompts), stock)
     first = sample(routed, prompts)
     POOL.release()
     assert torch.equal(sample(routed, prompts), first) and not last_run().notes

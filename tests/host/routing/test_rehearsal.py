@@ -1,13 +1,12 @@
 """What a rehearsal foretells, against the calls that the host's own samplers really make."""
 
 import comfy.samplers
-import nodes
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 
 from asyncdiff_nodes.host.routing.rehearsal import rehearse
-from helpers import small
+from helpers.sampling import ksampler
 
 ADAPTIVE = ("dpm_adaptive",)  # chooses its steps by what the model says
 
@@ -24,7 +23,7 @@ def test_every_call_of_a_sampler_is_foretold(sampler, sd15, prompts):
 
     model = sd15.clone()
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "watch", watch)
-    nodes.KSampler().sample(model, 5, 6, 1.0, sampler, "karras", *prompts, small.latent())
+    ksampler(model, prompts, steps=6, cfg=1.0, sampler=sampler, scheduler="karras")
     before = torch.get_rng_state()
     foretold = rehearse(comfy.samplers.sampler_object(sampler), schedule[0], sd15)
     assert torch.equal(torch.get_rng_state(), before)

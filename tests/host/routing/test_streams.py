@@ -3,7 +3,6 @@
 import itertools
 import random
 
-import nodes
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -13,6 +12,7 @@ from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
 from helpers import compositions, small
+from helpers.sampling import ksampler
 
 SYNCHRONOUS = "changes from step to step"  # said of calls that cannot be told apart
 WIDE = {"samples": torch.zeros(1, 3, 32, 48)}
@@ -46,8 +46,7 @@ def sampled(model, wrapper=None, latent=WIDE, steps=12, sampler="euler", cfg=1.0
     if wrapper is not None:
         model = model.clone()
         model.set_model_unet_function_wrapper(wrapper(random.Random(5)))
-    prompts = encode("red heart"), encode("")
-    return nodes.KSampler().sample(model, 5, steps, cfg, sampler, "normal", *prompts, latent)[0]["samples"]
+    return ksampler(model, (encode("red heart"), encode("")), latent, steps=steps, sampler=sampler, cfg=cfg)
 
 
 @pytest.mark.parametrize(("name", "options"), list(cases()))

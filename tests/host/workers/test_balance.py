@@ -3,7 +3,6 @@
 import json
 
 import folder_paths
-import nodes
 import pytest
 import torch
 
@@ -15,7 +14,7 @@ from asyncdiff_nodes.host.workers import block_times
 from asyncdiff_nodes.host.workers.block_times import Balance
 from asyncdiff_nodes.host.workers.host_settings import HostSettings
 from asyncdiff_nodes.host.workers.pool import POOL
-from helpers import small
+from helpers.sampling import ksampler
 from helpers.throttled import Throttled
 
 REUSE = {"preset": "Custom", "devices": "cpu,cpu", "segments": 2, "warmup": 2, "forecast": False, "cooldown": 0}
@@ -33,9 +32,7 @@ def measured(monkeypatch):
 
 
 def sample(model, prompts, options, steps=14):
-    return nodes.KSampler().sample(attach(model, options), 5, steps, 7.0, "euler", "normal", *prompts, small.latent())[0][
-        "samples"
-    ]
+    return ksampler(attach(model, options), prompts, steps=steps)
 
 
 def step_seconds(calls):
@@ -76,7 +73,7 @@ def test_a_group_that_is_there_moves_before_the_next_run(measured, sd15, prompts
     assert not any(call.why == "move" for call in last_run().stats.calls)
     exact = sample(sd15, prompts, Options(**REUSE | {"warmup": 99}), steps=4)
     assert POOL._held[-1].group.pids == pids
-    assert torch.equal(exact, nodes.KSampler().sample(sd15, 5, 4, 7.0, "euler", "normal", *prompts, small.latent())[0]["samples"])
+    assert torch.equal(exact, ksampler(sd15, prompts))
 
 
 @pytest.mark.slow

@@ -5,22 +5,14 @@ import time
 
 import comfy.model_management
 import comfy.sd
-import nodes
 import pytest
 import torch
 
 from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
-from asyncdiff_nodes.host.routing.options import Options
 from asyncdiff_nodes.host.workers.sent_weights import Sent, Sources
 from helpers import compositions, small
-
-EXACT = Options(preset="Exact", devices="cpu,cpu")
-
-
-def ksampler(model):
-    prompts = small.conditioning("sd15", 1), small.conditioning("sd15", 2)
-    return nodes.KSampler().sample(model, 5, 3, 4.0, "euler", "normal", *prompts, small.latent())[0]["samples"]
+from helpers.sampling import EXACT, ksampler
 
 
 @pytest.fixture(

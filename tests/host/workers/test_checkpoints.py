@@ -6,7 +6,6 @@ import traceback
 
 import comfy.sd
 import comfy.utils
-import nodes
 import psutil
 import pytest
 import torch
@@ -20,8 +19,8 @@ from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
 from asyncdiff_nodes.host.workers.pool import POOL
 from helpers import small
+from helpers.sampling import EXACT, assert_exact, ksampler
 
-EXACT = Options(preset="Exact", devices="cpu,cpu")
 # what the host looks at: 320 channels, the width of the context, linear or convolutional projections, the input channels
 FILES = {
     "SD15": {"context_dim": 768, "num_heads": 8},
@@ -47,14 +46,7 @@ def test_detected_by_the_host(tmp_path, name):
     model = comfy.sd.load_diffusion_model(str(tmp_path / "model.safetensors"))
     assert type(model.model.model_config).__name__ == name.split()[0]
     kind = "sd2_v" if name == "SD20" else "sd15"
-    prompts = small.conditioning(kind, 1), small.conditioning(kind, 2)
-
-    def sample(m):
-        return nodes.KSampler().sample(m, 5, 3, 7.0, "dpmpp_2m", "karras", *prompts, small.latent())[0]["samples"]
-
-    expected = sample(model)
-    assert torch.equal(sample(attach(model, EXACT)), expected)
-    assert last_run().stats is not None
+    assert_exact(model, lambda m: ksampler(m, kind=kind, steps=3, sampler="dpmpp_2m", scheduler="karras"))
 
 
 def _damaged(weights, damage):
@@ -100,13 +92,8 @@ def test_a_damaged_file_is_what_the_host_makes_of_it(whole_file, tmp_path, damag
     except Exception as error:  # before there is a model that could be routed
         assert "asyncdiff" not in "".join(traceback.format_exception(error))
         return
-    prompts = small.conditioning("sd15", 1), small.conditioning("sd15", 2)
-
-    def sample(m):
-        return nodes.KSampler().sample(m, 5, 2, 7.0, "euler", "normal", *prompts, small.latent())[0]["samples"]
-
-    expected = sample(model)
-    assert torch.equal(sample(attach(model, EXACT)).nan_to_num(123.0), expected.nan_to_num(123.0))
+    expected, found = ksampler(model, steps=2), ksampler(attach(model, EXACT), steps=2)
+    assert torch.equal(found.nan_to_num(123.0), expected.nan_to_num(123.0))
 
 
 def test_scaled_weights_are_refused_by_name_where_their_scales_are_the_layers_own(tmp_path):
@@ -121,13 +108,9 @@ def test_scaled_weights_are_refused_by_name_where_their_scales_are_the_layers_ow
         weights[name.replace(".weight", ".scale_weight")] = torch.tensor(1e-3)
     weights["model.diffusion_model.scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
     save_file(weights, path)
-    model, prompts = comfy.sd.load_diffusion_model(path), (small.conditioning("sd15", 1), small.conditioning("sd15", 2))
-
-    def sample(m):
-        return nodes.KSampler().sample(m, 5, 3, 7.0, "euler", "normal", *prompts, small.latent())[0]["samples"]
-
-    stock = sample(model)
-    assert torch.equal(sample(attach(model, EXACT)), stock) and stock.isfinite().all()
+    model = comfy.sd.load_diffusion_model(path)
+    stock = ksampler(model)
+    assert torch.equal(ksampler(attach(model, EXACT)), stock) and stock.isfinite().all()
     assert "scaled_fp8_op.Linear" in last_run().notes[0]
 
 
@@ -149,7 +132,7 @@ def test_host_memory_stays_below_one_extra_copy(prompts):
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        nodes.KSampler().sample(attach(changed, balanced), 5, 1, 1.0, "euler", "normal", *prompts, small.latent(1, 8, 8))
+        ksampler(attach(changed, balanced), prompts, small.latent(1, 8, 8), steps=1, cfg=1.0)
     finally:
         done.set()
         watcher.join()

@@ -8,7 +8,6 @@ import comfy.controlnet
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
-import nodes
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,7 +17,8 @@ from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.workers.pool import POOL
 from helpers import checkpoints
-from helpers.controlling import EXACT, controlled, sample, shared
+from helpers.controlling import controlled, shared
+from helpers.sampling import EXACT, ksampler
 
 pytestmark = pytest.mark.skipif(
     not hasattr(comfy.model_patcher, "ModelPatcherDynamic"), reason="this ComfyUI has no dynamic VRAM"
@@ -73,7 +73,7 @@ def test_files_that_the_host_loaded(tmp_path, prompts, dynamic):
         patched = comfy.sd.load_lora_for_models(model, None, tensors("loras/blindbox_v1_mix"), 0.7, 0)[0]
         net = comfy.controlnet.load_controlnet_state_dict(tensors("controlnet/control_v11p_sd15_canny_fp16"))
         given = (model, prompts), (patched, prompts), (patched, controlled(prompts, net))
-        return model, [lambda options=None, m=m, c=c: sample(attach(m, options) if options else m, c) for m, c in given]
+        return model, [lambda options=None, m=m, c=c: ksampler(attach(m, options) if options else m, c) for m, c in given]
 
     expected = [sampling() for sampling in loaded()[1]]
     dynamic()
@@ -88,7 +88,7 @@ def test_the_demo_model(dynamic):
     prompts, latent = (demo.encode("red heart"), demo.encode("")), {"samples": torch.zeros(1, 3, 32, 32)}
 
     def draw(model):
-        return nodes.KSampler().sample(model, 5, 3, 4.0, "euler", "simple", *prompts, latent)[0]["samples"]
+        return ksampler(model, prompts, latent, steps=3, scheduler="simple")
 
     expected = draw(demo.load_model())
     dynamic()

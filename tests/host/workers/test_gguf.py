@@ -6,7 +6,6 @@ import comfy.ops
 import comfy.sd
 import comfy.utils
 import folder_paths
-import nodes
 import pytest
 import torch
 from comfy.ldm.flux.model import Flux
@@ -15,7 +14,8 @@ from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
 from asyncdiff_nodes.host.workers.pool import POOL
-from helpers import packs, small
+from helpers import packs, sampling, small
+from helpers.sampling import EXACT, ksampler
 from helpers.simulated import simulated
 
 NAME = "ComfyUI-GGUF"
@@ -24,7 +24,6 @@ if not hasattr(comfy.utils, "detect_layer_quantization"):
 gguf = pytest.importorskip("gguf")
 pytestmark = packs.needs(NAME)
 
-EXACT = Options("Exact", "cpu,cpu")
 SHAPE = {"hidden_size": 256, "axes_dim": [16, 56, 56], "mlp_ratio": 4.0}  # by which the host knows the heads' width
 
 
@@ -71,15 +70,11 @@ def load(loaders):
 
 
 def sampled(model, steps=4):
-    prompts = small.conditioning("flux", 1), small.conditioning("flux", 2)
-    return nodes.KSampler().sample(model, 5, steps, 1.0, "euler", "simple", *prompts, small.latent(kind="flux"))[0]["samples"]
+    return ksampler(model, kind="flux", steps=steps, cfg=1.0, scheduler="simple")
 
 
 def assert_exact(model, devices="cpu,cpu", steps=4):
-    stock = sampled(model, steps)
-    assert torch.equal(sampled(attach(model, Options("Exact", devices)), steps), stock)
-    assert stock.isfinite().all() and last_run().stats.records and not last_run().notes, last_run().notes
-    return stock
+    return sampling.assert_exact(model, lambda m: sampled(m, steps), Options("Exact", devices))
 
 
 @pytest.mark.parametrize("form", ["Q4_0", *(pytest.param(form, marks=pytest.mark.slow) for form in ("Q5_1", "BF16"))])
@@ -164,4 +159,4 @@ def test_patches_of_another_kind_are_the_hosts_by_name(load):
     assert changed.add_patches({key: (change,)}, 0.5)
     stock = sampled(changed)
     assert torch.equal(sampled(attach(changed, EXACT)), stock) and not torch.equal(stock, sampled(model))
-    assert "a patch on its quantised weights has a function, which a rank cannot take" in last_run().notes[0]
+    assert "a patch on its quantised weights has a function, which a rank cannot get" in last_run().notes[0]

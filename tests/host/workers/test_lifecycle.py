@@ -1,5 +1,6 @@
 """What becomes of the ranks: reuse, weight updates, cancel, memory; and that none is left behind."""
 
+import functools
 import gc
 import itertools
 import threading
@@ -7,7 +8,6 @@ import time
 
 import comfy.model_management
 import comfy.sd
-import nodes
 import psutil
 import pytest
 import torch
@@ -15,11 +15,11 @@ from comfy.patcher_extension import WrappersMP
 
 from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
-from asyncdiff_nodes.host.routing.options import Options
 from asyncdiff_nodes.host.workers.pool import MAX_GROUPS, POOL
 from helpers import small
+from helpers.sampling import EXACT, exact, ksampler, segmented
 
-EXACT = Options(preset="Exact", devices="cpu,cpu")
+sample = functools.partial(ksampler, steps=3, cfg=7.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,10 +37,6 @@ def ranks():
     return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
 
 
-def sample(model, prompts, latent=None, steps=3):
-    return nodes.KSampler().sample(model, 5, steps, 7.0, "euler", "normal", *prompts, latent or small.latent())[0]["samples"]
-
-
 def pids():
     """Those of the group used last."""
     return set(POOL._held[-1].group.pids)
@@ -54,7 +50,7 @@ def test_prompts_share_the_ranks_of_an_unchanged_model(sd15, prompts):
     sample(attach(sd15, EXACT), prompts)
     before = pids()
     sample(attach(sd15, EXACT), prompts)  # a new node execution of the same graph
-    sample(attach(sd15, Options("Custom", "cpu,cpu", segments=2)), prompts, steps=5)  # other warm-up
+    sample(attach(sd15, segmented()), prompts, steps=5)  # other warm-up
     sample(attach(sd15, EXACT), prompts, small.latent(2, 24, 16))  # other resolution and batch
     assert pids() == before and len(before) == 2
 
@@ -93,8 +89,7 @@ def test_two_models_in_one_graph_keep_a_group_each_and_a_third_replaces_the_olde
     sample(attach(sd15, EXACT), prompts)
     first, oldest = pids(), POOL._held[-1].group
     for kind in kinds:
-        pair = small.conditioning(kind, 1), small.conditioning(kind, 2)
-        assert torch.equal(sample(attach(models[kind], EXACT), pair), sample(models[kind], pair))
+        assert torch.equal(sample(attach(models[kind], EXACT), kind=kind), sample(models[kind], kind=kind))
         assert len(POOL._held) <= MAX_GROUPS
     assert oldest.closed and pids() == first, "the third group has the processes of the oldest"
     assert {child.pid for child in ranks()} == {pid for held in POOL._held for pid in held.group.pids}, "and there are no others"
@@ -132,7 +127,7 @@ def test_the_ranks_memory_taken_back_before_the_first_call(sd15, prompts):
     model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "test", take_back)
     assert torch.equal(sample(model, prompts), sample(sd15, prompts))
     (note,) = last_run().notes
-    assert "before the first call: others have taken their place" in note and last_run().stats.records
+    assert "before the first call; new worker processes have taken over" in note and last_run().stats.records
 
 
 @pytest.mark.slow
@@ -160,10 +155,10 @@ def test_another_plan_for_the_same_model_takes_over_its_processes(sd15, prompts)
     expected = sample(sd15, prompts)
     sample(attach(sd15, EXACT), prompts)
     two = pids()
-    assert torch.equal(sample(attach(sd15, Options("Exact", "cpu,cpu,cpu", segments=3)), prompts), expected)
+    assert torch.equal(sample(attach(sd15, exact(3, segments=3)), prompts), expected)
     three = pids()
     assert len(three) == 3 and set(two) < set(three)
-    assert torch.equal(sample(attach(sd15, Options("Exact", "cpu,cpu", segments=2)), prompts), expected)
+    assert torch.equal(sample(attach(sd15, exact(segments=2)), prompts), expected)
     assert len(pids()) == 2 and set(pids()) < set(three)
     assert [psutil.pid_exists(pid) for pid in three].count(True) == 2
 
@@ -172,7 +167,7 @@ def test_another_plan_for_the_same_model_takes_over_its_processes(sd15, prompts)
 @pytest.mark.parametrize("steps_before", [0, pytest.param(5, marks=pytest.mark.slow)])
 def test_cancel_answers_at_once_and_the_ranks_go_on(sd15, prompts, steps_before):
     """In the warm-up (3 steps) and after it; a large latent makes a step long."""
-    model = attach(sd15, Options("Custom", "cpu,cpu", segments=2))
+    model = attach(sd15, segmented())
     expected = sample(model, prompts, steps=8)
     before, began = pids(), time.monotonic()
     pressed = []
@@ -203,6 +198,7 @@ def test_cancel_answers_at_once_and_the_ranks_go_on(sd15, prompts, steps_before)
     assert pids() == before
 
 
+@pytest.mark.timing
 def test_cancel_while_the_ranks_start(sd15, prompts):
     POOL.release()
     cancelled = []

@@ -7,7 +7,6 @@ from dataclasses import replace
 import comfy.ops
 import comfy.sd
 import comfy.utils
-import nodes
 import pytest
 import torch
 from comfy.ldm.flux.model import Flux
@@ -17,15 +16,16 @@ from comfy_extras import nodes_model_advanced
 from safetensors.torch import save_file
 from torch.utils._pytree import tree_map
 
-from asyncdiff_nodes.engine.planning.graph import trace
-from asyncdiff_nodes.engine.planning.plan import Placement, place
+from asyncdiff_nodes.engine.planning.placement import Placement, place
+from asyncdiff_nodes.engine.planning.trace import trace
 from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
 from asyncdiff_nodes.host.workers import quantised
 from asyncdiff_nodes.host.workers.pool import POOL
 from asyncdiff_nodes.host.workers.skeleton import family_of, skeleton_of
-from helpers import small
+from helpers import sampling, small
+from helpers.sampling import EXACT, ksampler, prompts_for
 from helpers.simulated import loaded, simulated
 
 if not hasattr(comfy.utils, "detect_layer_quantization"):
@@ -33,7 +33,6 @@ if not hasattr(comfy.utils, "detect_layer_quantization"):
 
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
-EXACT = Options("Exact", "cpu,cpu")
 FP8 = torch.float8_e4m3fn
 # class, changes to the small one by which the host knows it (the width of heads or of the first layer), CFG, width of a prompt
 _LEAST = {"model_channels": 320, "channel_mult": (1,), "num_res_blocks": [1], "num_heads": 8, "transformer_depth": [1]}
@@ -98,16 +97,11 @@ def load(folder, kind, quantise, seed=5):
 
 def sampled(model, kind, steps=4):
     *_, cfg, width = NETWORKS[kind]
-    prompts = small.conditioning(kind, 1, width=width), small.conditioning(kind, 2, width=width)
-    return nodes.KSampler().sample(model, 5, steps, cfg, "euler", "simple", *prompts, small.latent(kind=kind))[0]["samples"]
+    return ksampler(model, prompts_for(kind, width=width), kind=kind, steps=steps, cfg=cfg, scheduler="simple")
 
 
 def assert_exact(model, kind, devices="cpu,cpu", steps=4):
-    """The ranks compute what the host does; returns it."""
-    stock = sampled(model, kind, steps)
-    assert torch.equal(sampled(attach(model, Options("Exact", devices)), kind, steps), stock)
-    assert stock.isfinite().all() and last_run().stats.records and not last_run().notes, last_run().notes
-    return stock
+    return sampling.assert_exact(model, lambda m: sampled(m, kind, steps), Options("Exact", devices))
 
 
 def assert_as_small_as_loaded(model):

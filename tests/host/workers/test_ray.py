@@ -2,16 +2,15 @@
 
 from pathlib import Path
 
-import nodes
 import pytest
-import ray_cluster
 import torch
 
+import ray_cluster
 from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
 from asyncdiff_nodes.host.workers.pool import POOL
-from helpers import small
+from helpers.sampling import ksampler
 
 pytestmark = ray_cluster.needs_linux
 
@@ -27,7 +26,7 @@ def test_a_picture_is_exact_and_then_asynchronous(sd15, prompts):
     POOL.release()  # of tests before
 
     def sample(model):
-        return nodes.KSampler().sample(model, 5, 6, 7.0, "euler", "normal", *prompts, small.latent())[0]["samples"]
+        return ksampler(model, prompts, steps=6)
 
     expected = sample(sd15)
     assert torch.equal(sample(attach(sd15, Options("Exact", "ray:auto/cpu"))), expected)

@@ -13,13 +13,12 @@ import torch
 from asyncdiff_nodes.engine import WorkerError
 from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
-from asyncdiff_nodes.host.routing.options import Options
 from asyncdiff_nodes.host.workers import pool
 from asyncdiff_nodes.host.workers.pool import POOL
 from helpers.failing import STEPS, killing, pids, sample
+from helpers.sampling import EXACT, exact, segmented
 
-EXACT = Options(preset="Exact", devices="cpu,cpu")
-ASYNCHRONOUS = Options("Custom", "cpu,cpu", segments=2, warmup=1, forecast=False, cooldown=0)
+ASYNCHRONOUS = segmented(warmup=1, forecast=False, cooldown=0)
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
 
@@ -31,7 +30,7 @@ def test_others_take_over_and_the_picture_is_the_same(sd15, prompts, rank):
     assert torch.equal(sample(model, prompts, killing(rank, 2)), expected)
     after = pids()
     (note,) = last_run().notes
-    assert "was killed by signal 9" in note and "others have taken their place" in note
+    assert "was killed by signal 9" in note and "new worker processes have taken over" in note
     assert len(last_run().stats.calls) == STEPS - 3
     assert torch.equal(sample(model, prompts), expected)
     assert pids() == after and not last_run().notes
@@ -56,7 +55,7 @@ def test_comfyui_finishes_by_itself_if_the_user_prefers_that(sd15, prompts, step
     POOL.release()
     if step is None:
         monkeypatch.setattr(pool, "_START_TIMEOUT", 0.01)
-    model = attach(sd15, Options("Exact", "cpu,cpu", on_failure="finish"))
+    model = attach(sd15, exact(on_failure="finish"))
     result = sample(model, prompts, step and killing(1, step))
     assert torch.equal(result, expected)
     assert not POOL.summary() and not POOL._held
@@ -83,7 +82,7 @@ def test_a_second_failure_is_left_to_comfyui(sd15, prompts):
     assert torch.equal(sample(attach(sd15, EXACT), prompts, at), expected)
     assert len(set(victims)) == 2
     first, second = last_run().notes
-    assert "others have taken their place" in first and "going on without them" in second
+    assert "new worker processes have taken over" in first and "finishes the picture by itself" in second
     assert not POOL.summary()
 
 

@@ -1,4 +1,4 @@
-"""A UNet of the host's with the motion modules of AnimateDiff-Evolved in it. Ranks import this, too."""
+"""A UNet of the host with the motion modules of AnimateDiff-Evolved in it. Ranks import this too."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import nn
 
 from asyncdiff_nodes.host.patches.packs import PackModule
-from asyncdiff_nodes.host.patches.sag import GuidedUNet
 
 MODULE = "VanillaTemporalModule"  # the pack's class of motion modules
 
-# of the motion modules in one call. frames: in a batch item of the network's; length: of the whole video; window: which of its
-# frames these are, or None; changed: name of a module whose effect or scales are other than 1 -> [effect, scales]
+# The state of the motion modules in one call. frames: how many a batch item of the network has; length: how many the whole video
+# has; window: which of its frames these are, or None; changed: name of a module with other effect or scales than 1 -> these
 State = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class MotionSource:
-    """What a motion model is built of.
+    """The source from which a motion model is built.
 
     Attributes:
         module: the pack's module with its class.
-        info: what the pack knows of it: for which models it is, its format, its version.
+        info: the pack's facts about it: for which models it is, its format, its version.
         operations: the host's class of its layer classes.
         tensors: name, shape and dtype of each of its weights.
     """
@@ -40,7 +39,7 @@ class MotionSource:
     tensors: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 
     def build(self) -> nn.Module:
-        """The motion model on the meta device."""
+        """Build the motion model on the meta device."""
         pack = self.module.load()
         weights = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape, dtype in self.tensors}
         with torch.device("meta"):
@@ -51,7 +50,7 @@ class MotionSource:
 
 
 class MotionModels(nn.ModuleList):
-    """The pack's motion models. They pickle as what they are built of: the pack's classes have no name that can be imported."""
+    """The pack's motion models. They pickle as their sources, since the pack's classes cannot be imported by name."""
 
     def __init__(self, sources: Sequence[MotionSource]) -> None:
         super().__init__([source.build() for source in sources])
@@ -61,10 +60,10 @@ class MotionModels(nn.ModuleList):
         return MotionModels, (self._sources,)
 
 
-class AnimatedUNet(GuidedUNet):
-    """A UNet with motion models, whose modules work on what some of its layers return.
+class AnimatedUNet(UNetModel):
+    """A UNet with motion models, whose modules change what some of its layers return.
 
-    They are beside these layers and not among them, where the pack has them, so that no other weight is renamed.
+    The pack puts them among these layers; here they are beside them, so that no other weight is renamed.
 
     Attributes:
         places: name of a layer -> names of the motion modules after it, in their order.
@@ -85,14 +84,14 @@ class AnimatedUNet(GuidedUNet):
         motion: State,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """The host's, with the motion modules in this state."""
+        """Run the host's, with the motion modules in the state ``motion``."""
         options = {} if transformer_options is None else transformer_options
         with self._moving(motion, context, options):
             return super().forward(x, timesteps, context, y, control, transformer_options=options, **kwargs)
 
     @contextlib.contextmanager
     def _moving(self, state: State, context: torch.Tensor | None, options: dict[str, Any]) -> Iterator[None]:
-        """While each motion module is in its place."""
+        """Put each motion module in its place for a while."""
 
         def after(modules: Sequence[nn.Module]) -> Any:
             def hook(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
@@ -112,7 +111,7 @@ class AnimatedUNet(GuidedUNet):
 
 
 def animated(network: UNetModel, sources: Sequence[MotionSource]) -> AnimatedUNet:
-    """``network`` itself, with motion models built of ``sources``."""
+    """Add motion models built from ``sources`` to ``network``, and return it."""
     network.motion = MotionModels(sources)
     network.places = _places(network, network.motion)
     network.__class__ = AnimatedUNet
@@ -120,7 +119,7 @@ def animated(network: UNetModel, sources: Sequence[MotionSource]) -> AnimatedUNe
 
 
 def _set(module: nn.Module, state: State, effect: Any, scales: Any) -> None:
-    """What the pack tells a motion module before a call."""
+    """Set a motion module up as the pack does before a call."""
     if not module._modules:  # a stub
         return
     module.set_video_length(state["frames"], state["length"])
@@ -131,7 +130,7 @@ def _set(module: nn.Module, state: State, effect: Any, scales: Any) -> None:
     if next(module.parameters()).is_meta:
         for block in module.temporal_transformer.transformer_blocks:
             for attention in block.attention_blocks:
-                attention.actual_attention = attention_pytorch  # others look at a device's free memory
+                attention.actual_attention = attention_pytorch  # other attentions read a device's free memory
 
 
 def _places(network: UNetModel, motion: MotionModels) -> dict[str, tuple[str, ...]]:
@@ -141,14 +140,14 @@ def _places(network: UNetModel, motion: MotionModels) -> dict[str, tuple[str, ..
     holder = SimpleNamespace(model=SimpleNamespace(diffusion_model=network))
     for model in motion:
         model.inject(holder)
-    found: dict[str, tuple[str, ...]] = {}
+    places: dict[str, tuple[str, ...]] = {}
     for group in (*network.input_blocks, network.middle_block, *network.output_blocks):
         place = ""
         for layer in group:
             if id(layer) in names:
-                found[place] = (*found.get(place, ()), names[id(layer)])
+                places[place] = (*places.get(place, ()), names[id(layer)])
             else:
                 place = layers[id(layer)]
     for model in motion:
         model.eject(holder)
-    return found
+    return places

@@ -1,0 +1,47 @@
+"""What the host's KSampler makes of a model, and what ranks must make of it."""
+
+import nodes
+import torch
+
+from asyncdiff_nodes.host.page.report import last_run
+from asyncdiff_nodes.host.routing.hooks import attach
+from asyncdiff_nodes.host.routing.options import Options
+from helpers import small
+
+
+def exact(ranks=2, **changed):
+    return Options("Exact", ",".join(["cpu"] * ranks), **changed)
+
+
+def segmented(ranks=2, **changed):
+    return Options("Custom", ",".join(["cpu"] * ranks), **{"segments": ranks} | changed)
+
+
+EXACT = exact()
+
+
+def prompts_for(kind="sd15", **how):
+    """Positive and negative CONDITIONING for a model of this kind."""
+    return small.conditioning(kind, 1, **how), small.conditioning(kind, 2, **how)
+
+
+def ksampler(
+    model, prompts=None, latent=None, *, kind="sd15", batch=1, steps=4, cfg=4.0, sampler="euler", scheduler="normal", denoise=1.0
+):
+    """The latent, [B, ...]. By default of a small LATENT, and of two CONDITIONINGs, for a model of this kind."""
+    prompts, latent = prompts or prompts_for(kind), latent or small.latent(batch, kind=kind)
+    return nodes.KSampler().sample(model, 5, steps, cfg, sampler, scheduler, *prompts, latent, denoise)[0]["samples"]
+
+
+def assert_exact(model, sample, options=EXACT, routed=None):
+    """``sample(model)`` is the same on the host and on ranks, bit for bit, and the ranks did compute it; returns it.
+
+    Args:
+        routed: what the ranks are asked for instead of ``model``.
+    """
+    expected = sample(model)
+    found = sample(routed or attach(model, options))
+    # no call fell back to the host, which would be exact whatever the ranks do
+    assert last_run().stats and last_run().stats.records and not last_run().notes, last_run().text()
+    assert expected.isfinite().all() and torch.equal(found, expected)
+    return expected
