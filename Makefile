@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo demo-comfy test test-engine test-host test-beside-engine test-beside-host test-slow screenshots lint format clean
+.PHONY: demo demo-comfy test test-engine test-host test-beside-engine test-beside-host test-slow screenshots docs lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m asyncdiff_nodes demo
@@ -39,9 +39,14 @@ test-slow: $(VENV)/installed
 screenshots: $(VENV)/installed
 	$(BIN)/python tests/host/run.py --screenshots $(ONLY)
 
+# the documentation as a site, in out/site; a link that leads nowhere is an error
+docs: $(VENV)/docs
+	$(BIN)/python -m mkdocs build --strict
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/oxlint --deny-warnings js tests/js
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
@@ -52,6 +57,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cli,test]"
+	touch $@
+
+# without PyTorch: the reference is read from the source
+$(VENV)/docs: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	touch $@
 
 clean:

@@ -25,7 +25,7 @@ from diffusers import (
 from torch import nn
 
 from asyncdiff_nodes.engine.inputs import Inputs
-from asyncdiff_nodes.engine.planning.graph import tensors_of
+from asyncdiff_nodes.engine.tensors import tensors_of
 
 from .engine import BlockTimes, NoiseLevels, Plan, RunStats, ScheduleError, WorkerGroup, better, pause
 
@@ -43,7 +43,7 @@ _DDIM_KEYS = ("_class_name", "clip_sample", "set_alpha_to_one")
 
 
 def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
-    """A new diffusers scheduler, one of ``SCHEDULERS``, for a model with this scheduler configuration.
+    """Make a new diffusers scheduler, one of ``SCHEDULERS``, for a model with this scheduler configuration.
 
     Raises:
         ValueError: an unknown name.
@@ -57,7 +57,7 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
 
 
 def denoiser_of(pipe: Any) -> str:
-    """Name of the pipeline's component that denoises: ``unet`` or ``transformer``.
+    """Name the pipeline's component that denoises: ``unet`` or ``transformer``.
 
     Raises:
         TypeError: it has neither.
@@ -86,7 +86,7 @@ class RoutedDenoiser(nn.Module):
 
     @contextmanager
     def cache_context(self, name: str, **_: Any) -> Iterator[None]:
-        """Around the calls for one prompt, such as ``cond``; pipelines say so to the models that cache."""
+        """Give the calls for one prompt, such as ``cond``, a stream of their own; pipelines say so to models that cache."""
         self._stream = name
         try:
             yield
@@ -100,7 +100,7 @@ class RoutedDenoiser(nn.Module):
             return getattr(self.__dict__["original"], name)  # config, dtype, device, add_embedding, ...
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """One call of the denoiser; see the original's ``forward``."""
+        """Compute one call of the denoiser; see the original's ``forward``."""
         timesteps = self._pipe.scheduler.timesteps
         if timesteps is not self._timesteps:
             given = Inputs.take(args, kwargs, self.group.family.timestep).timestep_number()
@@ -148,7 +148,7 @@ def is_flow(scheduler: Any) -> bool:
 
 
 def noise_levels(scheduler: Any) -> NoiseLevels | None:
-    """Of the calls of a diffusers scheduler whose timesteps are set; None if it does not say."""
+    """Read the noise of every call off a diffusers scheduler whose timesteps are set; None if it does not say."""
     if is_flow(scheduler):
         # clean + sigma * (noise - clean): straight in sigma as it is
         *sigmas, rest = scheduler.sigmas.tolist()
@@ -157,13 +157,14 @@ def noise_levels(scheduler: Any) -> NoiseLevels | None:
     if alphas is None:
         return None
     # fractional timesteps lie between two of training; an alpha of 0 (zero terminal SNR) would be infinite noise
-    found = np.interp(scheduler.timesteps.cpu().double().numpy(), np.arange(len(alphas)), alphas.cpu().double().numpy())
-    return NoiseLevels.variance_preserving(found.clip(1e-6).tolist())
+    timesteps = scheduler.timesteps.cpu().double().numpy()
+    by_call = np.interp(timesteps, np.arange(len(alphas)), alphas.cpu().double().numpy())
+    return NoiseLevels.variance_preserving(by_call.clip(1e-6).tolist())
 
 
 def _in_units_of(given: float, timesteps: torch.Tensor) -> torch.Tensor:
-    """A schedule as the pipeline passes it on: some models take thousandths."""
-    return min(timesteps, timesteps / 1000, key=lambda found: float((found - given).abs().min()))
+    """Scale a schedule as the pipeline passes it on: some models take thousandths."""
+    return min(timesteps, timesteps / 1000, key=lambda scaled: float((scaled - given).abs().min()))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Where a rank begins, as a process of this machine.
+"""Entry of a rank, as a process of this machine.
 
 Not in the engine, since that imports PyTorch: for as long as that takes, the parent is watched already.
 """
@@ -24,7 +24,7 @@ def main(conn: Connection, death: Connection) -> None:
     os.umask(0o077)  # what libraries write here is nobody else's
     threading.Thread(target=_exit_with_parent, args=(death,), daemon=True).start()
     gc.disable()  # until all is imported: what that makes is there to stay, and takes a tenth longer to be looked through
-    from asyncdiff_nodes.engine.rank.worker import serve
+    from asyncdiff_nodes.engine.rank.message_loop import serve
 
     serve(conn)
 

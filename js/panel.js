@@ -65,9 +65,11 @@ export class Panel {
     this._chart = build("div", { className: "asyncdiff-chart" }, this._labels, this._timeline);
     this._legend = build("p", { className: "asyncdiff-legend" });
     for (const kind of ["synchronous", "asynchronous", "waiting"]) {
-      this._legend.append(build("span", { className: `asyncdiff-key asyncdiff-${kind}` }), t(kind), " ");
+      const key = build("span", { className: `asyncdiff-key asyncdiff-${kind}` });
+      this._legend.append(build("span", { title: t(`${kind}Hint`) }, key, t(kind)), " ");
     }
     this._stop = build("button", { type: "button", textContent: t("stop"), onclick: () => this._stopWorkers() });
+    this._stop.title = t("stopHint");
     this._copyButton = build("button", { type: "button", textContent: t("copy"), onclick: () => this._copyReport() });
     this._answer = build("span", { className: "asyncdiff-answer", role: "status" });
     this._workers = build("span", { className: "asyncdiff-workers" });
@@ -85,6 +87,7 @@ export class Panel {
     const routed = run?.ranks !== undefined;
     this._status.textContent = run ? this._phase(run) : t("idle");
     const lines = [...(routed ? [show.planInWords(run)] : []), ...(run?.notes ?? [])];
+    this._plan.title = routed ? t("planHint") : "";
     this._plan.replaceChildren(...lines.map((line) => build("span", { textContent: line })));
     this._showNumbers(routed ? run : undefined);
     this._showLanes(routed ? run : undefined);
@@ -111,19 +114,15 @@ export class Panel {
   _showNumbers(run) {
     if (!run) return this._numbers.replaceChildren();
     const whole = show.times(run.speedup_so_far);
-    const numbers = [
-      [t("perStep"), show.seconds(run.seconds_now), t("sequential", { value: show.seconds(run.sequential) })],
-      [t("speedup"), show.times(run.speedup), t(show.running(run) ? "soFar" : "wholeRun", { value: whole })],
-      [t("sent"), show.mebibytes(run.bytes_per_step), t("sentHint")],
-    ];
     const drift = show.drift(run);
     const last = drift.length ? show.percent(drift.at(-1)) : "–";
     this._sparkline.ariaLabel = `${t("drift")}: ${last}`;
     this._numbers.replaceChildren(
-      ...numbers.map(([name, value, more]) => number(name, value, more)),
-      number(t("drift"), last, this._sparkline),
+      number("perStep", show.seconds(run.seconds_now), t("sequential", { value: show.seconds(run.sequential) })),
+      number("speedup", show.times(run.speedup), t(show.running(run) ? "soFar" : "wholeRun", { value: whole })),
+      number("sent", show.mebibytes(run.bytes_per_step), t("sentBetween")),
+      number("drift", last, this._sparkline),
     );
-    this._sparkline.title = t("driftHint");
   }
 
   _showLanes(run) {
@@ -139,7 +138,7 @@ export class Panel {
         const [used, total] = run.memory[i] ?? [];
         const memory = total ? build("meter", { max: total, value: used }) : "";
         const words = total ? t("memory", { used: show.gibibytes(used), total: show.gibibytes(total) }) : "";
-        const label = build("div", { className: "asyncdiff-lane" });
+        const label = build("div", { className: "asyncdiff-lane", title: t("laneHint") });
         label.append(
           build("strong", { textContent: t("rank", { rank: i, device: rank.title }) }),
           build("span", { className: "asyncdiff-memory" }, memory, ` ${words}`),
@@ -194,6 +193,8 @@ function build(tag, properties = {}, ...children) {
   return element;
 }
 
+/** A number with its name, what more there is to say of it, and an explanation on hovering. */
 function number(name, value, more) {
-  return build("div", {}, build("dt", { textContent: name }), build("dd", { textContent: value }), build("dd", {}, more));
+  const parts = [build("dt", { textContent: t(name) }), build("dd", { textContent: value }), build("dd", {}, more)];
+  return build("div", { title: t(`${name}Hint`) }, ...parts);
 }

@@ -6,7 +6,7 @@ export const SETTINGS = [
     id: "AsyncDiff.Preset",
     category: ["AsyncDiff", "Sampling", "Preset"],
     name: "Preset",
-    tooltip: "Of samplers without an AsyncDiff Options node.",
+    tooltip: "Used by samplers without an AsyncDiff Options node. The help of that node explains the presets.",
     type: "combo",
     options: ["Exact", "Balanced", "Fast", "Turbo"],
     defaultValue: "Balanced",
@@ -15,15 +15,17 @@ export const SETTINGS = [
     id: "AsyncDiff.Devices",
     category: ["AsyncDiff", "Sampling", "Devices"],
     name: "Devices",
-    tooltip: "What auto stands for. auto: every CUDA GPU. Or a list, one per rank, such as cuda:0, cuda:2.",
+    tooltip: "The devices that auto stands for in the nodes. auto: all CUDA GPUs. Or a list, such as cuda:0, cuda:2.",
     type: "text",
     defaultValue: "auto",
   },
   {
     id: "AsyncDiff.KeepMinutes",
     category: ["AsyncDiff", "Workers", "KeepMinutes"],
-    name: "Keep workers warm for, minutes",
-    tooltip: "After the last picture. 0: until ComfyUI unloads its models.",
+    name: "Keep workers warm (minutes)",
+    tooltip:
+      "How long the worker processes stay after the last picture, so that the next one starts at once. " +
+      "0: until ComfyUI unloads its models.",
     type: "number",
     attrs: { min: 0, max: 1440, step: 1 },
     defaultValue: 0,
@@ -33,7 +35,9 @@ export const SETTINGS = [
     category: ["AsyncDiff", "Sampling", "Verify"],
     name: "Verify",
     tooltip:
-      "Have ComfyUI compute a call of each kind as well, and compare. auto: as first, where something of another pack hangs on a model.",
+      "What auto stands for in the nodes. ComfyUI computes some calls of the network once more by itself, and compares. " +
+      "first: one call of each kind, in the first picture of a model and what is attached to it. always: in every picture. " +
+      "auto: as first, if code of another pack is attached to the model.",
     type: "combo",
     options: ["auto", "off", "first", "always"],
     defaultValue: "auto",
@@ -41,7 +45,8 @@ export const SETTINGS = [
   {
     id: "AsyncDiff.Refresh",
     category: ["AsyncDiff", "Panel", "Refresh"],
-    name: "Panel refresh, seconds",
+    name: "Panel refresh (seconds)",
+    tooltip: "The shortest time between two updates of the AsyncDiff panel during a run.",
     type: "number",
     attrs: { min: REFRESH.least, max: REFRESH.most, step: 0.1, minFractionDigits: 1, maxFractionDigits: 2 },
     defaultValue: REFRESH.usual,

@@ -25,9 +25,10 @@ from diffusers import (
 )
 
 from asyncdiff_nodes.diffusers import accelerate, noise_levels
-from asyncdiff_nodes.engine import Plan, Simulator, find_family, meta_copy, place, trace
+from asyncdiff_nodes.engine import Plan, RankOptions, Simulator, find_family, meta_copy, place, trace
 
 STEPS = 6
+ONE_THREAD = RankOptions(threads_per_rank=1)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_synchronous_run_is_the_pipelines_own_and_the_unet_comes_back(pipe):
     image_to_image.set_progress_bar_config(disable=True)
     expected_image = run(image_to_image, image=picture, strength=0.5)
     seen = []
-    with accelerate(pipe, Plan(warmup=STEPS), threads_per_rank=1) as routed:
+    with accelerate(pipe, Plan(warmup=STEPS), ranks=ONE_THREAD) as routed:
         assert pipe.unet is routed
         actual = run(pipe, callback_on_step_end=lambda p, i, t, k: seen.append(i) or k)
         assert torch.equal(actual, expected)
@@ -114,7 +115,7 @@ def test_asynchronous_stride_run_begins_anew_each_time_and_follows_another_sched
                 pipe.unet = original
 
     sequential, expected = run(pipe), simulated()
-    with accelerate(pipe, plan, ["cpu"] * 3, threads_per_rank=1):
+    with accelerate(pipe, plan, ["cpu"] * 3, ranks=ONE_THREAD):
         first = run(pipe)
         assert torch.allclose(first, expected, atol=1e-5)
         assert not torch.equal(first, sequential)
@@ -132,7 +133,7 @@ def test_blocks_move_to_where_the_measured_times_say(pipe):
     expected = draw(pipe)
     blocks = len(place(trace_of(pipe.unet), Plan()))
     lopsided = [1000.0] + [50.0] * (blocks - 1)  # what the planner is told, so that one rank gets a single block
-    with accelerate(pipe, Plan(warmup=STEPS), threads_per_rank=1, costs=lopsided) as routed:
+    with accelerate(pipe, Plan(warmup=STEPS), estimate=lambda _: (lopsided, [1.0, 1.0], 0.0), ranks=ONE_THREAD) as routed:
         assert not routed.rebalance(), "nothing is known yet"
         assert torch.equal(draw(pipe), expected)
         before = routed.group.placement.starts
@@ -141,7 +142,7 @@ def test_blocks_move_to_where_the_measured_times_say(pipe):
         assert torch.equal(draw(pipe), expected)
         weights = [sum(rank.weights.values()) for rank in routed.stats().ranks]
         assert weights == [routed.group.placement.weight_bytes(segment) for segment in (0, 1)]
-    with accelerate(pipe, Plan(warmup=STEPS, cuts=("conv_in", "mid_block")), threads_per_rank=1) as routed:
+    with accelerate(pipe, Plan(warmup=STEPS, cuts=("conv_in", "mid_block")), ranks=ONE_THREAD) as routed:
         run(pipe)
         assert not routed.rebalance(), "the cuts were chosen"
 
@@ -174,7 +175,7 @@ def test_a_pipeline_with_a_transformer(pipe, monkeypatch):
         return run(pixart, prompt=None, negative_prompt=None, use_resolution_binning=False, height=16, width=16, **masks)
 
     sequential = draw()
-    with accelerate(pixart, Plan(warmup=2), threads_per_rank=1) as routed:
+    with accelerate(pixart, Plan(warmup=2), ranks=ONE_THREAD) as routed:
         for warmup in (2, STEPS):
             plan_runs(routed, monkeypatch, warmup=warmup)
             assert torch.equal(draw(), sequential) is (warmup == STEPS)
@@ -223,7 +224,7 @@ def test_flow_matching_pipelines(make, dtype, monkeypatch):
         )[0]
 
     sequential = draw()
-    with accelerate(pipe, Plan(warmup=3, cooldown=1), threads_per_rank=1) as routed:
+    with accelerate(pipe, Plan(warmup=3, cooldown=1), ranks=ONE_THREAD) as routed:
         ahead = draw()
         calls = routed.stats().calls
         assert {call.stream for call in calls} == streams
@@ -257,11 +258,11 @@ def test_animatediff(plan):
         ).frames
 
     sequential = draw()
-    with accelerate(pipe, replace(plan, warmup=STEPS), threads_per_rank=1) as routed:
+    with accelerate(pipe, replace(plan, warmup=STEPS), ranks=ONE_THREAD) as routed:
         assert (draw() - sequential).abs().max() <= (0 if plan.branches == 1 else 1e-5 * sequential.abs().max())
         assert {rank.rank for rank in routed.stats().ranks if rank.records} == {0, 1}
     if plan.branches == 1:
-        with accelerate(pipe, replace(plan, warmup=2), threads_per_rank=1):
+        with accelerate(pipe, replace(plan, warmup=2), ranks=ONE_THREAD):
             error = (draw() - sequential).abs().mean()
             assert 0 < error < 0.05 * sequential.abs().mean()
 

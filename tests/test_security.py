@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = [ROOT / "__init__.py", *sorted((ROOT / "asyncdiff_nodes").rglob("*.py"))]
 # where bytes may become objects: from pipes that our own processes inherited, in both directions
-UNPICKLES = {"engine/wire.py", "engine/rank/worker.py"}
+UNPICKLES = {"engine/wire.py", "engine/rank/message_loop.py"}
 # where objects become bytes only: a model's skeleton, and what is handed to Ray, which unpickles on its own channels
-PICKLES = {"engine/parent/group.py", "cluster/messages.py"}
+PICKLES = {"engine/parent/group.py", "cluster/parcel.py"}
 # the command line starts ComfyUI, asks its Python for its version, and asks git for the commit
 STARTS = {"cli/comfyui.py", "cli/report.py"}
 
@@ -59,12 +59,11 @@ def test_nothing_is_executed_downloaded_or_unpickled(path):
 def test_the_two_places_that_unpickle_read_their_own_pipes():
     """A skeleton is part of the first message of such a pipe."""
     found = {name_of(path): calls(path).count("pickle.loads") for path in SHIPPED if "pickle.loads" in calls(path)}
-    assert found == {"engine/wire.py": 1, "engine/rank/worker.py": 2}
-    wire, worker = (
-        (ROOT / "asyncdiff_nodes" / name).read_text(encoding="utf-8") for name in ("engine/wire.py", "engine/rank/worker.py")
-    )
+    assert found == {"engine/wire.py": 1, "engine/rank/message_loop.py": 2}
+    names = "engine/wire.py", "engine/rank/message_loop.py"
+    wire, loop = ((ROOT / "asyncdiff_nodes" / name).read_text(encoding="utf-8") for name in names)
     assert "pickle.loads((yield from _header(conn, wait)))" in wire
-    assert set(re.findall(r"pickle\.loads\((.*?)\)", worker)) == {"boot.skeleton", "self._boot.skeleton"}
+    assert set(re.findall(r"pickle\.loads\((.*?)\)", loop)) == {"boot.skeleton", "self._boot.skeleton"}
 
 
 def test_ray_is_imported_where_a_cluster_is_asked_for_and_nowhere_else():

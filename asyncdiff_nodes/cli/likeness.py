@@ -11,7 +11,7 @@ from asyncdiff_nodes.engine import NoiseLevels
 
 
 def psnr(reference: np.ndarray, pictures: np.ndarray) -> np.ndarray:
-    """Of each picture [B, H, W, 3], in dB; identical ones count as 100 dB."""
+    """The PSNR of each picture [B, H, W, 3], in dB; identical ones count as 100 dB."""
     with np.errstate(divide="ignore"):
         values = [peak_signal_noise_ratio(a, b, data_range=1.0) for a, b in zip(reference, pictures, strict=True)]
     return np.minimum(values, 100.0)

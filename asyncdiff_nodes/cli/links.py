@@ -13,9 +13,9 @@ from multiprocessing.connection import Connection
 import torch
 import torch.multiprocessing as mp
 
-from asyncdiff_nodes.engine import Plan, WorkerError, WorkerGroup, wire
+from asyncdiff_nodes.engine import Plan, RankOptions, WorkerError, WorkerGroup, wire
 from asyncdiff_nodes.engine.planning.run_times import Link
-from asyncdiff_nodes.engine.rank.transport import Place, Transport
+from asyncdiff_nodes.engine.rank.transport import RankLocation, Transport
 from asyncdiff_nodes.engine.rendezvous import PipeStore
 from asyncdiff_nodes.engine.tensors import TensorMeta
 
@@ -26,7 +26,7 @@ _SIZES = (1, 4 * 2**20)  # elements of 4 bytes: nothing but latency, and as much
 
 
 def measure_link(devices: Sequence[str]) -> Link:
-    """Of two ranks on ``devices``: half of what a value takes there and back."""
+    """Measure the link between two ranks on ``devices``: half of what a value takes there and back."""
     context = mp.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     ends = context.Pipe()
@@ -57,7 +57,7 @@ def _ping(rank: int, devices: tuple[str, ...], other: Connection, results: Conne
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store = PipeStore(partial(wire.send, other), partial(wire.receive, other))
-    transport = Transport(rank, [Place(name, name) for name in devices], store, timeout=60)
+    transport = Transport(rank, [RankLocation(name, name) for name in devices], store, timeout=60)
     transport.open([(0, 1), (1, 0)])
     found = []
     for size in _SIZES:
@@ -89,7 +89,8 @@ def measure_round_trip(devices: Sequence[str]) -> float:
     model, calls = find_model("demo"), 40
     skeleton = model.skeleton(torch.float32)
     plan = Plan(forecast=0)
-    with WorkerGroup(skeleton, plan, devices, threads_per_rank=1, weights=model.random_weights(torch.float32)) as group:
+    weights, ranks = model.random_weights(torch.float32), RankOptions(threads_per_rank=1)
+    with WorkerGroup(skeleton, plan, devices, weights=weights, ranks=ranks) as group:
         args, kwargs = group.family.example_inputs(skeleton, 40, 2)
         args, kwargs = torch.utils._pytree.tree_map(_zeros, (args, kwargs))
         for _ in range(calls):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from asyncdiff_nodes.engine import Plan, WorkerGroup, find_family, place, trace
+from asyncdiff_nodes.engine import Plan, RankOptions, WorkerGroup, find_family, place, trace
 from asyncdiff_nodes.engine.inputs import Inputs
 from asyncdiff_nodes.engine.planning.clock import simulate, step_seconds
 from asyncdiff_nodes.engine.planning.run_times import Costs, Link
@@ -189,11 +189,10 @@ class Bench:
             self._model.skeleton(self._setting.dtype),
             plan,
             self._setting.devices[: plan.world_size],
-            threads_per_rank=self._setting.threads,
-            estimate=lambda _: (costs.blocks, [1.0] * plan.world_size, costs.round_trip),
             example_inputs=self._inputs,
             weights=self._model.random_weights(self._setting.dtype),
-            call_timeout=1800,
+            estimate=lambda _: (costs.blocks, [1.0] * plan.world_size, costs.round_trip),
+            ranks=RankOptions(threads_per_rank=self._setting.threads, call_timeout=1800),
         )
 
     def _prime(self, group: WorkerGroup, steps: int) -> None:

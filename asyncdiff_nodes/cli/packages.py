@@ -45,7 +45,7 @@ _IMPORTED_AS = {"PIL": "pillow", "skimage": "scikit-image", "grpc": "grpcio"}
 
 
 def version(package: str) -> str | None:
-    """Of an installed package, None where it is missing."""
+    """The version of an installed package; None where it is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

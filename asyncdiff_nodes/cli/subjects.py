@@ -1,4 +1,4 @@
-"""Whose pictures ``compare`` and ``similarity`` look at: a demo model, or a diffusers pipeline in a folder."""
+"""The subjects whose pictures ``compare`` and ``similarity`` look at: a demo model, or a diffusers pipeline in a folder."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ class Subject(Protocol):
         """
 
     def kernel_distance(self, pictures: np.ndarray) -> float | None:
-        """Of these pictures from the training set, if that is known."""
+        """The distance of these pictures from the training set, if that is known."""
 
 
 def find_subject(name: str) -> Subject:
-    """By the name of a demo model, or a folder.
+    """Find a subject by the name of a demo model, or of a folder.
 
     Raises:
         FileNotFoundError, ValueError: see their messages.

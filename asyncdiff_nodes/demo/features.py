@@ -22,7 +22,7 @@ _extractor = cache(DemoPipeline.load)
 
 @torch.no_grad()
 def features(pictures: np.ndarray) -> np.ndarray:
-    """Of pictures [B, size, size, 3] in 0..1: the UNet's innermost values at timestep 0, no prompt, means over space, [B, D]."""
+    """Features [B, D] of pictures [B, size, size, 3] in 0..1: the UNet's innermost values at timestep 0, averaged over space."""
     pipeline, found = _extractor(), []
     unet = pipeline.denoiser
     images = torch.nn.functional.pixel_unshuffle(torch.from_numpy(pictures).permute(0, 3, 1, 2).mul(2).sub(1), 2)

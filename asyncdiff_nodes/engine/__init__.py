@@ -7,14 +7,17 @@
 """
 
 from asyncdiff_nodes.engine.parent.group import WorkerGroup
-from asyncdiff_nodes.engine.parent.spawning import IdleWorkers
+from asyncdiff_nodes.engine.parent.rank_options import RankOptions
+from asyncdiff_nodes.engine.parent.worker_processes import IdleWorkers
 from asyncdiff_nodes.engine.planning.balance import BlockTimes, better, pause, slowest
 from asyncdiff_nodes.engine.planning.family import Family, find_family
-from asyncdiff_nodes.engine.planning.graph import Block, BlockGraph, meta_copy, trace
+from asyncdiff_nodes.engine.planning.graph import Block, BlockGraph
 from asyncdiff_nodes.engine.planning.lookahead import NoiseLevels
-from asyncdiff_nodes.engine.planning.plan import Placement, Plan, place
+from asyncdiff_nodes.engine.planning.placement import Placement, place
+from asyncdiff_nodes.engine.planning.plan import Plan
 from asyncdiff_nodes.engine.planning.profile import block_seconds
 from asyncdiff_nodes.engine.planning.schedule import Call, Kind, call_at
+from asyncdiff_nodes.engine.planning.trace import trace
 
 from .errors import (
     AsyncDiffError,
@@ -29,6 +32,7 @@ from .errors import (
 )
 from .simulator import Simulator
 from .telemetry import CallRecord, RankReport, RunStats
+from .tensors import meta_copy
 
 __all__ = [
     "AsyncDiffError",
@@ -48,6 +52,7 @@ __all__ = [
     "Placement",
     "Plan",
     "PlanError",
+    "RankOptions",
     "RankReport",
     "RunStats",
     "ScheduleError",

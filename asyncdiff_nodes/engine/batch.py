@@ -12,15 +12,19 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # (args, kwargs) of one call
 
 
 def sample_of(args: tuple[Any, ...], kwargs: dict[str, Any], place: tuple[int, str]) -> Any:
-    """The noisy sample among a call's arguments, at ``place``: (position, keyword); None if it is not there."""
+    """Find the noisy sample among a call's arguments, at ``place``: (position, keyword); None if it is not there."""
     position, keyword = place
     return args[position] if len(args) > position else kwargs.get(keyword)
 
 
 def divide(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, parts: int) -> list[Arguments]:
-    """The same call for each of at most ``parts`` parts of its ``batch`` items, as equal as can be.
+    """Divide a call into at most ``parts`` calls, each for a part of its ``batch`` items, as equal as can be.
 
     Tensors whose first dimension is the batch are divided (views), everything else goes to all parts.
+
+    >>> first, second = divide((torch.tensor([1, 2]),), {"scale": 0.5}, batch=2, parts=2)
+    >>> second
+    ((tensor([2]),), {'scale': 0.5})
     """
     parts = min(parts, batch)
 
@@ -36,5 +40,5 @@ def divide(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, parts: int
 
 
 def concatenated(parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
-    """The leaves of a result [B, ...] from those of its parts."""
+    """Put the leaves of a result [B, ...] together from those of its parts."""
     return [torch.cat(leaves) for leaves in zip(*parts, strict=True)] if len(parts) > 1 else list(parts[0])

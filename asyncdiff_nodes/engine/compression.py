@@ -15,9 +15,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import pad
 
-from asyncdiff_nodes.engine.planning.graph import TensorMeta
-
-from .wire import empty, flat
+from .tensors import TensorMeta, empty, flat
 
 COMPRESSIONS = ("none", "half", "int8")
 GROUP = 256  # elements with a common scale: 1.6 % more than int8 alone
@@ -26,7 +24,7 @@ _SCALE = torch.float32.itemsize
 
 
 def compressed(meta: TensorMeta, how: str) -> TensorMeta:
-    """The layout in which a tensor of layout ``meta`` crosses: its own where nothing is to be gained."""
+    """Return the layout in which a tensor of layout ``meta`` crosses: its own where nothing is to be gained."""
     if how == "none" or not meta.dtype.is_floating_point:
         return meta
     size = -(-meta.numel // GROUP) * _SCALE + meta.numel * _KINDS[how][0].itemsize
@@ -34,7 +32,7 @@ def compressed(meta: TensorMeta, how: str) -> TensorMeta:
 
 
 def pack(value: torch.Tensor, how: str) -> torch.Tensor:
-    """Scales and scaled elements of a dense tensor, in memory order; uint8, as :func:`compressed` says."""
+    """Pack scales and scaled elements of a dense tensor, in memory order, into uint8 as :func:`compressed` says."""
     dtype, largest = _KINDS[how]
     count = value.numel()
     groups = pad(flat(value).float(), (0, -count % GROUP)).view(-1, GROUP)
@@ -45,7 +43,7 @@ def pack(value: torch.Tensor, how: str) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, meta: TensorMeta, how: str) -> torch.Tensor:
-    """What :func:`pack` packed, in layout ``meta`` but in float32."""
+    """Unpack what :func:`pack` packed, in layout ``meta`` but in float32."""
     at = -(-meta.numel // GROUP) * _SCALE
     scales, scaled = packed[:at].view(torch.float32), packed[at:].view(_KINDS[how][0])
     groups = pad(scaled.float(), (0, -meta.numel % GROUP)).view(-1, GROUP) * scales[:, None]
@@ -59,7 +57,7 @@ class Encoder:
         self._known: torch.Tensor | None = None  # what the receivers have
 
     def __call__(self, value: torch.Tensor, meta: TensorMeta, how: str) -> tuple[torch.Tensor, TensorMeta]:
-        """What to send for ``value``, of layout ``meta``, and its layout."""
+        """Make what to send for ``value``, of layout ``meta``; returns its layout, too."""
         layout = compressed(meta, how)
         if layout == meta:
             return value, meta
@@ -82,7 +80,7 @@ class Decoder:
         self._known: torch.Tensor | None = None
 
     def expect(self, meta: TensorMeta, how: str) -> tuple[TensorMeta, Callable[[torch.Tensor], torch.Tensor]]:
-        """Of the next value, of layout ``meta``: the layout in which it comes, and what makes it of that, in order."""
+        """Say in which layout the next value, of layout ``meta``, comes, and what makes it of that, in order."""
         layout = compressed(meta, how)
         if layout == meta:
             return meta, lambda value: value
@@ -98,10 +96,11 @@ class Decoder:
         return value
 
     def _changed(self, packed: torch.Tensor, meta: TensorMeta) -> torch.Tensor:
+        assert self._known is not None, "the first value came whole"
         self._known = _after(self._known, packed, meta)
         return self._known
 
 
 def _after(known: torch.Tensor, packed: torch.Tensor, meta: TensorMeta) -> torch.Tensor:
-    """What follows ``known`` after a difference; the same at both ends."""
+    """Add a difference to ``known``; the same at both ends."""
     return (known.float() + unpack(packed, meta, "int8")).to(meta.dtype)

@@ -1,4 +1,4 @@
-"""Device strings of the user, checked against this machine, or the Ray cluster that they name."""
+"""Device strings of the user, checked against this machine, or the cluster that they name."""
 
 from __future__ import annotations
 
@@ -6,33 +6,30 @@ from collections.abc import Sequence
 
 import torch
 
+from asyncdiff_nodes.extensions import cluster_of
+
 from .errors import DeviceError
 
 
 def on_cluster(name: str | torch.device) -> bool:
-    """Whether this is the name of a device of a Ray cluster, not of this machine."""
-    return str(name).startswith("ray:")
+    """Whether this is the name of a device of a cluster, not of this machine."""
+    return cluster_of(str(name)) is not None
 
 
 def resolve_devices(names: Sequence[str | torch.device]) -> tuple[str, ...]:
-    """One device per rank, by the name that it has from now on.
+    """Name one device per rank, by the name that it has from now on.
 
     Raises:
-        DeviceError: as :func:`parse_devices`; or a Ray cluster that cannot be reached, or not this way.
+        DeviceError: as :func:`parse_devices`; or a cluster that cannot be reached, or not this way.
     """
-    if isinstance(names, str) or not any(map(on_cluster, names)):
-        return tuple(str(device) for device in parse_devices(names))
-    try:
-        from asyncdiff_nodes.cluster.devices import resolve
-    except ModuleNotFoundError as error:
-        raise DeviceError(
-            f'devices: {", ".join(map(str, names))} needs Ray ({error}): pip install "comfyui-asyncdiff[ray]"'
-        ) from error
-    return resolve([str(name) for name in names])
+    for name in () if isinstance(names, str) else names:
+        if (cluster := cluster_of(str(name))) is not None:
+            return cluster.resolve([str(each) for each in names])
+    return tuple(str(device) for device in parse_devices(names))
 
 
 def parse_devices(names: Sequence[str | torch.device]) -> list[torch.device]:
-    """Devices by name, an index filled in where it is missing; the same device may be named more than once.
+    """Look devices up by name, an index filled in where it is missing; the same device may be named more than once.
 
     Raises:
         DeviceError: not a device string, or no such device here.
@@ -55,6 +52,6 @@ def _parse(name: str | torch.device) -> torch.device:
         count = 0
     index = device.index or 0
     if index >= count:
-        found = f"the last one is {device.type}:{count - 1}" if count else f"this machine has no usable {device.type} device"
-        raise DeviceError(f"devices: {str(name)!r} does not exist: {found}; name only such as there are (cpu is one)")
+        there = f"the last one is {device.type}:{count - 1}" if count else f"this machine has no usable {device.type} device"
+        raise DeviceError(f"devices: {str(name)!r} does not exist: {there}; name only such as there are (cpu is one)")
     return torch.device(device.type, index)

@@ -12,20 +12,18 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from asyncdiff_nodes.engine.planning.graph import TensorMeta
-
-from . import wire
 from .batch import sample_of
+from .tensors import TensorMeta, copied, dense_on_cpu
 from .trees import flatten, unflatten
 
 _ALONE = 2**15  # elements up to which PyTorch works in the calling thread only
 
 # ("same", None), ("value", object), ("tensor", index into a message's tensors), or ("unused", layout) of a tensor not needed;
-# ("held", (number, index)) of a parameter, without an index where the rank has it from an earlier run
+# ("parameter", (number, index)) of one, without an index where the rank has it from an earlier run
 Packed = tuple[str, Any]
 
 
-class Held:
+class SentParameters:
     """Parameters that one rank has, by number. Both ends drop at each reset those that the run before it did not use."""
 
     def __init__(self) -> None:
@@ -34,7 +32,7 @@ class Held:
         self._next = itertools.count()
 
     def number(self, parameter: nn.Parameter) -> tuple[int, bool]:
-        """Its number, and whether the rank has it. It will from now on."""
+        """Return its number, and whether the rank has it. It will from now on."""
         known = parameter in self._numbers
         if not known:
             self._numbers[parameter] = next(self._next)
@@ -42,7 +40,7 @@ class Held:
         return self._numbers[parameter], known
 
     def reset(self) -> None:
-        """A new run begins."""
+        """Begin a new run."""
         for parameter, number in list(self._numbers.items()):
             if number not in self._used:
                 del self._numbers[parameter]
@@ -75,20 +73,20 @@ class Inputs:
             return cls(*_flat((rest, kwargs)), args[position], place, True)
         if keyword not in kwargs:
             raise TypeError(f"missing argument {keyword!r}: pass the timestep as the model's forward takes it")
-        rest = {name: value for name, value in kwargs.items() if name != keyword}
-        return cls(*_flat((args, rest)), kwargs[keyword], place, False)
+        others = {name: value for name, value in kwargs.items() if name != keyword}
+        return cls(*_flat((args, others)), kwargs[keyword], place, False)
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """``(args, kwargs)`` as they were."""
+        """Return ``(args, kwargs)`` as they were."""
         return join(self.leaves, self.structure, self.timestep, self.place, self.positional)
 
     def positions(self, reads: frozenset[int]) -> frozenset[int]:
-        """Positions among ``leaves`` of those at ``reads`` among the leaves of :meth:`arguments`."""
+        """Find the positions among ``leaves`` of those at ``reads`` among the leaves of :meth:`arguments`."""
         read = {id(leaf) for position, leaf in enumerate(flatten(self.arguments())[0]) if position in reads}
         return frozenset(position for position, leaf in enumerate(self.leaves) if id(leaf) in read)
 
     def position(self, place: tuple[int, str]) -> int:
-        """Position among ``leaves`` of the tensor at ``place``: (position, keyword). Raises TypeError if there is none."""
+        """Find the tensor at ``place``, (position, keyword), among ``leaves``. Raises TypeError if there is none."""
         value = sample_of(*self.arguments(), place)
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"missing argument {place[1]!r}: pass the sample as the model's forward takes it")
@@ -96,7 +94,7 @@ class Inputs:
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """What may not change within a run: structure, shapes, dtypes, flags."""
+        """Structure, shapes, dtypes and flags: what may not change within a run."""
         return (repr(self.structure), self.positional, tuple(map(_kind, self.leaves)))
 
     @property
@@ -105,11 +103,11 @@ class Inputs:
         return next((leaf.device for leaf in self.leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
 
     def timestep_number(self) -> float:
-        """The timestep as a number; the largest of several: of batch items, or of tokens, some of which may be at rest."""
+        """Return the timestep as a number; the largest of several: of batch items, or of tokens, some of which may be at rest."""
         return float(self.timestep.max()) if isinstance(self.timestep, torch.Tensor) else float(self.timestep)
 
     def timestep_like(self, value: float) -> Any:
-        """``value`` in the form of this call's timestep; where that has several, all in the same proportion."""
+        """Return ``value`` in the form of this call's timestep; where that has several, all in the same proportion."""
         if not isinstance(self.timestep, torch.Tensor):
             return type(self.timestep)(value)
         largest = self.timestep.max()
@@ -118,7 +116,7 @@ class Inputs:
         return (self.timestep * (value / largest)).to(self.timestep.dtype)
 
     def pack(self, sent: list[Any] | None, always: int) -> tuple[list[Packed], list[torch.Tensor], list[Any]]:
-        """What to send, given the leaves that the ranks have (``None``: nothing yet); the one at ``always`` in any case.
+        """Pack what to send, given the leaves that the ranks have (``None``: nothing yet); the one at ``always`` in any case.
 
         Returns:
             One :data:`Packed` per leaf, the tensors that these name (on the CPU, but for parameters), and the leaves that the
@@ -141,18 +139,18 @@ class Inputs:
             else:
                 packed.append(("tensor", len(tensors)))
                 # a copy: the sending threads and the next comparison read it later
-                known.append(leaf if constant else wire.copied(leaf))
+                known.append(leaf if constant else copied(leaf))
                 tensors.append(known[-1])
         return packed, tensors, known
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """``torch.equal`` of tensors of one dtype, in this thread alone; see :func:`.wire.copied`."""
+    """Compare as ``torch.equal`` does tensors of one dtype, in this thread alone; see :func:`~.tensors.copied`."""
     return a.shape == b.shape and all(map(torch.equal, a.reshape(-1).split(_ALONE), b.reshape(-1).split(_ALONE)))
 
 
 def on_cpu(calls: Sequence[Inputs]) -> list[Inputs]:
-    """The same with all tensors but parameters on the CPU; a GPU is waited for once."""
+    """Copy all tensors but parameters to the CPU; a GPU is waited for once."""
     streams = set()
 
     def copy(leaf: Any) -> Any:
@@ -169,9 +167,9 @@ def on_cpu(calls: Sequence[Inputs]) -> list[Inputs]:
 
 
 def only(
-    packed: list[Packed], tensors: list[torch.Tensor], needed: frozenset[int], held: Held
+    packed: list[Packed], tensors: list[torch.Tensor], needed: frozenset[int], parameters: SentParameters
 ) -> tuple[list[Packed], list[torch.Tensor]]:
-    """The part of a message for a rank that needs the tensors at ``needed`` only, and has those of ``held``."""
+    """Leave what a rank is to be sent that needs the tensors at ``needed`` only, and has ``parameters``."""
     kept: list[Packed] = []
     sent: list[torch.Tensor] = []
     for position, (kind, what) in enumerate(packed):
@@ -180,10 +178,10 @@ def only(
         elif kind == "tensor":
             tensor, what, known = tensors[what], len(sent), False
             if isinstance(tensor, nn.Parameter):
-                number, known = held.number(tensor)
-                kind, what = "held", (number, None if known else what)
+                number, known = parameters.number(tensor)
+                kind, what = "parameter", (number, None if known else what)
             if not known:
-                sent.append(wire.dense_on_cpu(tensor))
+                sent.append(dense_on_cpu(tensor))
         kept.append((kind, what))
     return kept, sent
 
@@ -191,7 +189,7 @@ def only(
 def join(
     leaves: list[Any], structure: Any, timestep: Any, place: tuple[int, str], positional: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``(args, kwargs)`` with the timestep back in its place."""
+    """Return ``(args, kwargs)`` with the timestep back in its place."""
     args, kwargs = unflatten(leaves, structure)
     position, keyword = place
     if positional:
@@ -200,14 +198,14 @@ def join(
 
 
 def difference(old: tuple[Any, ...], new: tuple[Any, ...]) -> str:
-    """How two signatures differ, in words."""
+    """Say how two signatures differ, in words."""
     if old[:2] != new[:2]:
         return "other arguments"
     return next((f"{a} became {b}" for a, b in zip(old[2], new[2], strict=True) if a != b), "no difference")
 
 
 def _flat(tree: Any) -> tuple[list[Any], Any]:
-    """As :func:`~.trees.flatten`, with parameters that occur several times once."""
+    """Flatten as :func:`~.trees.flatten`, with parameters that occur several times once."""
     leaves, structure = flatten(tree)
     kept: list[Any] = []
     places: list[int] = []

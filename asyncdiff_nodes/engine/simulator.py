@@ -7,7 +7,7 @@ come from dictionaries. Tests use it as their oracle; quality measurements use i
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,16 +16,54 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from asyncdiff_nodes.engine.planning.family import Family, find_family
-from asyncdiff_nodes.engine.planning.graph import TensorMeta, meta_copy, trace
 from asyncdiff_nodes.engine.planning.lookahead import NoiseLevels, Outlook
-from asyncdiff_nodes.engine.planning.plan import Placement, Plan, place
-from asyncdiff_nodes.engine.planning.schedule import Kind, call_at, calls_ahead
-from asyncdiff_nodes.engine.rank.stub import shift, value_for
+from asyncdiff_nodes.engine.planning.placement import Placement, place
+from asyncdiff_nodes.engine.planning.plan import Plan
+from asyncdiff_nodes.engine.planning.schedule import Call, Kind, call_at, calls_ahead
+from asyncdiff_nodes.engine.planning.trace import trace
 
-from .batch import concatenated, sample_of
+from .batch import concatenated
 from .compression import Decoder, Encoder
 from .inputs import Inputs, join
+from .simulated_blocks import EarlierCall, SimulatedBlocks
+from .tensors import TensorMeta, meta_copy
 from .trees import flatten, unflatten
+
+
+class _Stream:
+    """One stream of one branch, in one run.
+
+    Attributes:
+        next: index of the call that comes.
+        history: earlier calls, oldest first.
+        results: call -> the model's output; of calls to come, too, where they were computed together.
+        outlook: where its inputs can be foreseen.
+        last_timestep: of the call before.
+    """
+
+    def __init__(self, outlook: Outlook | None) -> None:
+        self.next = 0
+        self.history: list[EarlierCall] = []
+        self.results: dict[int, Any] = {}
+        self.outlook = outlook
+        self.last_timestep: Any = None
+        # both ends of what crosses, by block and number of the tensor in its output
+        self._codecs: defaultdict[tuple[str, int], tuple[Encoder, Decoder]] = defaultdict(lambda: (Encoder(), Decoder()))
+
+    def crossed(self, values: dict[str, Any], compression: str) -> dict[str, Any]:
+        """Return what others get of these values of blocks in an asynchronous call."""
+        crossed = {}
+        for name, value in values.items():
+            leaves, structure = flatten(value)
+            received = [self._decoded(name, number, leaf, compression) for number, leaf in enumerate(leaves)]
+            crossed[name] = unflatten(received, structure)
+        return crossed
+
+    def _decoded(self, name: str, number: int, leaf: torch.Tensor, compression: str) -> torch.Tensor:
+        encode, decoder = self._codecs[name, number]
+        meta = TensorMeta.of(leaf)
+        _, decode = decoder.expect(meta, compression)
+        return decode(encode(leaf, meta, compression)[0])
 
 
 class Simulator:
@@ -34,6 +72,22 @@ class Simulator:
     Args:
         module, plan, family, example_inputs: as for :class:`~asyncdiff_nodes.engine.WorkerGroup`. The module's blocks are
             wrapped until :meth:`close`.
+
+    Two blocks, ``a`` doubles and ``b`` makes ten times as much. The first call is synchronous; in later ones ``b`` has what ``a``
+    made of the input before:
+
+    >>> class Net(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.a, self.b = (nn.Linear(1, 1, bias=False) for _ in range(2))
+    ...         self.load_state_dict({"a.weight": torch.tensor([[2.0]]), "b.weight": torch.tensor([[10.0]])})
+    ...     def forward(self, x, t):
+    ...         return self.b(self.a(x))
+    >>> family = Family("Net", lambda net: ["a", "b"], timestep=(1, "t"), example_inputs=None, sample=(0, "x"))
+    >>> plan = Plan(segments=2, warmup=1, forecast=0, cuts=("a", "b"))
+    >>> with Simulator(Net(), plan, family=family, example_inputs=((torch.ones(1, 1), 0), {})) as simulator:
+    ...     [simulator(torch.tensor([[x]]), 0).item() for x in (1.0, 2.0, 3.0, 4.0)]
+    [20.0, 20.0, 40.0, 60.0]
     """
 
     def __init__(
@@ -44,32 +98,21 @@ class Simulator:
         family: Family | None = None,
         example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
     ) -> None:
-        self._module, self.plan = module, plan
+        self.plan = plan
         self.family = family or find_family(module)
         skeleton = meta_copy(module)
         args, kwargs = example_inputs or self.family.example_inputs(skeleton, None, 2)
         args, kwargs = self.family.parts(args, kwargs, plan.branches)[0]
         self.placement: Placement = place(trace(skeleton, self.family, args, kwargs), plan)
+        self._blocks = SimulatedBlocks(module, self.placement)
         self._run_plan = plan
         self._timesteps: list[float] | None = None
         self._levels: NoiseLevels | None = None
-        self._streams: dict[Hashable, dict[str, Any]] = {}
-        self._segment: int | None = None  # the one that runs; None runs all
-        self._reads: int | None = None  # the call whose values it wants
-        # (targets of the ranks, values of their blocks, whether these are changes) of earlier calls, oldest first
-        self._stale: list[tuple[tuple[int, ...], dict[str, Any], bool]] = []
-        self._fresh: dict[str, Any] = {}
-        self._hidden = self.placement.hidden
-        self._carriers = self._hidden.carriers if self._hidden else {}
-        self._states = torch.empty(0)  # hidden ones, of what is running
-        for name in self.placement:
-            block = module.get_submodule(name)
-            block.forward = self._wrapped(name, block.forward)
+        self._streams: dict[tuple[int, Hashable], _Stream] = {}
 
     def close(self) -> None:
         """Restore the module."""
-        for name in self.placement:
-            self._module.get_submodule(name).__dict__.pop("forward", None)
+        self._blocks.close()
 
     def __enter__(self) -> Simulator:
         return self
@@ -86,125 +129,83 @@ class Simulator:
 
     @torch.no_grad()
     def __call__(self, *args: Any, stream: Hashable = None, **kwargs: Any) -> Any:
-        """One call; see ``WorkerGroup.__call__``."""
+        """Compute one call; see ``WorkerGroup.__call__``."""
         parts = self.family.parts(args, kwargs, self.plan.branches)
-        results = [self._branch((branch, stream), *part) for branch, part in enumerate(parts)]
+        results = [self._call((branch, stream), *part) for branch, part in enumerate(parts)]
         leaves, (structure, *_) = zip(*map(flatten, results), strict=True)
         return unflatten(concatenated(leaves), structure)
 
-    def _branch(self, key: tuple[int, Hashable], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        plan, codecs = self._run_plan, defaultdict(lambda: (Encoder(), Decoder()))
-        state = self._streams.setdefault(key, {"k": 0, "history": [], "results": {}, "codecs": codecs})
-        inputs = Inputs.take(args, kwargs, self.family.timestep)
-        ahead = bool(plan.forecast and self._levels is not None and plan.segments > 1)
-        if ahead:
-            at = inputs.position(self.family.sample)
-            outlook = state.setdefault("outlook", Outlook(self._levels))
-            outlook.see(state["k"], inputs.leaves[at])
-        now = replace(plan, forecast=0) if ahead and not outlook.steady else plan
-        total = None if self._timesteps is None else len(self._timesteps)
-        call = call_at(now, state["k"], total)
+    @property
+    def _total(self) -> int | None:
+        return None if self._timesteps is None else len(self._timesteps)
 
-        def whole() -> tuple[Any, dict[str, Any]]:
-            """Of this call, in micro-batches."""
-            self._segment, found = None, []
-            for args, kwargs in self.family.parts(*inputs.arguments(), plan.microbatches if self.placement.pipelines else 1):
-                self._fresh = {}
-                found.append((self._module(*args, **kwargs), self._fresh))
-            leaves, (structure, *_) = zip(*map(flatten, found), strict=True)
-            return unflatten(concatenated(leaves), structure)
-
-        def run(segment: int, target: int, index: int) -> tuple[Any, dict[str, Any]]:
-            leaves, t = list(inputs.leaves), inputs.timestep
-            if ahead and target != call.index:
-                leaves[at] = outlook.of(target)
-            if index != call.index:  # unscheduled, this is a time shift
-                t = state["last_t"] if self._timesteps is None else inputs.timestep_like(self._timesteps[index])
-            self._segment, self._fresh = segment, {}
-            args, kwargs = join(leaves, inputs.structure, t, inputs.place, inputs.positional)
-            return self._module(*args, **kwargs), self._fresh
-
-        self._stale = state["history"]
-        kept: dict[str, Any] = {}
+    def _call(self, key: tuple[int, Hashable], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute one branch's part of a call."""
+        if key not in self._streams:
+            levels = self._levels if self._run_plan.forecast and self._run_plan.segments > 1 else None
+            self._streams[key] = _Stream(None if levels is None else Outlook(levels))
+        stream, inputs = self._streams[key], Inputs.take(args, kwargs, self.family.timestep)
+        plan = self._plan_of(stream, inputs)
+        call = call_at(plan, stream.next, self._total)
         if call.kind is Kind.SYNCHRONOUS:
-            state["results"][call.index], kept = whole()
+            stream.results[call.index], values = self._whole(inputs)
+            stream.history.append(EarlierCall(call.targets, values, changes=False))
         elif call.kind is Kind.ASYNCHRONOUS:
-            results = dict(call.results)
-            for rank, (target, index) in enumerate(zip(call.targets, call.timestep_indices, strict=True)):
-                segment, self._reads = plan.segment_of_rank(rank), call.reads[rank]
-                output, fresh = run(segment, target, index)
-                if rank in results:
-                    state["results"][results[rank]] = output
-                if rank < plan.segments:
-                    kept |= self._crossed(state, self._own(segment, fresh))
-        if call.computes:
-            state["history"] = self._stale = [*self._stale, (call.targets, kept, call.kind is not Kind.SYNCHRONOUS)]
-        for part in calls_ahead(now, call.index, total):
-            kept = {}
-            self._stale.append((part.targets, kept, True))
-            for segment, (target, index) in enumerate(zip(part.targets, part.timestep_indices, strict=True)):
-                self._reads = target
-                kept |= self._crossed(state, self._own(segment, run(segment, target, index)[1]))
-        del state["history"][: -2 * plan.segments]
+            self._asynchronous(stream, call, inputs)
+        for job in calls_ahead(plan, call.index, self._total):
+            self._ahead(stream, call, job, inputs)
+        del stream.history[: -2 * plan.segments]
         source = plan.warmup - 1 if call.kind is Kind.REPEATED else call.index
-        state["k"], state["last_t"] = state["k"] + 1, inputs.timestep
-        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, state["results"][source])
+        stream.next, stream.last_timestep = call.index + 1, inputs.timestep
+        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, stream.results[source])
 
-    def _own(self, segment: int, values: dict[str, Any]) -> dict[str, Any]:
-        """Those that others read of this segment, which just ran; of hidden states that every segment makes, how they changed."""
-        own = {name: value for name, value in values.items() if self.placement[name] == segment}
-        for name in own.keys() & self._carriers.keys():
-            own[name] = _made_of(torch.clone, own[name])  # its output may be read as well
-            shift(flatten(own[name])[0][self._carriers[name]], self._states, -1)
-        return own
+    def _plan_of(self, stream: _Stream, inputs: Inputs) -> Plan:
+        """Return the run's plan, as far as the stream's inputs can be foreseen: nobody works ahead on others."""
+        if stream.outlook is None:
+            return self._run_plan
+        stream.outlook.see(stream.next, inputs.leaves[inputs.position(self.family.sample)])
+        return self._run_plan if stream.outlook.steady else replace(self._run_plan, forecast=0)
 
-    def _crossed(self, state: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-        """What others get of these values of an asynchronous call."""
+    def _whole(self, inputs: Inputs) -> tuple[Any, dict[str, Any]]:
+        """Compute the whole model, in micro-batches; returns its output, and that of each block."""
+        parts = self.family.parts(*inputs.arguments(), self._run_plan.microbatches if self.placement.pipelines else 1)
+        leaves, (structure, *_) = zip(*(flatten(self._blocks.run(*part)) for part in parts), strict=True)
+        whole: tuple[Any, dict[str, Any]] = unflatten(concatenated(leaves), structure)
+        return whole
 
-        def decoded(name: str, number: int, leaf: torch.Tensor) -> torch.Tensor:
-            encode, decoder = state["codecs"][name, number]
-            meta, how = TensorMeta.of(leaf), self._run_plan.compression
-            _, decode = decoder.expect(meta, how)
-            return decode(encode(leaf, meta, how)[0])
+    def _asynchronous(self, stream: _Stream, call: Call, inputs: Inputs) -> None:
+        """Compute each rank's part; all of them read earlier calls only."""
+        results = dict(call.results)
+        crossed: dict[str, Any] = {}
+        for rank in range(len(call.targets)):
+            output, own = self._segment(stream, call, call, rank, call.reads[rank], inputs)
+            if rank in results:
+                stream.results[results[rank]] = output
+            if rank < self._run_plan.segments:  # replicas of the last segment keep nothing
+                crossed |= stream.crossed(own, self._run_plan.compression)
+        stream.history.append(EarlierCall(call.targets, crossed, changes=True))
 
-        crossed = {}
-        for name, value in values.items():
-            leaves, structure = flatten(value)
-            crossed[name] = unflatten([decoded(name, number, leaf) for number, leaf in enumerate(leaves)], structure)
-        return crossed
+    def _ahead(self, stream: _Stream, call: Call, job: Call, inputs: Inputs) -> None:
+        """Compute what the first segments work ahead in a call, one after the other: each reads what those before it made."""
+        crossed: dict[str, Any] = {}
+        stream.history.append(EarlierCall(job.targets, crossed, changes=True))
+        for rank, target in enumerate(job.targets):
+            _, own = self._segment(stream, call, job, rank, target, inputs)
+            crossed |= stream.crossed(own, self._run_plan.compression)
 
-    def _wrapped(self, name: str, forward: Any) -> Any:
-        index, placement = self.placement.graph.names.index(name), self.placement
-        owners, readers = (
-            [d for d in range(self.plan.segments) if index in blocks(d)] for blocks in (placement.owned, placement.incoming)
-        )
+    def _segment(
+        self, stream: _Stream, call: Call, job: Call, rank: int, reads: int | None, inputs: Inputs
+    ) -> tuple[Any, dict[str, Any]]:
+        """Compute one rank's part of a job, which is ``call`` itself, or ahead of it.
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if self._hidden and name == self._hidden.block:
-                self._states = sample_of(args, kwargs, self._hidden.argument).clone()
-            if self._segment is None or self._segment in owners:
-                output = forward(*args, **kwargs)
-                self._fresh[name] = _made_of(torch.clone, output)
-                return output
-            sender = self.placement[name]
-            carries = name in self._carriers
-            sent = [(carries and change, at[sender], values[name]) for at, values, change in self._stale if name in values]
-            change, _, latest = sent[-1]
-            if self._segment not in readers:  # only its shape matters; no view of a kept value, which glue might change
-                return _made_of(torch.empty_like, latest)
-            if self._reads is None:
-                value = _made_of(torch.clone, latest)
-            else:
-                known = {at: value for kind, at, value in sent[-max(2, self._segment - sender) :] if kind == change}
-                value = _made_of(lambda *leaves: value_for(self._reads, dict(zip(known, leaves, strict=True))), *known.values())
-            if change:
-                shift(flatten(value)[0][self._carriers[name]], self._states, 1)
-            return value
-
-        return run
-
-
-def _made_of(function: Callable[..., torch.Tensor], *trees: Any) -> Any:
-    """A tree like these, of what ``function`` makes of their tensors."""
-    leaves, structures = zip(*map(flatten, trees), strict=True)
-    return unflatten([function(*each) for each in zip(*leaves, strict=True)], structures[0])
+        Returns:
+            The model's output, and the values of this rank's blocks.
+        """
+        leaves, timestep = list(inputs.leaves), inputs.timestep
+        target, index = job.targets[rank], job.timestep_indices[rank]
+        if stream.outlook is not None and target != call.index:
+            leaves[inputs.position(self.family.sample)] = stream.outlook.expected(target)
+        if index != call.index:  # unscheduled, this is a time shift
+            timestep = stream.last_timestep if self._timesteps is None else inputs.timestep_like(self._timesteps[index])
+        args, kwargs = join(leaves, inputs.structure, timestep, inputs.place, inputs.positional)
+        return self._blocks.run_segment(self._run_plan.segment_of_rank(rank), reads, stream.history, args, kwargs)

@@ -1,4 +1,4 @@
-"""What each rank did in each call, when, and how stale its inputs were. One record type for every reader."""
+"""Telemetry: what each rank did in each call, when, and how stale its inputs were. One record type for every reader."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CallRecord:
         why: it is synchronous: "warm-up", "move" (the first after one), "cool-down", or "" where it is not.
         ahead: done for later calls, after this rank's part of the last synchronous call.
         drift: producer block -> relative L2 change of its output since the value before, for values received.
-        blocks: own block -> seconds that it took; empty in calls that were not asked for them, see :class:`~.calls.Stream`.
+        blocks: own block -> seconds that it took; empty in calls that were not asked for them, see :class:`~.course.Course`.
         not_finite: own blocks that made NaN or infinity of what was finite; empty in calls that were not asked for them.
     """
 
@@ -46,7 +46,7 @@ class CallRecord:
     not_finite: tuple[str, ...] = ()
 
     def shifted(self, seconds: float) -> CallRecord:
-        """The same on a clock that is ahead of this record's by so many seconds."""
+        """Return the same on a clock that is ahead of this record's by so many seconds."""
         waits = tuple((start + seconds, end + seconds) for start, end in self.waits)
         return replace(self, start=self.start + seconds, end=self.end + seconds, waits=waits)
 
@@ -91,7 +91,7 @@ class RankReport:
         return sum(self.weights.values())
 
     def having(self, records: Iterable[CallRecord]) -> RankReport:
-        """This report with those of ``records`` that are of its rank."""
+        """Return this report with those of ``records`` that are of its rank."""
         return replace(self, records=tuple(record for record in records if record.rank == self.rank))
 
 
@@ -111,18 +111,18 @@ class RunStats:
     @property
     def records(self) -> list[CallRecord]:
         """All records, by call and rank."""
-        found = [record for rank in self.ranks for record in rank.records]
-        return sorted(found, key=lambda r: (r.call, r.stream, r.rank))
+        records = (record for rank in self.ranks for record in rank.records)
+        return sorted(records, key=lambda r: (r.call, r.stream, r.rank))
 
     @property
     def calls(self) -> list[CallSummary]:
         """The run call by call: which were synchronous, and why, and how much changed since the call before."""
-        found: dict[tuple[int, str], list[CallRecord]] = {}
+        by_call: dict[tuple[int, str], list[CallRecord]] = {}
         for record in self.records:
             if not record.ahead:
-                found.setdefault((record.call, record.stream), []).append(record)
+                by_call.setdefault((record.call, record.stream), []).append(record)
         summaries = []
-        for (call, stream), records in found.items():
+        for (call, stream), records in by_call.items():
             drifts = [value for record in records for value in record.drift.values()]
             drift = sum(drifts) / len(drifts) if drifts else None
             summaries.append(CallSummary(stream, call, records[0].synchronous, records[0].why, drift))
@@ -135,11 +135,11 @@ class RunStats:
 
     @property
     def bytes_per_call(self) -> float:
-        """Of the run; see :func:`bytes_per_call`."""
+        """Payload of the run per computing call; see :func:`bytes_per_call`."""
         return bytes_per_call(self.records)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Return plain data, ready for JSON."""
         return asdict(self)
 
 
@@ -151,6 +151,10 @@ def bytes_per_call(records: Iterable[CallRecord]) -> float:
             sent += record.bytes_sent
             calls.add((record.stream, record.call))
     return sent / max(1, len(calls))
+
+
+#: A point in time: on the machine's clock, or in a GPU's order of work.
+Mark = float | torch.cuda.Event
 
 
 class Stopwatch:
@@ -165,27 +169,29 @@ class Stopwatch:
         """Set the device's clock by the machine's; earlier marks are void. Waits for a GPU's queue."""
         if self._cuda:  # from time to time: the driver counts in single precision from the origin on
             torch.cuda.synchronize(self._device)
-            self._zero, self._origin = time.monotonic(), self.mark()
+            self._zero, self._origin = time.monotonic(), self._event()
 
-    def reached(self, mark: Any) -> bool:
+    def reached(self, mark: Mark) -> bool:
         """Whether the device has come to ``mark``."""
-        return mark.query() if self._cuda else True
+        return isinstance(mark, float) or bool(mark.query())
 
-    def mark(self) -> Any:
-        """A point in time in the device's order of work."""
-        if not self._cuda:
-            return time.monotonic()
+    def mark(self) -> Mark:
+        """Mark a point in time in the device's order of work."""
+        return self._event() if self._cuda else time.monotonic()
+
+    def _event(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def seconds(self, mark: Any) -> float:
-        """When ``mark`` was reached; waits for it on a GPU."""
-        if not self._cuda:
+    def seconds(self, mark: Mark) -> float:
+        """Tell when ``mark`` was reached; waits for it on a GPU."""
+        if isinstance(mark, float):
             return mark
         mark.synchronize()
-        return self._zero + self._origin.elapsed_time(mark) / 1e3
+        elapsed: float = self._origin.elapsed_time(mark)
+        return self._zero + elapsed / 1e3
 
-    def between(self, start: Any, end: Any) -> float:
-        """Seconds from mark ``start`` to mark ``end``; waits for both on a GPU."""
+    def between(self, start: Mark, end: Mark) -> float:
+        """Count the seconds from mark ``start`` to mark ``end``; waits for both on a GPU."""
         return self.seconds(end) - self.seconds(start)

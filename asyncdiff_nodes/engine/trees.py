@@ -11,37 +11,49 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from torch.utils._pytree import tree_flatten, tree_is_leaf, tree_map, tree_unflatten
+import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+_LEAVES = (torch.Tensor, int, float, str)  # what most leaves are
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
-    """Leaves of ``tree``, and the same tree with each leaf replaced by its position."""
+    """Take ``tree`` apart: its leaves, and the same tree with each leaf replaced by its position.
+
+    >>> flatten((1.5, {"context": "a prompt", "control": None}))
+    ([1.5, 'a prompt'], (0, {'context': 1, 'control': None}))
+    """
     leaves: list[Any] = []
     return leaves, _rebuilt(tree, partial(_placed, leaves))
 
 
 def _placed(leaves: list[Any], node: Any) -> Any:
-    """The structure of what is not taken apart here; its leaves are added to ``leaves``."""
-    if tree_is_leaf(node):
-        leaves.append(node)
-        return len(leaves) - 1
-    found, spec = tree_flatten(node)
-    return tree_unflatten([None if leaf is None else _placed(leaves, leaf) for leaf in found], spec)
+    """Add the leaves of what is not taken apart here to ``leaves``, and return its structure."""
+    if not isinstance(node, _LEAVES):
+        parts, spec = tree_flatten(node)
+        if len(parts) != 1 or parts[0] is not node:
+            return tree_unflatten([None if part is None else _placed(leaves, part) for part in parts], spec)
+    leaves.append(node)
+    return len(leaves) - 1
 
 
 def unflatten(leaves: Sequence[Any], structure: Any) -> Any:
-    """The tree that :func:`flatten` took apart, with other leaves."""
+    """Put the tree together again that :func:`flatten` took apart, with other leaves.
+
+    >>> unflatten(["x", "y"], (0, {"context": 1, "control": None}))
+    ('x', {'context': 'y', 'control': None})
+    """
 
     def leaf(node: Any) -> Any:
         if type(node) is int:
             return leaves[node]
-        return tree_map(lambda place: None if place is None else leaves[place], node)
+        return tree_map(lambda position: None if position is None else leaves[position], node)
 
     return _rebuilt(structure, leaf)
 
 
 def _rebuilt(tree: Any, other: Callable[[Any], Any]) -> Any:
-    """``tree`` with ``other(node)`` in place of what is neither None nor a tuple, a list or a dict."""
+    """Make a tree like ``tree``, with ``other(node)`` in place of what is neither None nor a tuple, a list or a dict."""
     kind = type(tree)
     if tree is None:
         return None

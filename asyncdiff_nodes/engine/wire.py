@@ -9,7 +9,6 @@ more, in small pieces, which is several times slower, and a model's weights pass
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pickle
 import select
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from asyncdiff_nodes.engine.planning.graph import TensorMeta
+from .tensors import TensorMeta, empty, memory
 
 _POSIX = os.name == "posix"
 _LENGTH = struct.Struct("!Q")  # of the header, before it
@@ -30,53 +29,14 @@ _BUFFER = 2**20  # bytes on their way in a pipe, if the system allows as many: f
 
 
 def pipe(context: Any) -> tuple[Connection, Connection]:
-    """A duplex pipe of this multiprocessing context: the end of the parent, which nothing keeps waiting, and that of a rank."""
-    ends = context.Pipe(duplex=True)
+    """Open a duplex pipe of this context: the end of the parent, which nothing keeps waiting, and that of a rank."""
+    ends: tuple[Connection, Connection] = context.Pipe(duplex=True)
     if _POSIX:
         os.set_blocking(ends[0].fileno(), False)
         for end in ends:
             with socket.socket(fileno=os.dup(end.fileno())) as own:
                 own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
     return ends
-
-
-def empty(meta: TensorMeta, device: torch.device | str = "cpu") -> torch.Tensor:
-    """An uninitialised tensor of this layout."""
-    return torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=device)
-
-
-def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements of a dense tensor in memory order, without a copy."""
-    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-
-
-def dense_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` on the CPU without gaps; itself where it already is."""
-    tensor = _as_in_memory(tensor)
-    if tensor.is_cpu and tensor.is_contiguous():
-        return tensor
-    tensor = tensor.detach().to("cpu")
-    meta = TensorMeta.of(tensor)
-    return tensor if tensor.stride() == meta.stride else empty(meta).copy_(tensor)
-
-
-def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """A dense copy on the CPU.
-
-    Where the tensor is dense and there, this thread alone makes it: to wake others takes longer, the more so where ranks use all
-    cores.
-    """
-    tensor = _as_in_memory(tensor.detach())
-    copy = empty(TensorMeta.of(tensor))
-    if tensor.is_cpu and tensor.stride() == copy.stride() and tensor.numel():
-        memory(copy)[:] = memory(tensor)
-        return copy
-    return copy.copy_(tensor)
-
-
-def _as_in_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """Itself, but where PyTorch conjugates or negates only as it reads: then a tensor whose memory holds the values."""
-    return tensor.resolve_conj().resolve_neg()
 
 
 class Outgoing:
@@ -129,11 +89,13 @@ def send(conn: Connection, header: Any, tensors: Sequence[torch.Tensor] = ()) ->
 
 def receive(conn: Connection) -> tuple[Any, list[torch.Tensor]]:
     """Wait for what :func:`send` sent. Raises EOFError or OSError when the other end is gone."""
-    return next(incoming(conn, wait=True))
+    message = next(incoming(conn, wait=True))
+    assert message is not None, "there is none before all of it has come"
+    return message
 
 
 def incoming(conn: Connection, wait: bool) -> Iterator[tuple[Any, list[torch.Tensor]] | None]:
-    """The messages that come, one after the other.
+    """Yield the messages that come, one after the other.
 
     Args:
         wait: for the rest of a message; otherwise None is in its place, again and again, until that is there.
@@ -178,13 +140,6 @@ def _fill(conn: Connection, memory: memoryview, wait: bool) -> Iterator[None]:
 
 
 def _piece(conn: Connection, wait: bool) -> Iterator[None]:
-    """Until one has begun to come, where the connection's own methods read; those wait anyway."""
+    """Wait until a piece has begun to come, where the connection's own methods read; those wait anyway."""
     while not wait and not conn.poll():
         yield None
-
-
-def memory(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a dense tensor on the CPU with at least one element; they are there for as long as the tensor is."""
-    # ctypes rather than numpy: the engine needs torch and the standard library only, and numpy has no bfloat16
-    nbytes = tensor.numel() * tensor.element_size()
-    return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")

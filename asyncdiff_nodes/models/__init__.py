@@ -12,7 +12,6 @@ FAMILIES: dict[str, Family] = {
     "asyncdiff_nodes.ControlledSD3": control_nets.SD3,
     "asyncdiff_nodes.ControlledUNet": control_nets.UNET,
     "asyncdiff_nodes.DemoUNet": unet.FAMILY,
-    "asyncdiff_nodes.GuidedUNet": unet.FAMILY,
     "comfy.Flux": transformers.FLUX,
     "comfy.HunyuanVideo": transformers.HUNYUAN_VIDEO,
     "comfy.LTXVModel": transformers.LTXV,

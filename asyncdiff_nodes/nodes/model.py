@@ -7,6 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from asyncdiff_nodes.host.choices import CHOICES, OptionValues
+
 OptionsType = io.Custom("ASYNCDIFF_OPTIONS")
 
 
@@ -65,13 +67,13 @@ class AsyncDiffModel(ReadsSettings):
 
 
 def _option_widgets() -> list[io.Input]:
-    """Of AsyncDiff Options. Saved workflows store widgets by position: new ones go last."""
+    """The widgets of AsyncDiff Options. Saved workflows store them by position: new ones go last."""
     custom = "Only for the preset Custom. "
     return [
         io.Combo.Input(
             "preset",
-            options=["Exact", "Balanced", "Fast", "Turbo", "Custom"],
-            default="Balanced",
+            options=list(CHOICES["preset"]),
+            default=OptionValues.preset,
             tooltip=(
                 "How fast, and how close to KSampler's picture. In a synchronous step the devices wait for each other; in an "
                 "asynchronous step they all compute at once. dB say how close two pictures are: more is closer, and above 40 "
@@ -87,13 +89,13 @@ def _option_widgets() -> list[io.Input]:
         ),
         io.String.Input(
             "devices",
-            default="auto",
+            default=OptionValues.devices,
             tooltip="auto: the devices of the AsyncDiff settings, which are all CUDA GPUs by default. Or a list, such as cuda:0, "
             "cuda:2 (cpu, cpu to try it without a GPU). ray:auto: all GPUs of this machine's Ray cluster, see docs/ray.md.",
         ),
         io.Int.Input(
             "segments",
-            default=0,
+            default=OptionValues.segments,
             min=0,
             max=16,
             tooltip=custom + "Segments are the parts that the network is cut into, one per device. 0: as many as the devices "
@@ -101,7 +103,7 @@ def _option_widgets() -> list[io.Input]:
         ),
         io.Int.Input(
             "stride",
-            default=1,
+            default=OptionValues.stride,
             min=1,
             max=4,
             tooltip=custom + "The number of steps that the devices do in one round. 2 is nearly twice as fast again, needs one "
@@ -109,7 +111,7 @@ def _option_widgets() -> list[io.Input]:
         ),
         io.Int.Input(
             "warmup",
-            default=3,
+            default=OptionValues.warmup,
             min=1,
             max=10000,
             tooltip=custom + "The warm-up: how many steps at the beginning are synchronous (the devices wait for each other). "
@@ -118,7 +120,7 @@ def _option_widgets() -> list[io.Input]:
         advanced(
             io.Boolean.Input(
                 "time_shift",
-                default=False,
+                default=OptionValues.time_shift,
                 tooltip=custom + "In asynchronous steps (all devices compute at once), the network is told the noise level of "
                 "the step before. The AsyncDiff paper suggests this for some models. It does not change the speed.",
             )
@@ -126,7 +128,7 @@ def _option_widgets() -> list[io.Input]:
         advanced(
             io.Boolean.Input(
                 "forecast",
-                default=True,
+                default=OptionValues.forecast,
                 tooltip=custom
                 + "On: each device works ahead, on the latent that is expected when its result will be needed. The picture is "
                 "much closer to KSampler's, and a part of the network is computed twice. Off: each device hands on its results "
@@ -136,14 +138,14 @@ def _option_widgets() -> list[io.Input]:
         advanced(
             io.String.Input(
                 "cuts",
-                default="",
+                default=OptionValues.cuts,
                 tooltip="Where the segments (the parts of the network) begin: one block name per segment, separated by commas, "
                 "such as input_blocks.4, output_blocks.3. Empty: they are balanced automatically.",
             )
         ),
         io.Int.Input(
             "cooldown",
-            default=1,
+            default=OptionValues.cooldown,
             min=0,
             max=10000,
             tooltip=custom + "The cool-down: how many steps at the end are synchronous (the devices wait for each other). It is "
@@ -152,7 +154,7 @@ def _option_widgets() -> list[io.Input]:
         ),
         io.Float.Input(
             "speedup",
-            default=0.0,
+            default=OptionValues.speedup,
             min=0.0,
             max=16.0,
             step=0.1,
@@ -162,7 +164,7 @@ def _option_widgets() -> list[io.Input]:
         ),
         io.Int.Input(
             "branches",
-            default=0,
+            default=OptionValues.branches,
             min=0,
             max=8,
             tooltip=custom + "Branches are groups of devices. Each computes its own part of the batch, such as the prompt or the "
@@ -171,23 +173,23 @@ def _option_widgets() -> list[io.Input]:
         ),
         io.Combo.Input(
             "control_nets",
-            options=["shared", "fresh"],
-            default="shared",
+            options=list(CHOICES["control_nets"]),
+            default=OptionValues.control_nets,
             tooltip="shared: the devices compute ControlNets together with the network, so that these are faster, too. "
             "fresh: ComfyUI computes ControlNets before each step, on one device. Their guidance is then never computed ahead.",
         ),
         io.Combo.Input(
             "on_failure",
-            options=["restart", "finish"],
-            default="restart",
+            options=list(CHOICES["on_failure"]),
+            default=OptionValues.on_failure,
             tooltip="What to do when a worker process dies, runs out of memory or hangs. restart: new processes go on from that "
             "step, with a new warm-up; if they fail, too, ComfyUI does the rest. finish: ComfyUI does the rest, on one device.",
         ),
         advanced(
             io.Combo.Input(
                 "compression",
-                options=["none", "half", "int8"],
-                default="none",
+                options=list(CHOICES["compression"]),
+                default=OptionValues.compression,
                 tooltip="The devices send fewer bytes to each other in asynchronous steps. This is for slow connections (between "
                 "machines, or old PCIe). half: 16 bits per number, useful if the model computes in 32 bits. int8: 8 bits, for "
                 "what changed since the step before. Synchronous steps are never compressed.",
@@ -196,8 +198,8 @@ def _option_widgets() -> list[io.Input]:
         advanced(
             io.Combo.Input(
                 "verify",
-                options=["auto", "off", "first", "always"],
-                default="auto",
+                options=list(CHOICES["verify"]),
+                default=OptionValues.verify,
                 tooltip="ComfyUI computes some calls of the network once more by itself, and compares. first: one call of each "
                 "kind, in the first picture of a model and what is attached to it. always: in every picture. auto: as the "
                 "AsyncDiff settings say; by default as first if code of another pack is attached to the model. If the results "

@@ -10,6 +10,7 @@ import golden
 import toys
 from asyncdiff_nodes.cli.zoo import find_model
 from asyncdiff_nodes.engine import BlockGraph, Plan, WorkerGroup, find_family, trace
+from order import together
 from reuse import released, started
 
 
@@ -42,10 +43,7 @@ def pytest_collection_modifyitems(items):
             return item.module, params["plan"]
         return item.nodeid
 
-    first = {}
-    for position, item in enumerate(items):
-        first.setdefault(shared(item), position)
-    items.sort(key=lambda item: first[shared(item)])
+    together(items, shared)
 
 
 @pytest.fixture(scope="session")

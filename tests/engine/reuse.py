@@ -2,14 +2,15 @@
 
 import contextlib
 
-from asyncdiff_nodes.engine import IdleWorkers, Plan, WorkerGroup
+from asyncdiff_nodes.engine import IdleWorkers, Plan, RankOptions, WorkerGroup
 
 IDLE = IdleWorkers()
 
 
-def started(module, plan, **options) -> WorkerGroup:
+def started(module, plan, *, poll=None, compile=None, **options) -> WorkerGroup:
     """A group on the CPU, one thread per rank."""
-    return WorkerGroup(module, plan, ["cpu"] * plan.world_size, threads_per_rank=1, idle=IDLE, **options)
+    ranks = RankOptions(threads_per_rank=1, idle=IDLE, poll=poll, compile=compile)
+    return WorkerGroup(module, plan, ["cpu"] * plan.world_size, ranks=ranks, **options)
 
 
 def released(group: WorkerGroup) -> None:

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 import toys
 from asyncdiff_nodes.engine import Plan, PlanError, Simulator
 from asyncdiff_nodes.engine.compression import GROUP, Decoder, Encoder, compressed, pack, unpack
-from asyncdiff_nodes.engine.planning.graph import TensorMeta
-from asyncdiff_nodes.engine.wire import flat
+from asyncdiff_nodes.engine.tensors import TensorMeta, flat
 from toys import TOY
 
 TIMESTEPS = list(range(980, 0, -75))

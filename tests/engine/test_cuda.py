@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from asyncdiff_nodes.engine import Placement, Plan, Simulator, WorkerGroup
-from asyncdiff_nodes.engine.planning.graph import tensors_of
+from asyncdiff_nodes.engine.tensors import tensors_of
 from toys import TOY, TRANSFORMER, ToyTransformer, denoise, random_net
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

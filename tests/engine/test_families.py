@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from asyncdiff_nodes.engine import Plan, Simulator, find_family, meta_copy, place, trace
 from asyncdiff_nodes.engine.inputs import Inputs
-from asyncdiff_nodes.engine.planning.graph import tensors_of
+from asyncdiff_nodes.engine.tensors import tensors_of
 from reuse import running
 
 UNET = {

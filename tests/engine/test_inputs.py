@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from asyncdiff_nodes.engine import wire
 from asyncdiff_nodes.engine.inputs import Inputs
+from asyncdiff_nodes.engine.tensors import TensorMeta, copied, dense_on_cpu
 
 LONG = torch.arange(100_000.0).view(2, -1)
 
@@ -60,13 +60,13 @@ def test_what_has_the_same_values_is_not_sent_again(before, now, same):
     ],
 )
 def test_a_copy_is_dense_and_has_memory_of_its_own(tensor):
-    copy = wire.copied(tensor)
+    copy = copied(tensor)
     assert torch.equal(copy, tensor) and copy.dtype == tensor.dtype and not copy.requires_grad
-    assert copy.stride() == wire.TensorMeta.of(tensor).stride
+    assert copy.stride() == TensorMeta.of(tensor).stride
     assert not tensor.numel() or copy.data_ptr() != tensor.data_ptr()
 
 
-@pytest.mark.parametrize("make", [wire.copied, wire.dense_on_cpu])
+@pytest.mark.parametrize("make", [copied, dense_on_cpu])
 @pytest.mark.parametrize("lazy", [torch.Tensor.conj, torch._neg_view, lambda tensor: tensor.conj().imag])
 def test_what_pytorch_conjugates_or_negates_as_it_reads_is_so_in_memory(make, lazy):
     tensor = lazy(torch.tensor([1 + 2j, 3 - 4j]))

@@ -38,9 +38,9 @@ def test_importing_the_engine_imports_nothing_else_and_starts_nothing():
 def test_a_worker_imports_no_other_layer_and_not_torch_s_compiler():
     """The compiler would double the time that a group takes to start."""
     out = run(
-        "import sys, asyncdiff_nodes.engine.rank.worker\n"
-        "from asyncdiff_nodes.engine.rank import backends\n"
-        "backends.restore(backends.snapshot())\n"
+        "import sys, asyncdiff_nodes.engine.rank.message_loop\n"
+        "from asyncdiff_nodes.engine.rank import numerics\n"
+        "numerics.restore(numerics.snapshot())\n"
         "print(*sys.modules)\n"
     )
     loaded = set(out.split())
@@ -52,8 +52,8 @@ def test_a_worker_imports_no_other_layer_and_not_torch_s_compiler():
 def test_every_numerical_setting_survives_the_way_to_a_worker():
     out = run(
         "import torch\n"
-        "from asyncdiff_nodes.engine.rank import backends\n"
-        "original = backends.snapshot()\n"
+        "from asyncdiff_nodes.engine.rank import numerics\n"
+        "original = numerics.snapshot()\n"
         "torch.set_float32_matmul_precision('high')\n"
         "torch.use_deterministic_algorithms(True, warn_only=True)\n"
         "torch.backends.cudnn.benchmark = True\n"
@@ -61,10 +61,10 @@ def test_every_numerical_setting_survives_the_way_to_a_worker():
         "torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False\n"
         "torch.backends.cuda.enable_cudnn_sdp(False)\n"
         "torch.backends.mkldnn.set_flags(False)\n"
-        "changed = backends.snapshot()\n"
+        "changed = numerics.snapshot()\n"
         "for settings in (original, changed, original):\n"
-        "    backends.restore(settings)\n"
-        "    assert backends.snapshot() == settings, (backends.snapshot(), settings)\n"
+        "    numerics.restore(settings)\n"
+        "    assert numerics.snapshot() == settings, (numerics.snapshot(), settings)\n"
         "print(*sorted(name for name in changed if changed[name] != original[name]))\n"
     )
     assert out.split() == [
@@ -86,13 +86,13 @@ def test_settings_of_float32_by_kind_of_layer(name):
     """Once one of them was used, the older settings cannot be read any more."""
     run(
         "import torch\n"
-        "from asyncdiff_nodes.engine.rank import backends\n"
-        "original = backends.snapshot()\n"
+        "from asyncdiff_nodes.engine.rank import numerics\n"
+        "original = numerics.snapshot()\n"
         f"torch.backends.{name} = 'tf32'\n"
-        "changed = backends.snapshot()\n"
+        "changed = numerics.snapshot()\n"
         f"torch.backends.{name} = 'ieee'\n"
-        "assert backends.snapshot() != changed\n"
+        "assert numerics.snapshot() != changed\n"
         "for settings in (original, changed, original):\n"
-        "    backends.restore(settings)\n"
-        "    assert backends.snapshot() == settings, (backends.snapshot(), settings)\n"
+        "    numerics.restore(settings)\n"
+        "    assert numerics.snapshot() == settings, (numerics.snapshot(), settings)\n"
     )

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from asyncdiff_nodes.engine import wire
-from asyncdiff_nodes.engine.rank.transport import Place, Transport
+from asyncdiff_nodes.engine.rank.transport import RankLocation, Transport
 from asyncdiff_nodes.engine.rendezvous import PipeStore, open_store
 
 
@@ -65,7 +65,7 @@ def test_a_cluster_has_one_store_for_all():
 
 def one_end(rank, conn):
     own = PipeStore(partial(wire.send, conn), partial(wire.receive, conn))
-    transport = Transport(rank, [Place("cpu", "cpu"), Place("cpu", "cpu")], own, timeout=20)
+    transport = Transport(rank, [RankLocation("cpu", "cpu"), RankLocation("cpu", "cpu")], own, timeout=20)
     transport.open([(0, 1)])
     transport.open([(0, 1), (1, 0)])  # later, by the same store
     os._exit(0)  # not by return: links with a dead peer would hang in their destructors

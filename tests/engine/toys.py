@@ -12,6 +12,7 @@ from torch import nn
 
 from asyncdiff_nodes.engine import Family, Plan
 from asyncdiff_nodes.engine.planning.family import HiddenStates
+from slowed import throttled
 
 
 class ToyBlock(nn.Module):
@@ -50,17 +51,10 @@ class Slow(Trap):
 
 
 class Throttled(ToyBlock):
-    """Takes ``SECONDS`` in every call, twice that on rank 1: asleep until they are over, so on a busy machine, too."""
+    """Takes ``SECONDS`` in every call, twice that on rank 1."""
 
     SECONDS = 0.02
-
-    def forward(self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor) -> Any:
-        slow = multiprocessing.current_process().name == "asyncdiff-rank-1"
-        end = time.monotonic() + self.SECONDS * (1 + slow)
-        output = super().forward(x, emb, context)
-        if not context.is_meta:
-            time.sleep(max(0.0, end - time.monotonic()))
-        return output
+    forward = throttled(ToyBlock.forward, SECONDS)
 
 
 class Telltale(ToyBlock):

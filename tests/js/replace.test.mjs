@@ -29,8 +29,8 @@ function endsOf(workflow) {
   );
 }
 
-for (const [name, workflow] of Object.entries({ NODES, SUBGRAPH })) {
-  test(`${name}: type, height, and the new input are all that changes`, () => {
+for (const [title, workflow] of Object.entries({ NODES, SUBGRAPH })) {
+  test(`${title}: type, height, and the new input are all that changes`, () => {
     const before = clone(workflow);
     const { workflow: after, count } = there(workflow);
     assert.deepEqual(workflow, before, "the argument was changed");
@@ -53,7 +53,7 @@ for (const [name, workflow] of Object.entries({ NODES, SUBGRAPH })) {
     assert.deepEqual(after, before);
   });
 
-  test(`${name}: there and back is the same`, () => {
+  test(`${title}: there and back is the same`, () => {
     const { workflow: after, count } = back(there(workflow).workflow);
     assert.equal(count, 3);
     assert.deepEqual(after, workflow);

@@ -89,13 +89,13 @@ test("drift is the mean over what was received in a call", () => {
 });
 
 test("the plan in words", () => {
-  const words = "2 x RTX 4090: segment 1 owns input_blocks.3 to output_blocks.2 (51% of the work), segment 2 owns output_blocks.3 to input_blocks.2 (49% of the work)";
+  const words = "2 x RTX 4090: segment 1 computes input_blocks.3 to output_blocks.2 (51% of the work), segment 2 computes output_blocks.3 to input_blocks.2 (49% of the work)";
   assert.equal(show.planInWords(run(1)), words);
   const unequal = [RANKS[0], { ...RANKS[1], title: "RTX 3060" }, { ...RANKS[1], title: "RTX 3060" }];
   const stride = show.planInWords(run(1, { ranks: unequal, plan: { ...PLAN, stride: 2 } }));
   assert.match(stride, /^RTX 4090 \+ 2 x RTX 3060: .*, the last segment runs on 2 devices$/);
   const halves = show.planInWords(run(1, { plan: { ...PLAN, segments: 1, branches: 2 } }));
-  assert.match(halves, /^2 x RTX 4090: 2 branches that share out the batch, segment 1 owns [^,]*$/);
+  assert.match(halves, /^2 x RTX 4090: 2 branches that share the batch, segment 1 computes [^,]*$/);
 });
 
 test("numbers as people read them", () => {

@@ -54,6 +54,7 @@ def part(seed: int, count: int) -> dict[str, Any]:
 
     from asyncdiff_nodes.host.workers.pool import POOL
     from helpers import compositions
+    from helpers.sampling import EXACT
 
     counts: Counter[str] = Counter(tried=0, routed=0, host=0, refused=0, different=0, slow=0)
     begin = time.monotonic()
@@ -70,7 +71,7 @@ def part(seed: int, count: int) -> dict[str, Any]:
     def draw(composition: compositions.Composition) -> None:
         start = time.monotonic()
         with torch.inference_mode():
-            outcome, _ = compositions.run(composition, compositions.EXACT)
+            outcome, _ = compositions.run(composition, EXACT)
         counts["tried"] += 1
         counts["routed" if outcome.routed else "host"] += 1
         counts["refused"] += bool(outcome.error)

@@ -22,7 +22,7 @@ from asyncdiff_nodes.cli.likeness import equal_cost, psnr
 from asyncdiff_nodes.cli.tables import MIB, console
 from asyncdiff_nodes.demo import DemoPipeline
 from asyncdiff_nodes.diffusers import SCHEDULERS
-from asyncdiff_nodes.engine import Plan, WorkerGroup, block_seconds, find_family, meta_copy, trace
+from asyncdiff_nodes.engine import Plan, RankOptions, WorkerGroup, block_seconds, find_family, meta_copy, trace
 
 PROMPTS = ("red heart", "dog face", "pizza", "sunflower", "soccer ball", "strawberry", "octopus", "rocket")
 _ZOOM, _GAIN = 4, 4  # picture pixels per model pixel; amplification of the difference
@@ -92,10 +92,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 "speedup": 1.0,
             }
         )
-        costs = _block_costs(pipeline, list(arguments.prompts))
+        known = _block_costs(pipeline, list(arguments.prompts)), [1.0] * plan.world_size, 0.0  # devices are taken for equal
+        ranks = RankOptions(threads_per_rank=arguments.threads)
         for method, variant in (("AsyncDiff", plan), ("plain reuse", replace(plan, forecast=0, cooldown=0))):
             progress.console.print(f"starting {plan.world_size} processes: {', '.join(devices)}")
-            with WorkerGroup(pipeline.denoiser, variant, devices, threads_per_rank=arguments.threads, costs=costs) as group:
+            with WorkerGroup(pipeline.denoiser, variant, devices, estimate=lambda _: known, ranks=ranks) as group:
                 placements[method] = group.placement
                 sample(group, group.begin, min(total, plan.warmup + 2), lambda: None)  # one-time preparations
                 pictures[method], times = sample(group, group.begin, total, advancing(method, calls))

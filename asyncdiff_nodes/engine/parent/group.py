@@ -14,26 +14,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from asyncdiff_nodes.engine import wire
 from asyncdiff_nodes.engine.batch import concatenated, sample_of
-from asyncdiff_nodes.engine.devices import on_cluster, resolve_devices
-from asyncdiff_nodes.engine.errors import DeviceError, PlanError, ScheduleError, UnsupportedModelError
-from asyncdiff_nodes.engine.inputs import Held, Inputs, on_cpu
+from asyncdiff_nodes.engine.devices import resolve_devices
+from asyncdiff_nodes.engine.errors import DeviceError, PlanError, UnsupportedModelError
+from asyncdiff_nodes.engine.inputs import Inputs, SentParameters, on_cpu
 from asyncdiff_nodes.engine.planning.family import Family, find_family
-from asyncdiff_nodes.engine.planning.graph import BlockGraph, meta_copy, tensors_of, trace
+from asyncdiff_nodes.engine.planning.graph import BlockGraph
 from asyncdiff_nodes.engine.planning.lookahead import NoiseLevels
-from asyncdiff_nodes.engine.planning.plan import PER_RUN, Placement, Plan, place
+from asyncdiff_nodes.engine.planning.placement import Placement, place
+from asyncdiff_nodes.engine.planning.plan import Plan
 from asyncdiff_nodes.engine.planning.schedule import Kind
-from asyncdiff_nodes.engine.rank import backends
-from asyncdiff_nodes.engine.rank.worker import Boot
+from asyncdiff_nodes.engine.planning.trace import trace
+from asyncdiff_nodes.engine.rank import numerics
+from asyncdiff_nodes.engine.rank.boot import Boot
 from asyncdiff_nodes.engine.telemetry import CallRecord, RunStats
+from asyncdiff_nodes.engine.tensors import dense_on_cpu, meta_copy, tensors_of
 from asyncdiff_nodes.engine.trees import unflatten
+from asyncdiff_nodes.extensions import cluster_of
 
-from .calls import Run, Stream
-from .processes import Processes
-from .ranks import Ranks
-from .shares import holders, shares
-from .spawning import IdleWorkers
+from .local_ranks import LocalRanks
+from .rank_options import RankOptions
+from .rank_set import RankSet
+from .rank_shares import segments_with, shares_of
+from .run import Run
+from .stream import Stream
+from .worker_processes import IdleWorkers
 
 
 class WorkerGroup:
@@ -45,21 +50,14 @@ class WorkerGroup:
         plan: how to split; ``Plan()`` is two segments at automatic cuts.
         devices: one device string per rank, ``plan.world_size`` of them, one branch after the other; a device may be named
             repeatedly. Those of a Ray cluster are named as in :mod:`asyncdiff_nodes.cluster`.
-        threads_per_rank: intra-op threads of a rank; ``None`` shares the parent's threads among the ranks.
-        speeds: relative speed of each device, for automatic cuts.
-        costs: cost of each block, for automatic cuts; see :func:`~.plan.place`.
-        estimate: called with the block graph; returns ``costs``, ``speeds`` and ``pause`` for :func:`~.plan.place`, or None.
-        room: bytes of weights that each device can hold; see :func:`~.plan.place`.
         family: how to split this kind of model; found by its class if ``None``.
         example_inputs: ``(args, kwargs)`` of a typical call, for automatic cuts; the family's own if ``None``.
         weights: name and value of every parameter and buffer, in place of the module's own; each is read once, when it is sent.
-        compile: arguments of ``torch.compile`` for the blocks of each rank, which are then compiled in its first calls, each for
-            itself; without CUDA graphs, whose outputs the next call overwrites. Results then differ by rounding.
-        prepare: picklable; called in every rank before the model's classes are imported.
+        estimate: called with the block graph; returns what is known for automatic cuts: ``costs`` of blocks, ``speeds`` of
+            devices and the caller's ``pause``, as for :func:`~.placement.place`; or None.
+        room: bytes of weights that each device can hold; see :func:`~.placement.place`.
         on_placed: called with the placement before anything is on the devices, for example to make room there.
-        start_timeout, call_timeout: seconds until all ranks must be ready, and until a call must be answered.
-        idle: processes that other groups released; those for these devices are taken.
-        poll: called again and again while waiting; what it raises interrupts the call, after which ``begin`` starts afresh.
+        ranks: how the ranks are started, and waited for.
 
     Attributes:
         finite: whether all results of this run so far were without NaN and infinity.
@@ -77,32 +75,21 @@ class WorkerGroup:
         plan: Plan | None = None,
         devices: Sequence[str | torch.device] = ("cpu", "cpu"),
         *,
-        threads_per_rank: int | None = None,
-        speeds: Sequence[float] | None = None,
-        costs: Sequence[float] | None = None,
-        estimate: Callable[[BlockGraph], tuple[Sequence[float], Sequence[float], float] | None] | None = None,
-        room: Sequence[float] | None = None,
         family: Family | None = None,
         example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
         weights: Iterable[tuple[str, torch.Tensor]] | None = None,
-        compile: Mapping[str, Any] | None = None,
-        prepare: Callable[[], None] | None = None,
+        estimate: Callable[[BlockGraph], tuple[Sequence[float], Sequence[float], float] | None] | None = None,
+        room: Sequence[float] | None = None,
         on_placed: Callable[[Placement], None] | None = None,
-        start_timeout: float = 300.0,
-        call_timeout: float = 300.0,
-        idle: IdleWorkers | None = None,
-        poll: Callable[[], None] | None = None,
+        ranks: RankOptions | None = None,
     ) -> None:
-        plan = plan or Plan()
+        plan, options = plan or Plan(), ranks or RankOptions()
         self.devices = resolve_devices(devices)
         if len(self.devices) != plan.world_size:
             raise DeviceError(
                 f"{len(self.devices)} devices for segments={plan.segments}, stride={plan.stride}, branches={plan.branches}: "
                 f"name branches * (segments + stride - 1) = {plan.world_size} devices"
             )
-        whole = isinstance(threads_per_rank, int) and not isinstance(threads_per_rank, bool)
-        if threads_per_rank is not None and (not whole or threads_per_rank < 1):
-            raise DeviceError(f"threads_per_rank={threads_per_rank!r}: give a whole number of 1 or more, or None")
         if weights is None:
             weights = tensors_of(module)
             if empty := next((name for name, tensor in tensors_of(module) if tensor.is_meta), None):
@@ -113,34 +100,32 @@ class WorkerGroup:
         skeleton = _pickled(self._skeleton)
         self._graphs: dict[Any, BlockGraph] = {}
         self._run = Run(0, plan)
-        self._held = [Held() for _ in range(plan.world_size)]
+        self._parameters = [SentParameters() for _ in range(plan.world_size)]
         # all by branch and stream
         self._streams: dict[tuple[int, Hashable], Stream] = {}
         self._last: dict[tuple[int, Hashable], Any] = {}  # the last result
-        self._results: dict[tuple[int, Hashable, int], Any] = {}
+        self._results: dict[tuple[int, Hashable, int], tuple[list[torch.Tensor], Any, bool]] = {}
         self.finite = True
         self._records: deque[CallRecord] = deque(maxlen=20_000)
         self._on_record: Callable[[CallRecord], None] | None = None
-        self._call_timeout = call_timeout
+        self._call_timeout = options.call_timeout
         self.bandwidth = math.inf
 
-        ranks = _start(self.devices, poll, idle)  # they import for seconds, during what follows
-        self._ranks = ranks
-        self._finalizer = weakref.finalize(self, ranks.close)
+        self._ranks = _start(self.devices, options)  # they import for seconds, during what follows
+        self._finalizer = weakref.finalize(self, self._ranks.close)
         try:
             args, kwargs = example_inputs or self.family.example_inputs(self._skeleton, None, 2)
             graph = trace(self._skeleton, self.family, *self.family.parts(args, kwargs, plan.branches)[0])
-            costs, speeds, pause = (estimate and estimate(graph)) or (costs, speeds, 0.0)
+            costs, speeds, pause = (estimate and estimate(graph)) or (None, None, 0.0)
             self.placement: Placement = place(graph, plan, speeds, costs, pause, room)
             if on_placed is not None:
                 on_placed(self.placement)
-            threads = threads_per_rank or max(1, torch.get_num_threads() // plan.world_size)
-            deadline = time.monotonic() + start_timeout
-            self._boot(skeleton, compile, prepare, threads, deadline)
+            deadline = time.monotonic() + options.start_timeout
+            self._boot(skeleton, options, deadline)
             self._send_weights(weights, deadline)
             self._connect(deadline)
         except BaseException:
-            ranks.close(grace=0)  # ranks that are still importing would not hear a polite word
+            self._ranks.close(grace=0)  # ranks that are still importing would not hear a polite word
             raise
 
     # -- use ---------------------------------------------------------------------------------------------------------
@@ -167,44 +152,22 @@ class WorkerGroup:
             PlanError: the plan needs other ranks than the group has.
             ScheduleError: no timesteps, or levels of another number of calls.
         """
-        plan = plan or self.plan
-        own = self.plan
-        mine = {name: getattr(plan, name) for name in (*PER_RUN, "stride", "forecast")}
-        placed = replace(own, **mine, cuts=plan.cuts and own.cuts)
-        if placed != plan or plan.stride > own.stride or plan.forecast > own.forecast:
-            raise PlanError(
-                f"{plan} does not fit a group that was started with {own}: warm-up, cool-down, time shift and "
-                "micro-batches may differ, stride and forecast may be lower"
-            )
-        if isinstance(timesteps, torch.Tensor):
-            timesteps = timesteps.detach().flatten().tolist()
-        if timesteps is not None and not len(timesteps):
-            raise ScheduleError("begin: timesteps is empty; give the timestep of every call, or None")
-        if levels is not None and (timesteps is None or len(levels.sigmas) != len(timesteps)):
-            raise ScheduleError("begin: levels must be given for the same calls as timesteps")
-        needed = plan.stride > 1 or (
-            plan.segments > 1 and (plan.forecast or plan.cooldown) and plan.warmup < len(timesteps or ())
-        )
-        if not needed:
-            timesteps = levels = None  # each call brings all that it needs: the caller need not follow any schedule
-        self._run = Run(
-            self._run.number + 1, plan.at(levels), None if timesteps is None else tuple(map(float, timesteps)), levels
-        )
+        self._run = Run.begun(self._run.number + 1, self.plan, plan or self.plan, timesteps, levels)
         self._on_record = on_record
         self._start_run()
 
     def _start_run(self) -> None:
         self._streams.clear()
-        for held in self._held:
-            held.reset()
+        for parameters in self._parameters:
+            parameters.reset()
         self._last.clear()
         self._results.clear()
         self._records.clear()
         self.finite = True
-        self._send_all(("reset", self._run.number, backends.snapshot()), time.monotonic() + self._call_timeout)
+        self._send_all(("reset", self._run.number, numerics.snapshot()), time.monotonic() + self._call_timeout)
 
     def __call__(self, *args: Any, stream: Hashable = None, **kwargs: Any) -> Any:
-        """One call of the model, routed.
+        """Compute one call of the model, routed.
 
         Args:
             stream: which conditioning batch this is; each stream has its own caches and call count. Everything else is passed
@@ -241,7 +204,7 @@ class WorkerGroup:
         return unflatten(leaves, results[0][1])
 
     def tidy(self) -> None:
-        """The run is over: the ranks keep nothing of it, and give back what memory of their devices they do not need.
+        """End the run: the ranks keep nothing of it, and give back what memory of their devices they do not need.
 
         What is called before the next :meth:`begin` starts over with a warm-up.
         """
@@ -259,7 +222,7 @@ class WorkerGroup:
         self._send_all(("forget", stream), time.monotonic() + self._call_timeout)
 
     def origin_of_nan(self, *args: Any, **kwargs: Any) -> str | None:
-        """The first block that makes NaN or infinity of finite input, if this call is computed synchronously; None if none does.
+        """Find the first block that makes NaN or infinity of finite input, where this call is synchronous; None if none does.
 
         It is a run of its own: :meth:`begin` starts the next.
         """
@@ -267,8 +230,8 @@ class WorkerGroup:
         self._on_record = None  # of no interest to whoever follows the run
         self._start_run()
         self(*args, **kwargs)
-        found = {name for rank in self.stats().ranks for record in rank.records for name in record.not_finite}
-        return next((name for name in self.placement.graph.names if name in found), None)
+        origins = {name for rank in self.stats().ranks for record in rank.records for name in record.not_finite}
+        return next((name for name in self.placement.graph.names if name in origins), None)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace weights in the ranks; later calls use the new ones. If this fails half-way, the group is closed.
@@ -299,11 +262,11 @@ class WorkerGroup:
             raise PlanError("move: the placement is for another model or plan than this group's")
         deadline = time.monotonic() + self._call_timeout
         names = [name for name, _ in tensors_of(self._skeleton)]
-        before = {name: holders(self.placement, name) for name in names}
+        before = {name: segments_with(self.placement, name) for name in names}
         try:
             self.placement = placement
-            self._send(((own.rank, ("move", own), ()) for own in shares(placement)), deadline)
-            lacking = {name: segments for name in names if (segments := holders(self.placement, name) - before[name])}
+            self._send(((own.rank, ("move", own), ()) for own in shares_of(placement)), deadline)
+            lacking = {name: segments for name in names if (segments := segments_with(self.placement, name) - before[name])}
             self._send_weights(weights(frozenset(lacking)), deadline, lacking)
             self._connect(deadline)
         except BaseException:
@@ -314,7 +277,7 @@ class WorkerGroup:
             stream.move(placement)
 
     def stats(self, timeout: float | None = None) -> RunStats:
-        """Telemetry of the last run, from all ranks, once they are done with it.
+        """Ask all ranks for the telemetry of the last run, once they are done with it.
 
         Args:
             timeout: seconds; by default those of a call.
@@ -346,7 +309,7 @@ class WorkerGroup:
         self._finalizer()
 
     def release(self) -> IdleWorkers:
-        """As :meth:`close`, but the ranks' processes live on without the model, for groups to come: these start sooner."""
+        """Close the group, but let its ranks' processes live on without the model, for groups to come: these start sooner."""
         return self._ranks.release()
 
     @property
@@ -367,23 +330,17 @@ class WorkerGroup:
 
     # -- start -------------------------------------------------------------------------------------------------------
 
-    def _boot(
-        self,
-        skeleton: bytes,
-        compile: Mapping[str, Any] | None,
-        prepare: Callable[[], None] | None,
-        threads: int,
-        deadline: float,
-    ) -> None:
-        places, rendezvous = self._ranks.meet(deadline)
-        for share in shares(self.placement):
+    def _boot(self, skeleton: bytes, options: RankOptions, deadline: float) -> None:
+        locations, rendezvous = self._ranks.meet(deadline)
+        threads = options.threads_per_rank or max(1, torch.get_num_threads() // self.plan.world_size)
+        for share in shares_of(self.placement):
             boot = Boot(
                 share=share,
-                places=places,
+                locations=locations,
                 rendezvous=rendezvous,
                 skeleton=skeleton,
-                compile=compile,
-                prepare=prepare,
+                compile=options.compile,
+                prepare=options.prepare,
                 threads=threads,
                 timestep=self.family.timestep,
                 sample=self.family.sample,
@@ -392,23 +349,23 @@ class WorkerGroup:
                 replicated_bytes=self.placement.graph.glue_bytes,
             )
             self._ranks.send(share.rank, boot, deadline=deadline)
-        self._send_all(("reset", self._run.number, backends.snapshot()), deadline)
+        self._send_all(("reset", self._run.number, numerics.snapshot()), deadline)
 
     def _send_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]], deadline: float, lacking: Mapping[str, set[int]] | None = None
     ) -> None:
-        """One at a time, so that no more than a few are ever in memory twice; if ``lacking`` is given, only to these segments."""
+        """Send one at a time, so that only a few are ever in memory twice; if ``lacking`` is given, to its segments alone."""
         for name, tensor in weights:
             self._ranks.look(deadline, "the ranks to take all weights")
-            segments = holders(self.placement, name) if lacking is None else lacking.get(name, set())
-            tensor = wire.dense_on_cpu(tensor)
+            segments = segments_with(self.placement, name) if lacking is None else lacking.get(name, set())
+            tensor = dense_on_cpu(tensor)
             for rank in range(self.plan.world_size):
                 if self.plan.segment_of_rank(rank) in segments:
                     self._ranks.send(rank, ("weight", name), (tensor,), deadline=deadline)
 
     def _connect(self, deadline: float) -> None:
         world = self.plan.world_size
-        pairs = sorted({(own.first + sender, own.rank) for own in shares(self.placement) for sender in own.sources.values()})
+        pairs = sorted({(own.first + sender, own.rank) for own in shares_of(self.placement) for sender in own.sources.values()})
         self._send_all(("connect", pairs), deadline)
         ready: set[int] = set()
         while len(ready) < world:
@@ -424,17 +381,17 @@ class WorkerGroup:
     # -- one call ----------------------------------------------------------------------------------------------------
 
     def _stream(self, branch: int, key: Hashable, inputs: Inputs) -> Stream:
-        """Of this run; a new one if it was not called before."""
+        """Return this run's stream of this name; a new one if it was not called before."""
         if (branch, key) not in self._streams:
             graph = self._graph_for(inputs)
             parts = self._microbatches(inputs, graph)
             first = branch * self.plan.branch_size
-            held = self._held[first : first + self.plan.branch_size]
-            self._streams[branch, key] = Stream(key, self._run, inputs, self.family.sample, graph, self.placement, held, parts)
+            sent = self._parameters[first : first + self.plan.branch_size]
+            self._streams[branch, key] = Stream(key, self._run, inputs, self.family.sample, graph, self.placement, sent, parts)
         return self._streams[branch, key]
 
     def _microbatches(self, inputs: Inputs, graph: BlockGraph) -> int:
-        """How many parts of these inputs' batch are to follow each other through the segments."""
+        """Say how many parts of these inputs' batch are to follow each other through the segments."""
         count = self._run.plan.microbatches
         if count == 1 or not self.placement.pipelines:
             return 1
@@ -444,7 +401,7 @@ class WorkerGroup:
         return len(self.family.parts(args, kwargs, count)) if alike else 1
 
     def _graph_for(self, inputs: Inputs) -> BlockGraph:
-        """The block graph, traced with these inputs."""
+        """Return the block graph, traced with these inputs."""
         signature = inputs.signature
         if signature not in self._graphs:
             graph = trace(self._skeleton, self.family, *inputs.arguments())
@@ -455,7 +412,7 @@ class WorkerGroup:
         self._send(((rank, header, ()) for rank in range(self.plan.world_size)), deadline)
 
     def _send(self, messages: Iterable[tuple[int, Any, Sequence[torch.Tensor]]], deadline: float) -> None:
-        """(rank, header, tensors) each. All or none: a call that only some ranks know of could never end."""
+        """Send (rank, header, tensors) each. All or none: a call that only some ranks know of could never end."""
         try:
             for rank, header, tensors in messages:
                 self._ranks.send(rank, header, tensors, deadline=deadline)
@@ -482,13 +439,10 @@ class WorkerGroup:
                 self._on_record(rest[1])
 
 
-def _start(devices: Sequence[str], poll: Callable[[], None] | None, idle: IdleWorkers | None) -> Ranks:
-    """One rank for each of ``devices``."""
-    if not on_cluster(devices[0]):
-        return Processes(devices, poll, idle)
-    from asyncdiff_nodes.cluster.actors import Actors  # where Ray is imported
-
-    return Actors(devices, poll)
+def _start(devices: Sequence[str], options: RankOptions) -> RankSet:
+    """Start one rank for each of ``devices``."""
+    cluster = cluster_of(devices[0])
+    return LocalRanks(devices, options.poll, options.idle) if cluster is None else cluster.start(devices, options.poll)
 
 
 def _pickled(skeleton: nn.Module) -> bytes:

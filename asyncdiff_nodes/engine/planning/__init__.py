@@ -1,1 +1,1 @@
-"""Before a run: the blocks of a model, where to cut them, who computes what when, and how long that takes."""
+"""Planning, before a run: a model's blocks, where to cut them, who computes what when, and how long that takes."""

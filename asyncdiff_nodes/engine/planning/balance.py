@@ -1,4 +1,4 @@
-"""From measured block times to better cuts: what is known of a model on its devices, and what follows for the plan."""
+"""Block times and better cuts: what was measured of a model on its devices, and what follows for the plan."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 from asyncdiff_nodes.engine.telemetry import CallRecord
 
 from .graph import Block, BlockGraph
-from .plan import Placement, Plan, mac_costs, place
+from .placement import Placement, mac_costs, place
+from .plan import Plan
 
 # How much faster the slowest segment must get. Medians scatter by a few per cent, and the planner itself gives away
 # up to partition.TIME_TOLERANCE for fewer bytes: less than this would move weights to and fro for nothing.
@@ -34,25 +35,25 @@ class BlockTimes:
 
     @classmethod
     def of(cls, records: Iterable[CallRecord], devices: Sequence[str], pause: float = 0.0) -> BlockTimes:
-        """Medians over the records of one group; of asynchronous calls where there are any, since then all devices are busy.
+        """Take medians over the records of one group; of asynchronous calls where there are any, since then all devices are busy.
 
         Args:
             devices: names, one per rank.
         """
-        found: dict[tuple[str, str], dict[bool, list[float]]] = {}
+        measured: dict[tuple[str, str], dict[bool, list[float]]] = {}
         for record in records:
             for block, seconds in record.blocks.items():
-                kinds = found.setdefault((devices[record.rank], block), {})
+                kinds = measured.setdefault((devices[record.rank], block), {})
                 kinds.setdefault(record.synchronous, []).append(seconds)
         times: dict[str, dict[str, float]] = {}
-        for (device, block), kinds in found.items():
+        for (device, block), kinds in measured.items():
             median = statistics.median(kinds.get(False) or kinds[True])
             times.setdefault(device, {})[block] = max(median, 1e-9)  # a coarse clock may say nothing at all
         return cls(times, pause)
 
     @classmethod
     def from_data(cls, data: Any) -> BlockTimes:
-        """What :meth:`to_data` returned; nothing where it is anything else."""
+        """Take what :meth:`to_data` returned; nothing where it is anything else."""
         if not isinstance(data, Mapping) or not isinstance(data.get("blocks"), Mapping):
             return cls()
         seconds, pause = data["blocks"], data.get("pause")
@@ -61,11 +62,11 @@ class BlockTimes:
         return cls(seconds, pause)
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Return plain data, ready for JSON."""
         return {"blocks": self._seconds, "pause": self.pause}
 
     def updated(self, newer: BlockTimes) -> BlockTimes:
-        """These, with what was measured again replaced; the rest of such a device's is scaled as the replaced part changed."""
+        """Replace what was measured again; the rest of such a device's is scaled as the replaced part changed."""
         merged = dict(self._seconds)
         for device, blocks in newer._seconds.items():
             old = merged.get(device, {})
@@ -77,7 +78,7 @@ class BlockTimes:
     def estimate(
         self, graph: BlockGraph, devices: Sequence[str], models: Sequence[str] | None = None
     ) -> tuple[list[float], list[float]] | None:
-        """``costs`` and ``speeds`` for :func:`~.plan.place`; None where nothing is known of these devices.
+        """Estimate ``costs`` and ``speeds`` for :func:`~.placement.place`; None where nothing is known of these devices.
 
         Blocks that do the same work are taken to cost the same. How fast devices are relative to each other is told by work
         that was measured on both of them. Where there is none, devices of the same model are equally fast, and others as fast
@@ -120,7 +121,7 @@ class BlockTimes:
 
 
 def pause(records: Iterable[CallRecord], plan: Plan) -> float:
-    """Median seconds between two asynchronous calls on the rank whose result is waited for; 0 if that cannot be told.
+    """Median of the seconds between two asynchronous calls on the rank whose result is waited for; 0 if the records do not say.
 
     The result goes to the caller, who takes a step with it and makes the next call, while the other ranks compute.
     """
@@ -153,33 +154,33 @@ def better(
     room: Sequence[float] | None = None,
     bandwidth: float = math.inf,
 ) -> Placement | None:
-    """The placement to move to; None where that does not pay (:data:`WORTH`), or where the user chose the cuts.
+    """Find the placement to move to; None where that does not pay (:data:`WORTH`), or where the user chose the cuts.
 
     Args:
-        costs, speeds, pause, room, bandwidth: as for :func:`~.plan.place`; see :class:`BlockTimes`.
+        costs, speeds, pause, room, bandwidth: as for :func:`~.placement.place`; see :class:`BlockTimes`.
     """
     if placement.plan.cuts is not None:
         return None
-    found = place(placement.graph, placement.plan, speeds, costs, pause, room, bandwidth)
-    before, after = (slowest(each, costs, speeds, pause, bandwidth) for each in (placement, found))
-    return found if after * (1 + WORTH) < before else None
+    other = place(placement.graph, placement.plan, speeds, costs, pause, room, bandwidth)
+    before, after = (slowest(each, costs, speeds, pause, bandwidth) for each in (placement, other))
+    return other if after * (1 + WORTH) < before else None
 
 
 def _kind(block: Block) -> tuple[Any, ...]:
-    """Equal for blocks that do the same work."""
+    """Return what is equal for blocks that do the same work."""
     return block.macs, block.weight_bytes, block.outputs
 
 
 def _by_kind(times: Mapping[str, float], kinds: Mapping[str, Any]) -> dict[Any, float]:
-    found: dict[Any, list[float]] = {}
+    by_kind: dict[Any, list[float]] = {}
     for name, seconds in times.items():
         if name in kinds:
-            found.setdefault(kinds[name], []).append(seconds)
-    return {kind: statistics.mean(values) for kind, values in found.items()}
+            by_kind.setdefault(kinds[name], []).append(seconds)
+    return {kind: statistics.mean(values) for kind, values in by_kind.items()}
 
 
 def _shared(times: Mapping[Any, float], known: Mapping[Any, float]) -> float:
-    """The part of ``times`` that is of known work."""
+    """Part of ``times`` that is of known work."""
     return sum(seconds for kind, seconds in times.items() if kind in known) / sum(times.values())
 
 

@@ -11,11 +11,12 @@ from torch import nn
 
 from asyncdiff_nodes.engine.batch import Arguments, divide, sample_of
 from asyncdiff_nodes.engine.errors import UnsupportedModelError
+from asyncdiff_nodes.extensions import families
 
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """Where a transformer's hidden states of the sample are: what its blocks add to, and hand on.
+    """Places of a transformer's hidden states of the sample: what its blocks add to, and hand on.
 
     Attributes:
         block: name of the first block that takes them.
@@ -56,7 +57,7 @@ class Family:
     hidden: HiddenStates | None = None
 
     def parts(self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> list[Arguments]:
-        """The call divided into at most ``count`` parts of its batch."""
+        """Divide the call into at most ``count`` parts of its batch."""
         sample = sample_of(args, kwargs, self.sample)
         if count == 1 or not isinstance(sample, torch.Tensor):
             return [(args, kwargs)]
@@ -64,19 +65,17 @@ class Family:
 
 
 def find_family(module: nn.Module) -> Family:
-    """The family of ``module``, by the names of its class and of the package that this is from.
+    """Find the family of ``module``, by the names of its class and of the package that this is from.
 
     A class that is built on a listed one is another: blocks that it adds would be computed by every rank.
 
     Raises:
-        UnsupportedModelError: no family lists this class.
+        UnsupportedModelError: no registered table lists this class; see :mod:`asyncdiff_nodes.extensions`.
     """
-    from asyncdiff_nodes.models import FAMILIES  # here, because the block lists import this module
-
-    cls = type(module)
-    if family := FAMILIES.get(f"{cls.__module__.partition('.')[0]}.{cls.__name__}"):
+    cls, known = type(module), families()
+    if family := known.get(f"{cls.__module__.partition('.')[0]}.{cls.__name__}"):
         return family
     raise UnsupportedModelError(
         f"no block list for a {type(module).__module__}.{type(module).__qualname__}; "
-        f"supported: {', '.join(sorted(FAMILIES))}. Pass family=Family(...) to split another model."
+        f"supported: {', '.join(sorted(known))}. Pass family=Family(...) to split another model."
     )

@@ -18,7 +18,7 @@ NOTABLE = 0.1  # noise, beside a picture's own deviation of about 1
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """Of every call of a run, in order: its input is ``scales[k] * (clean + sigmas[k] * noise)``.
+    """Noise in every call of a run, in order: its input is ``scales[k] * (clean + sigmas[k] * noise)``.
 
     Attributes:
         rest: the sigma that the run ends with.
@@ -37,7 +37,7 @@ class NoiseLevels:
 
     @property
     def leap(self) -> int:
-        """Which call, counted from the end, leaps from notable noise to less; 0 if the noise fades out before.
+        """Number of the call, counted from the end, that leaps from notable noise to less; 0 if the noise fades out before.
 
         1 where the last step goes from there to none (the host's ``simple``), 2 where one more call follows, which tidies up
         (DDIM, the host's ``normal``), 3 if that is made of two calls (Heun). Only the last two noises are looked at: schedules
@@ -53,17 +53,17 @@ class NoiseLevels:
 
     @classmethod
     def unknown(cls, calls: int) -> NoiseLevels:
-        """Of a run about which nothing is known but its length: straight in the number of the call."""
+        """Make those of a run about which nothing is known but its length: straight in the number of the call."""
         return cls(tuple(float(calls - k) for k in range(calls)), (1.0,) * calls)
 
     @classmethod
     def variance_preserving(cls, alphas_cumprod: Sequence[float]) -> NoiseLevels:
-        """From the cumulative alpha of every call; the input is ``sqrt(a) * clean + sqrt(1 - a) * noise``."""
+        """Make them of the cumulative alpha of every call; the input is ``sqrt(a) * clean + sqrt(1 - a) * noise``."""
         return cls(tuple((1 / a - 1) ** 0.5 for a in alphas_cumprod), tuple(a**0.5 for a in alphas_cumprod))
 
 
 class Outlook:
-    """What one stream's inputs have been, and will probably be.
+    """Inputs of one stream, as they have been, and will probably be.
 
     Args:
         levels: of the stream's calls.
@@ -80,7 +80,7 @@ class Outlook:
         self._still = self._steadiness = torch.empty(0)
 
     def see(self, call: int, sample: torch.Tensor) -> None:
-        """The input of ``call``: [B, ..., h, w] or [B, tokens, C]."""
+        """Note the input of ``call``: [B, ..., h, w] or [B, tokens, C]."""
         if self._call >= 0:  # channels that did not change; single elements may be equal by chance
             # pictures, in channels or frames of them, end in rows and columns; sequences [B, tokens, C] in channels
             self._still = (sample == self._input).all(1 if sample.ndim == 3 else (-2, -1), keepdim=True)
@@ -92,8 +92,8 @@ class Outlook:
         self._steadiness = self._judge()
         self.steady = bool(self._steadiness.mean() >= 0.5)
 
-    def of(self, call: int) -> torch.Tensor:
-        """The input expected in ``call``, like the last one seen in shape and type; that one itself if it was this call's."""
+    def expected(self, call: int) -> torch.Tensor:
+        """Make the input expected in ``call``, like the last one seen in shape and type; or return that if it was this call's."""
         if call == self._call or len(self._points) < 2:  # one point makes no line
             return self._input
         sigma, scale = self._levels.sigmas[call], self._levels.scales[call]
@@ -103,7 +103,7 @@ class Outlook:
         return torch.where(self._still, self._input, (expected * scale).to(self._input.dtype))
 
     def _judge(self) -> torch.Tensor:
-        """Per item, the part of a predicted step that happens: [B, 1, ...], in 0..1, by the last step that can be judged.
+        """Judge for each item which part of a predicted step happens: [B, 1, ...], in 0..1, by the last step that can be judged.
 
         Near 1 for deterministic samplers, small where fresh noise is added. (The least-squares factor between the last step and
         its prediction.)

@@ -17,130 +17,34 @@ slow links, as long as all that it receives does.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Iterator, Sequence
-from functools import reduce
-from itertools import accumulate, islice, repeat
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
 
-from .graph import BlockGraph
+from .arcs import Arcs
 
 TIME_TOLERANCE = 0.025
 FRESH_SLACK = 0.35  # how much slower than need be the slowest segment may be for fresh skips
 
 
-class Arcs:
-    """Cost of every possible segment, that is of every arc of the circle of blocks, and what it must receive.
-
-    Args:
-        ahead: whether segments work ahead.
-        room: bytes of weights that each segment's device can hold; any number if None.
-        per_byte: time, in the unit of ``costs``, that a byte takes from one segment to another.
-    """
-
-    def __init__(
-        self,
-        graph: BlockGraph,
-        costs: Sequence[float],
-        ahead: bool,
-        room: Sequence[float] | None = None,
-        per_byte: float = 0.0,
-    ) -> None:
-        self.count = len(graph.blocks)
-        self.ahead = ahead
-        self._per_byte = per_byte
-        self._sums = [0, *accumulate([*costs, *costs])]
-        weights = [block.weight_bytes for block in graph.blocks]
-        self._weights = [0, *accumulate([*weights, *weights])]
-        self._room = room and [each - graph.glue_bytes for each in room]
-        self._edges = graph.edges
-        # of each block the bits of all that it is made of, its own among them
-        self._made_of = [_bits(graph.made_of([block])) for block in range(self.count)]
-        self._hidden = graph.hidden and (max(graph.hidden.made_of, default=-1), _bits(graph.hidden.made_of))
-        self._known: dict[int, tuple[float, int]] = {}
-        consumers: dict[int, set[int]] = {}
-        for producer, consumer in graph.edges:
-            consumers.setdefault(producer, set()).add(consumer)
-        self._sizes = [block.output_bytes for block in graph.blocks]
-        self._producers = [[p for p, c in graph.edges if c == block] for block in range(self.count)]
-        # of the path that begins with the first block: not of a ControlNet's, which would have to be computed again as well
-        skips = [p for p, readers in consumers.items() if max(readers) > p + 1 and self._made_of[p] & 1]
-        self._largest = [p for p in skips if self._sizes[p] == max(self._sizes[q] for q in skips)]
-
-    def fresh(self, first: int) -> int:
-        """How many of the largest skip values, which carry the finest detail, come from blocks before ``first``.
-
-        What a transformer's hidden states are made of counts as one.
-        """
-        return sum(producer < first for producer in self._largest) + bool(self._hidden and self._hidden[0] < first)
-
-    def again(self, first: int) -> list[int]:
-        """For each block, those before the first cut at ``first`` that its segment must compute again: a bit for each."""
-        found = [0] * self.count
-        if self.ahead:
-            for producer, consumer in self._edges:
-                if producer < first <= consumer:
-                    found[consumer] |= self._made_of[producer]
-            if self._hidden and self._hidden[0] < first:
-                found[first:] = [bits | self._hidden[1] for bits in found[first:]]
-        return found
-
-    def cost(self, start: int, end: int, again: int) -> float:
-        """Cost of blocks ``start`` up to ``end``, which may run past the last one, round the circle, and of those ``again``."""
-        return self._sums[end] - self._sums[start] + self._of(again)[0]
-
-    def fits(self, segment: int, start: int, end: int, again: int) -> bool:
-        """Whether the device of ``segment`` has room for the weights of these blocks, named as for :meth:`cost`."""
-        held = self._weights[end] - self._weights[start] + self._of(again)[1]
-        return self._room is None or held <= self._room[segment]
-
-    def _of(self, bits: int) -> tuple[float, int]:
-        """Cost and bytes of the weights of these blocks."""
-        if bits not in self._known:
-            blocks = [block for block in range(self.count) if bits >> block & 1]
-            self._known[bits] = tuple(
-                sum(sums[block + 1] - sums[block] for block in blocks) for sums in (self._sums, self._weights)
-            )
-        return self._known[bits]
-
-    def received(self, blocks: Iterable[int], first: int) -> Iterator[int]:
-        """Bytes that a segment must receive: each outside producer's output once, if anything inside reads it.
-
-        For the first one of ``blocks``, the first two, and so on; they may be counted past the last one, round the circle.
-        """
-        inside: set[int] = set()
-        outside: set[int] = set()  # producers
-        total = 0
-        for block in blocks:
-            block %= self.count
-            inside.add(block)
-            if block in outside:
-                outside.remove(block)
-                total -= self._sizes[block]
-            for producer in self._producers[block]:
-                if producer not in inside and producer not in outside and not (self.ahead and producer < first):
-                    outside.add(producer)
-                    total += self._sizes[producer]
-            yield total
-
-    def transfer(self, blocks: Iterable[int], first: int) -> Iterator[float]:
-        """Time that the same takes."""
-        if not self._per_byte:
-            return repeat(0.0)
-        return (self._per_byte * received for received in self.received(blocks, first))
-
-
-def _bits(blocks: Iterable[int]) -> int:
-    return sum(1 << block for block in blocks)
-
-
 def best_starts(arcs: Arcs, speeds: Sequence[float], copies_of_last: int, fresh: bool) -> tuple[int, ...] | None:
-    """The cuts for segments of relative speed ``speeds``, the last one on ``copies_of_last`` devices.
+    """Find the cuts for segments of relative speed ``speeds``, the last one on ``copies_of_last`` devices.
 
     Args:
         fresh: whether to make skips fresh.
 
     Returns:
         None where no cuts leave every device room for its weights.
+
+    Six blocks in a chain, the first of which costs as much as three others. On two equal devices the second segment begins with
+    block 2, and with block 4 if the first device is three times as fast; block 0 is the first segment's, which works ahead:
+
+    >>> from asyncdiff_nodes.engine.planning.graph import Block, BlockGraph
+    >>> blocks = tuple(Block(f"b{i}", (), None, macs=1, weight_bytes=0) for i in range(6))
+    >>> chain = BlockGraph(blocks, frozenset({(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)}), 0, 0)
+    >>> arcs = Arcs(chain, costs=[3, 1, 1, 1, 1, 1], ahead=True)
+    >>> best_starts(arcs, [1, 1], 1, fresh=False), best_starts(arcs, [3, 1], 1, fresh=False)
+    ((1, 2), (1, 4))
     """
     times = _fastest(arcs, speeds, FRESH_SLACK if fresh else TIME_TOLERANCE)
     if not times:
@@ -151,99 +55,173 @@ def best_starts(arcs: Arcs, speeds: Sequence[float], copies_of_last: int, fresh:
     limit = min(times.values()) * (1 + TIME_TOLERANCE)
     best: tuple[tuple[int, bool, float], tuple[int, ...]] | None = None
     for first in times:
-        found = _fewest_bytes(arcs, speeds, limit, first, copies_of_last)
-        if found is not None:
-            sent, slowest, starts = found
-            candidate = ((sent, first == 0, slowest), starts)
+        cuts = _fewest_bytes(_Segments(arcs, speeds, first), limit, copies_of_last)
+        if cuts is not None:
+            candidate = ((cuts.sent, first == 0, cuts.slowest), cuts.starts)
             best = candidate if best is None else min(best, candidate)
     assert best is not None  # the placement that set the limit is always found
     return best[1]
 
 
 def _fastest(arcs: Arcs, speeds: Sequence[float], slack: float) -> dict[int, float]:
-    """First cut -> smallest possible time of the slowest segment, in cost per unit of speed.
+    """Find for each first cut the smallest possible time of the slowest segment, in cost per unit of speed.
 
     Only first cuts that are within ``slack`` of the best.
     """
     times: dict[int, float] = {}
     bound = float("inf")
     for first in range(arcs.count - len(speeds) + 1):
-        times[first] = _slowest(arcs, speeds, first, bound)
+        times[first] = _slowest(_Segments(arcs, speeds, first), bound)
         bound = min(bound, times[first] * (1 + slack) * (1 + 1e-9))
     return {first: time for first, time in times.items() if time < bound}
 
 
-def _slowest(arcs: Arcs, speeds: Sequence[float], first: int, bound: float) -> float:
-    """The same with the first cut at block ``first``; infinite where it is not below ``bound``."""
-    again = arcs.again(first)
-    times = {first: 0.0}  # next cut -> time of the slowest segment before it
-    for segment, speed in enumerate(speeds[:-1], 1):
+class _Segments:
+    """What each segment of a placement can be, if the first cut is at block ``first``: how long it takes, what it receives.
+
+    A segment is given by its number and the block ``here`` that it is cut off at; where segments work ahead, number 0 begins
+    with the first block all the same. It can end before any later block that leaves one for each segment after it.
+
+    >>> from asyncdiff_nodes.engine.planning.graph import Block, BlockGraph
+    >>> blocks = tuple(Block(f"b{i}", (), None, macs=1, weight_bytes=0) for i in range(4))
+    >>> chain = BlockGraph(blocks, frozenset({(0, 1), (1, 2), (2, 3)}), 0, 0)
+    >>> wrapped = _Segments(Arcs(chain, [1, 2, 4, 8], ahead=False), speeds=[1, 1], first=1)
+    >>> list(wrapped.times(0, here=1))  # cut before block 2, or 3
+    [(2, 2.0), (3, 6.0)]
+    >>> list(wrapped.times_of_last())  # block 0 alone, with block 3, with block 2
+    [(4, 1.0), (3, 9.0), (2, 13.0)]
+    >>> ahead = _Segments(Arcs(chain, [1, 2, 4, 8], ahead=True), speeds=[1, 1], first=1)
+    >>> list(ahead.times(0, here=1)), list(ahead.times_of_last())
+    ([(2, 3.0), (3, 7.0)], [(3, 8.0), (2, 12.0)])
+    """
+
+    def __init__(self, arcs: Arcs, speeds: Sequence[float], first: int) -> None:
+        self.first = first
+        self.last = len(speeds) - 1
+        self._arcs, self._speeds = arcs, speeds
+        self._again = arcs.again(first)
+        self._end = arcs.count if arcs.ahead else first + arcs.count  # of the last segment
+
+    def _begin(self, segment: int, here: int) -> int:
+        return 0 if self._arcs.ahead and segment == 0 else here
+
+    def times(self, segment: int, here: int) -> Iterator[tuple[int, float]]:
+        """Yield each cut that a segment but the last can end before, and how long it takes; as far as its device has room."""
+        arcs, speed = self._arcs, self._speeds[segment]
+        begin, again = self._begin(segment, here), 0
+        # only the last segment may wrap: each of those after this one begins at a block of its own
+        for cut in range(here + 1, arcs.count - self.last + segment + 1):
+            again |= self._again[cut - 1] if begin else 0
+            if not arcs.fits(segment, begin, cut, again):
+                return
+            yield cut, arcs.cost(begin, cut, again) / speed
+
+    def received(self, segment: int, here: int) -> Iterator[int]:
+        """Yield the bytes that it receives, for the same cuts as :meth:`times`, and more."""
+        begin = self._begin(segment, here)
+        return islice(self._arcs.received(range(begin, self._arcs.count), self.first), here - begin, None)
+
+    def transfers(self, segment: int, here: int) -> Iterator[float]:
+        """Yield how long that takes."""
+        begin = self._begin(segment, here)
+        return islice(self._arcs.transfer(range(begin, self._arcs.count), self.first), here - begin, None)
+
+    @property
+    def _backwards(self) -> range:
+        """Blocks of the last segment, from its last one to the earliest that it can begin with."""
+        return range(self._end - 1, self.first, -1)
+
+    def times_of_last(self) -> Iterator[tuple[int, float]]:
+        """Yield each block that the last segment can begin with, the latest first, and how long it takes; see :meth:`times`."""
+        arcs, again = self._arcs, 0
+        for here in self._backwards:
+            again |= self._again[here] if here < arcs.count else 0
+            if not arcs.fits(self.last, here, self._end, again):
+                return
+            yield here, arcs.cost(here, self._end, again) / self._speeds[self.last]
+
+    def received_of_last(self) -> Iterator[int]:
+        """Yield the bytes that it receives, for the same blocks as :meth:`times_of_last`, and more."""
+        return self._arcs.received(self._backwards, self.first)
+
+    def transfers_of_last(self) -> Iterator[float]:
+        """Yield how long that takes."""
+        return self._arcs.transfer(self._backwards, self.first)
+
+
+def _slowest(segments: _Segments, bound: float) -> float:
+    """Find the smallest possible time of the slowest segment; infinite where it is not below ``bound``.
+
+    The blocks of :class:`_Segments`'s example are cut before block 3, which leaves 1 + 2 + 4 and 8:
+
+    >>> from asyncdiff_nodes.engine.planning.graph import Block, BlockGraph
+    >>> blocks = tuple(Block(f"b{i}", (), None, macs=1, weight_bytes=0) for i in range(4))
+    >>> chain = BlockGraph(blocks, frozenset({(0, 1), (1, 2), (2, 3)}), 0, 0)
+    >>> segments = _Segments(Arcs(chain, [1, 2, 4, 8], ahead=True), speeds=[1, 1], first=1)
+    >>> _slowest(segments, float("inf")), _slowest(segments, 8.0)
+    (8.0, inf)
+    """
+    times = {segments.first: 0.0}  # where the next segment begins -> time of the slowest one before it
+    for segment in range(segments.last):
         reached: dict[int, float] = {}
         for here, slowest in times.items():
-            begin, more = (0 if arcs.ahead and segment == 1 else here), 0
-            transfers = islice(arcs.transfer(range(begin, arcs.count), first), here - begin, None)
-            # only the last segment may wrap: each of those after this one begins at a block of its own
-            for cut in range(here + 1, arcs.count - len(speeds) + segment + 1):
-                more |= again[cut - 1] if begin else 0
-                time = arcs.cost(begin, cut, more) / speed
-                if time >= bound or not arcs.fits(segment - 1, begin, cut, more):
+            ways = zip(segments.times(segment, here), segments.transfers(segment, here), strict=False)
+            for (cut, time), transfer in ways:
+                if time >= bound:
                     break
-                time = max(slowest, time, next(transfers))  # which may be less again for a later cut
+                time = max(slowest, time, transfer)  # which may be less again for a later cut
                 if time < bound:
                     reached[cut] = min(reached.get(cut, bound), time)
         times = reached
-    backwards = _backwards(arcs, first)
-    ends = [
-        max(times[here], _time_of_last(arcs, speeds, first, here, again), transfer)
-        for here, transfer in zip(backwards, arcs.transfer(backwards, first), strict=False)
-        if here in times
-    ]
-    return min((time for time in ends if time < bound), default=float("inf"))
+    ends = zip(segments.times_of_last(), segments.transfers_of_last(), strict=False)
+    whole = (max(times[here], time, transfer) for (here, time), transfer in ends if here in times)
+    return min((time for time in whole if time < bound), default=float("inf"))
 
 
-def _backwards(arcs: Arcs, first: int) -> range:
-    """Blocks of the last segment, from its last one to the earliest that it can begin with."""
-    return range((arcs.count if arcs.ahead else first + arcs.count) - 1, first, -1)
+class _Cuts(NamedTuple):  # compared field by field: the fewest bytes first
+    """Some cuts: bytes that the segments before the last one receive, time of the slowest, and where each begins."""
+
+    sent: int
+    slowest: float
+    starts: tuple[int, ...]
 
 
-def _time_of_last(arcs: Arcs, speeds: Sequence[float], first: int, here: int, again: Sequence[int]) -> float:
-    """Of the last segment if it begins at block ``here``; infinite where its device has no room for it."""
-    end, more, last = arcs.count if arcs.ahead else first + arcs.count, reduce(operator.or_, again[here:], 0), len(speeds) - 1
-    return arcs.cost(here, end, more) / speeds[last] if arcs.fits(last, here, end, more) else float("inf")
+def _fewest_bytes(segments: _Segments, limit: float, copies_of_last: int) -> _Cuts | None:
+    """Find the cuts of which all devices together receive the fewest bytes, and none takes longer than ``limit``.
 
+    The blocks of :class:`_Segments`'s example; the first one hands 10 bytes to the next, the others 20. If the slowest segment
+    may take long, the cut is where few bytes cross:
 
-def _fewest_bytes(
-    arcs: Arcs, speeds: Sequence[float], limit: float, first: int, copies_of_last: int
-) -> tuple[int, float, tuple[int, ...]] | None:
-    """Best (bytes, slowest time, starts) with the first cut at block ``first``, within the time limit."""
-    states: dict[int, tuple[int, float, tuple[int, ...]]] = {first: (0, 0.0, (first,))}
-    again, last = arcs.again(first), len(speeds) - 1
-    for segment, speed in enumerate(speeds[:last]):
-        reached: dict[int, tuple[int, float, tuple[int, ...]]] = {}
-        for here, (sent, slowest, starts) in states.items():
-            begin, more = (0 if arcs.ahead and segment == 0 else here), 0
-            received, transfers = (
-                islice(each(range(begin, arcs.count), first), here - begin, None) for each in (arcs.received, arcs.transfer)
+    >>> import torch
+    >>> from asyncdiff_nodes.engine.planning.graph import Block, BlockGraph
+    >>> from asyncdiff_nodes.engine.tensors import TensorMeta
+    >>> layout = [TensorMeta((size,), (1,), torch.uint8) for size in (10, 20, 20, 20)]
+    >>> blocks = tuple(Block(f"b{i}", (layout[i],), None, macs=1, weight_bytes=0) for i in range(4))
+    >>> chain = BlockGraph(blocks, frozenset({(0, 1), (1, 2), (2, 3)}), 0, 0)
+    >>> segments = _Segments(Arcs(chain, [1, 2, 4, 8], ahead=True), speeds=[1, 1], first=0)
+    >>> _fewest_bytes(segments, 9.0, 1), _fewest_bytes(segments, 14.0, 1)
+    (_Cuts(sent=20, slowest=8.0, starts=(0, 3)), _Cuts(sent=10, slowest=14.0, starts=(0, 1)))
+    """
+    best = {segments.first: _Cuts(0, 0.0, (segments.first,))}  # where the next segment begins -> the best cuts so far
+    for segment in range(segments.last):
+        reached: dict[int, _Cuts] = {}
+        for here, (sent, slowest, starts) in best.items():
+            ways = zip(
+                segments.times(segment, here), segments.received(segment, here), segments.transfers(segment, here), strict=False
             )
-            for cut in range(here + 1, arcs.count):
-                more |= again[cut - 1] if begin else 0
-                time = arcs.cost(begin, cut, more) / speed
-                if time > limit or not arcs.fits(segment, begin, cut, more):
+            for (cut, time), received, transfer in ways:
+                if time > limit:
                     break
-                state = (sent + next(received), max(slowest, time, next(transfers)), (*starts, cut))
-                if state[1] > limit:
-                    continue
-                if cut not in reached or state < reached[cut]:
-                    reached[cut] = state
-        states = reached
-    final = []
-    backwards = _backwards(arcs, first)
-    received, transfers = arcs.received(backwards, first), arcs.transfer(backwards, first)
-    for here, bytes_in, transfer in zip(backwards, received, transfers, strict=False):
-        time = _time_of_last(arcs, speeds, first, here, again)
+                cuts = _Cuts(sent + received, max(slowest, time, transfer), (*starts, cut))
+                if cuts.slowest <= limit and (cut not in reached or cuts < reached[cut]):
+                    reached[cut] = cuts
+        best = reached
+    whole = []
+    ends = zip(segments.times_of_last(), segments.received_of_last(), segments.transfers_of_last(), strict=False)
+    for (here, time), received, transfer in ends:
         if time > limit:
             break
-        if here in states and transfer <= limit:
-            sent, slowest, starts = states[here]
-            final.append((sent + copies_of_last * bytes_in, max(slowest, time, transfer), starts))
-    return min(final, default=None)
+        if here in best and transfer <= limit:
+            sent, slowest, starts = best[here]
+            whole.append(_Cuts(sent + copies_of_last * received, max(slowest, time, transfer), starts))
+    return min(whole, default=None)

@@ -1,4 +1,4 @@
-"""How long each block really takes. MACs mislead where memory is the limit, as in the deep layers of small pictures."""
+"""Seconds that each block really takes. MACs mislead where memory is the limit, as in the deep layers of small pictures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .graph import BlockGraph
 
 @contextlib.contextmanager
 def block_marks(module: nn.Module, names: Iterable[str], watch: Stopwatch) -> Iterator[dict[str, list[Any]]]:
-    """While it lasts, the blocks ``names`` of ``module`` note when they begin and end: block -> these two marks of ``watch``."""
+    """Have the blocks ``names`` of ``module`` note, while it lasts, when they begin and end: block -> two marks of ``watch``."""
     marks: dict[str, list[Any]] = {}
     hooks = []
     try:
@@ -42,7 +42,7 @@ def block_marks(module: nn.Module, names: Iterable[str], watch: Stopwatch) -> It
 def block_seconds(
     module: nn.Module, graph: BlockGraph, args: tuple[Any, ...], kwargs: dict[str, Any], repeats: int = 3
 ) -> list[float]:
-    """Seconds of each block of ``graph`` in a call of the whole model, the median of ``repeats`` after a first one.
+    """Measure the seconds of each block of ``graph`` in a call of the whole model, the median of ``repeats`` after a first one.
 
     Args:
         module: the model with its weights, on the kind of device that the plan is for.

@@ -1,4 +1,4 @@
-"""Who computes what at which timestep, call by call (paper section 3.3 and its stride denoising).
+"""Schedule of a run: who computes what at which timestep, call by call (paper section 3.3 and its stride denoising).
 
 k is the 0-based call of one stream in one run, W the warm-up, N the segments, S the stride, T the calls of the run.
 
@@ -32,7 +32,7 @@ from .plan import Plan
 
 
 class Kind(Enum):
-    """What happens in a call."""
+    """Kind of a call: what happens in it."""
 
     SYNCHRONOUS = "synchronous"
     ASYNCHRONOUS = "asynchronous"
@@ -77,7 +77,7 @@ class Call:
 
 
 def call_at(plan: Plan, k: int, total: int | None) -> Call:
-    """The call k of a run of ``total`` calls (may be unknown, ``None``, if the stride is 1).
+    """Plan call k of a run of ``total`` calls (may be unknown, ``None``, if the stride is 1).
 
     Raises:
         ScheduleError: stride > 1 without a schedule, or more calls than it has.
@@ -111,7 +111,7 @@ def call_at(plan: Plan, k: int, total: int | None) -> Call:
 
 
 def calls_ahead(plan: Plan, k: int, total: int | None) -> tuple[Call, ...]:
-    """What follows call k, the last synchronous one, so that the first asynchronous calls find what was worked ahead for them.
+    """Plan what follows call k, the last synchronous one: the first asynchronous calls find what was worked ahead for them.
 
     Each is synchronous but for its input: segments 0 to N - 2 - j compute for the j-th batch to come, one after the other.
     """
@@ -127,5 +127,5 @@ def calls_ahead(plan: Plan, k: int, total: int | None) -> tuple[Call, ...]:
 
 
 def _end(plan: Plan, total: int) -> int:
-    """The call that the cool-down begins with; never before the end of the warm-up."""
+    """Find the call that the cool-down begins with; never before the end of the warm-up."""
     return max(plan.warmup, total - plan.cooldown)

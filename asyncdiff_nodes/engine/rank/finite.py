@@ -1,4 +1,4 @@
-"""Where NaN or infinity begin."""
+"""NaN and infinity: whether there are any, and where they begin."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def is_finite(leaves: Iterable[Any]) -> bool:
 
 @contextlib.contextmanager
 def origins(module: nn.Module, names: Iterable[str]) -> Iterator[list[str]]:
-    """While it lasts: those of the blocks ``names`` that made something that is not finite of what was, as they run."""
-    found: list[str] = []
+    """Note, while it lasts, those of the blocks ``names`` that make something that is not finite of what was, as they run."""
+    makers: list[str] = []
     with contextlib.ExitStack() as stack:
         for name in names:
 
             def look(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
                 if not is_finite(flatten(output)[0]) and is_finite(flatten((args, kwargs))[0]):
-                    found.append(name)
+                    makers.append(name)
 
             stack.callback(module.get_submodule(name).register_forward_hook(look, with_kwargs=True).remove)
-        yield found
+        yield makers

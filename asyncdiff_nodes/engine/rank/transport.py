@@ -28,16 +28,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from asyncdiff_nodes.engine.planning.graph import TensorMeta
-from asyncdiff_nodes.engine.wire import empty, flat
+from asyncdiff_nodes.engine.tensors import TensorMeta, empty, flat
 
 LOOPBACK = "127.0.0.1"
 _PROBE = 2**23  # bytes that links between machines are measured with
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a rank is.
+class RankLocation:
+    """Location of a rank.
 
     Attributes:
         name: of its device, the same for all processes of the group; ranks that share a name share a device.
@@ -50,9 +49,9 @@ class Place:
     host: str = LOOPBACK
 
 
-def uses_nccl(a: Place, b: Place) -> bool:
-    """Whether two ranks at these places talk through NCCL."""
-    kinds = {torch.device(place.device).type for place in (a, b)}
+def uses_nccl(a: RankLocation, b: RankLocation) -> bool:
+    """Whether two ranks at these locations talk through NCCL."""
+    kinds = {torch.device(location.device).type for location in (a, b)}
     return kinds == {"cuda"} and a.name != b.name and dist.is_nccl_available()
 
 
@@ -63,7 +62,7 @@ class Incoming:
         self._work, self._value, self._device = work, value, device
 
     def wait(self) -> torch.Tensor:
-        """The value on this rank's device, once it is there (NCCL: once this stream may read it)."""
+        """Wait for the value, on this rank's device, until it is there (NCCL: once this stream may read it)."""
         self._work.wait()
         return self._value.to(self._device, non_blocking=True)
 
@@ -94,11 +93,15 @@ class _Later:
         self._work = self._verb([flat(self._tensor)], self._peer, 0)
 
 
+# when the copy from the GPU is complete, the link that it goes over, and the copy; None at the end
+_Staged = queue.SimpleQueue[tuple[torch.cuda.Event, Any, torch.Tensor] | None]
+
+
 class Transport:
     """All links of one rank.
 
     Args:
-        rank, places: which of these places is this rank's.
+        rank, locations: which of these locations is this rank's.
         store: in which the ranks find each other; see :mod:`.rendezvous`.
         timeout: seconds until a link whose other end says nothing fails.
 
@@ -107,42 +110,42 @@ class Transport:
         bandwidth: bytes per second of the slowest link from another machine to this rank; infinite if there is none.
     """
 
-    def __init__(self, rank: int, places: Sequence[Place], store: dist.Store, timeout: float) -> None:
+    def __init__(self, rank: int, locations: Sequence[RankLocation], store: dist.Store, timeout: float) -> None:
         self.bytes_sent, self.bandwidth = 0, math.inf
-        self._rank, self._places, self._store, self._timeout = rank, places, store, timeout
-        self._device = torch.device(places[rank].device)
+        self._rank, self._locations, self._store, self._timeout = rank, locations, store, timeout
+        self._device = torch.device(locations[rank].device)
         self._links: dict[tuple[int, int], Any] = {}
         # sends of this call and of the one before, with their buffers
         self._sending: list[tuple[Any, torch.Tensor]] = []
         self._sent: list[tuple[Any, torch.Tensor]] = []
         self._synchronous = True
         self._later: deque[_Later] = deque()
-        self._staged: queue.SimpleQueue | None = None
+        self._staged: _Staged | None = None
         self._stager: threading.Thread | None = None
-        if len({place.host for place in places}) == 1:
+        if len({location.host for location in locations}) == 1:
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # its bootstrap listener, too, stays on loopback
-        self._nccl_peers = {r for r, place in enumerate(places) if uses_nccl(place, places[rank])}
+        self._nccl_peers = {r for r, location in enumerate(locations) if uses_nccl(location, locations[rank])}
 
     def open(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Open this rank's links among ``pairs`` (sender, receiver), but for those that it has.
 
         Every rank of the group must do so, with the same ``pairs``. Links that are no longer of use stay open, silent.
         """
-        rank, places = self._rank, self._places
+        rank, locations = self._rank, self._locations
         # in one global order and each confirmed at once, so that no two ranks open different links and wait for each other
         for sender, receiver in sorted(pairs):
             if rank not in (sender, receiver) or (sender, receiver) in self._links:
                 continue
             name = f"{sender}->{receiver}"
-            nccl = uses_nccl(places[sender], places[receiver])
+            nccl = uses_nccl(locations[sender], locations[receiver])
             store = dist.PrefixStore(name, self._store)
-            link = _open_link(store, int(rank == receiver), None if nccl else places[rank].host, self._timeout)
+            link = _open_link(store, int(rank == receiver), None if nccl else locations[rank].host, self._timeout)
             self._links[sender, receiver] = link
             hello = torch.full((1,), sender if rank == sender else -1, device=self._device if nccl else "cpu")
             (link.send([hello], 1, 0) if rank == sender else link.recv([hello], 0, 0)).wait()
             if int(hello) != sender:
                 raise RuntimeError(f"link {name} carries foreign data")
-            if places[sender].host != places[receiver].host:
+            if locations[sender].host != locations[receiver].host:
                 self._measure(link, rank == sender, hello.device)
 
     def _measure(self, link: Any, sends: bool, device: torch.device) -> None:
@@ -157,7 +160,7 @@ class Transport:
             self.bandwidth = min(self.bandwidth, _PROBE / max(seconds, 1e-9))
 
     def begin_call(self, synchronous: bool) -> None:
-        """A call begins, in which values are read that are sent in it, if it is synchronous.
+        """Begin a call, in which values are read that are sent in it, if it is synchronous.
 
         Frees the buffers of the call before the last: whoever reads its values took them to begin the last one.
         """
@@ -167,7 +170,7 @@ class Transport:
         self._sent, self._sending = self._sending, []
 
     def end_call(self) -> None:
-        """All that this rank computes in the call is under way: post what was left for later."""
+        """Post what was left for later: all that this rank computes in the call is under way."""
         while self._later:
             self._later.popleft().post()
 
@@ -206,7 +209,7 @@ class Transport:
 
     def flush(self) -> None:
         """Wait until all that was sent has arrived, and forget it. The other ranks must receive it."""
-        if self._staged is not None:
+        if self._staged is not None and self._stager is not None:
             self._staged.put(None)
             self._stager.join()
             self._staged = self._stager = None
@@ -223,19 +226,19 @@ class Transport:
 
 
 def _open_link(store: Any, side: int, host: str | None, timeout: float) -> Any:
-    """A process group of two, of gloo bound to ``host``, or of NCCL: side 0 sends, side 1 receives."""
+    """Make a process group of two, of gloo bound to ``host``, or of NCCL: side 0 sends, side 1 receives."""
     if host is None:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=timeout)
         return dist.ProcessGroupNCCL(store, side, 2, options)
-    options = dist.ProcessGroupGloo._Options()
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # PyTorch's stubs lack it
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     options._threads = 1
     options._timeout = timedelta(seconds=timeout)
     return dist.ProcessGroupGloo(store, side, 2, options)
 
 
-def _send_staged(jobs: queue.SimpleQueue, device: torch.device) -> None:
+def _send_staged(jobs: _Staged, device: torch.device) -> None:
     """Send each staged tensor once its copy from the GPU is complete, off the thread that launches kernels."""
     torch.cuda.set_device(device)  # else this thread would open a context on the first one
     while (job := jobs.get()) is not None:

@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from asyncdiff_nodes.engine.batch import Arguments
 from asyncdiff_nodes.engine.planning.family import Family
+from asyncdiff_nodes.models.network import Network
 from asyncdiff_nodes.models.stack import meta, stacked
 
 from . import transformers, unet
@@ -22,7 +22,7 @@ Call = dict[str, Any]  # of a ControlNet, beside what all of them are given
 
 
 def _controlled(
-    family: Family, net_blocks: Callable[[nn.Module], list[str]], call: Callable[[nn.Module, torch.Tensor, dict[str, Any]], Call]
+    family: Family, net_blocks: Callable[[Network], list[str]], call: Callable[[Network, torch.Tensor, dict[str, Any]], Call]
 ) -> Family:
     """``family`` with ControlNets.
 
@@ -31,11 +31,11 @@ def _controlled(
         call: ``(net, x, kwargs of the network)`` -> a call of a ControlNet.
     """
 
-    def block_names(network: nn.Module) -> list[str]:
+    def block_names(network: Network) -> list[str]:
         own = [f"control_nets.{slot}.{name}" for slot, net in enumerate(network.control_nets) for name in net_blocks(net)]
         return [*family.block_names(network), *own]
 
-    def example_inputs(network: nn.Module, *args: Any) -> Arguments:
+    def example_inputs(network: Network, *args: Any) -> Arguments:
         (x, timestep), kwargs = family.example_inputs(network, *args)
         common = {"merge": {"strength": 1.0}, "context": kwargs["context"]}
         nets = {slot: {**common, **call(net, x, kwargs)} for slot, net in enumerate(network.control_nets)}
@@ -45,34 +45,34 @@ def _controlled(
     return replace(family, name=name, block_names=block_names, example_inputs=example_inputs)
 
 
-def _unet_net_blocks(net: nn.Module) -> list[str]:
-    """The layers of the UNet that it is a copy of, one that reads the hint, and one for each residual."""
+def _unet_net_blocks(net: Network) -> list[str]:
+    """List the layers of the UNet that it is a copy of, one that reads the hint, and one for each residual."""
     return [*unet.layers_of(net, "input_blocks", "zero_convs"), "input_hint_block", "middle_block_out"]
 
 
-def _unet_net_call(net: nn.Module, x: torch.Tensor, given: dict[str, Any]) -> Call:
+def _unet_net_call(net: Network, x: torch.Tensor, given: dict[str, Any]) -> Call:
     hint = _hint(x, next(net.input_hint_block.parameters()).shape[1], 8)
     return {"channels": net.in_channels, "hint": hint, **({"y": given["y"]} if net.num_classes is not None else {})}
 
 
-def _flux_net_blocks(net: nn.Module) -> list[str]:
-    """Those of a FLUX.1 without a head, those that read the hint, and one for each residual."""
+def _flux_net_blocks(net: Network) -> list[str]:
+    """List those of a FLUX.1 without a head, those that read the hint, and one for each residual."""
     readers = [name for name in ("input_hint_block", "input_cond_block") if hasattr(net, name)]
     return [*readers, *_FLUX_NET_BLOCKS(net)]
 
 
-def _flux_net_call(net: nn.Module, x: torch.Tensor, given: dict[str, Any]) -> Call:
+def _flux_net_call(net: Network, x: torch.Tensor, given: dict[str, Any]) -> Call:
     patch = net.patch_size**2
     hint = _hint(x, net.pos_embed_input.weight.shape[1] // patch, 1) if net.latent_input else _hint(x, 3, 8)
     return {"channels": net.in_channels // patch, "hint": hint, "y": given["y"], "guidance": meta(len(x), dtype=x.dtype)}
 
 
-def _sd3_net_call(net: nn.Module, x: torch.Tensor, given: dict[str, Any]) -> Call:
+def _sd3_net_call(net: Network, x: torch.Tensor, given: dict[str, Any]) -> Call:
     hint = _hint(x, net.pos_embed_input.proj.weight.shape[1], 1)
     return {"channels": net.in_channels, "hint": hint, "y": given["y"]}
 
 
-def _qwen_net_call(net: nn.Module, x: torch.Tensor, _: dict[str, Any]) -> Call:
+def _qwen_net_call(net: Network, x: torch.Tensor, _: dict[str, Any]) -> Call:
     patch = net.patch_size**2
     return {"channels": net.in_channels // patch, "hint": _hint(x, net.controlnet_x_embedder.weight.shape[1] // patch, 1)}
 

@@ -8,20 +8,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
 from asyncdiff_nodes.engine.batch import Arguments
+from asyncdiff_nodes.models.network import Network
 
 from . import unet
 
 
-def block_names(net: nn.Module) -> list[str]:
-    """Those of the UNet, and every motion module."""
+def block_names(net: Network) -> list[str]:
+    """List those of the UNet, and every motion module."""
     return [*unet.block_names(net), *(name for names in net.places.values() for name in names)]
 
 
-def example_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Arguments:
-    """Those of the UNet. The batch are the frames of two videos."""
+def example_inputs(net: Network, size: Any = None, batch: int = 2) -> Arguments:
+    """Make those of the UNet. The batch are the frames of two videos."""
     args, kwargs = unet.example_inputs(net, size, batch)
     frames = batch // 2
     return args, {**kwargs, "motion": {"frames": frames, "length": frames, "window": None, "changed": {}}}

@@ -9,10 +9,11 @@ from torch import nn
 from asyncdiff_nodes.engine.batch import Arguments
 from asyncdiff_nodes.engine.errors import UnsupportedModelError
 from asyncdiff_nodes.engine.planning.family import Family, HiddenStates
+from asyncdiff_nodes.models.network import Network
 from asyncdiff_nodes.models.stack import meta, stacked
 
 
-def _inputs(net: nn.Module, channels: int, size: Any, batch: int, text: int, tokens: int, **others: Any) -> Arguments:
+def _inputs(net: Network, channels: int, size: Any, batch: int, text: int, tokens: int, **others: Any) -> Arguments:
     """Inputs of one call: ``x`` [B, C, (F,) h, w] for a ``size`` of one side or of all, and ``tokens`` of ``text`` channels."""
     sides = (size, size) if isinstance(size, int) else size
     kwargs = {"context": meta(batch, tokens, text, dtype=net.dtype), "transformer_options": {}}
@@ -24,19 +25,20 @@ def _frames(size: Any, default: tuple[int, int, int]) -> tuple[int, int, int]:
     return (default[0], size, size) if isinstance(size, int) else tuple(size or default)
 
 
-def _width(net: nn.Module, layer: str) -> int:
+def _width(net: Network, layer: str) -> int:
     """Input channels of the layer of this name."""
-    return net.get_submodule(layer).weight.shape[1]
+    width: int = net.get_submodule(layer).weight.shape[1]
+    return width
 
 
-def _flux_inputs(net: nn.Module, size: Any = None, batch: int = 1) -> Arguments:
+def _flux_inputs(net: Network, size: Any = None, batch: int = 1) -> Arguments:
     params = net.params
     pooled = None if params.vec_in_dim is None else meta(batch, params.vec_in_dim, dtype=net.dtype)
     guidance = meta(batch) if params.guidance_embed else None
     return _inputs(net, params.in_channels, size or 128, batch, params.context_in_dim, 256, y=pooled, guidance=guidance)
 
 
-def _hunyuan_blocks(net: nn.Module) -> list[str]:
+def _hunyuan_blocks(net: Network) -> list[str]:
     if getattr(net, "time_r_in", None) is not None:
         raise UnsupportedModelError(
             "its HunyuanVideo is distilled by mean flow: every call reads the sampler's schedule, which a rank does not have"
@@ -44,11 +46,11 @@ def _hunyuan_blocks(net: nn.Module) -> list[str]:
     return _HUNYUAN_BLOCKS(net)
 
 
-def _hunyuan_inputs(net: nn.Module, size: Any = None, batch: int = 1) -> Arguments:
+def _hunyuan_inputs(net: Network, size: Any = None, batch: int = 1) -> Arguments:
     return _flux_inputs(net, _frames(size, (33, 90, 160))[-len(net.patch_size) :], batch)  # made with the same parameters
 
 
-def _ltxv_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Arguments:
+def _ltxv_inputs(net: Network, size: Any = None, batch: int = 2) -> Arguments:
     channels, sides = _width(net, "patchify_proj"), _frames(size, (13, 16, 24))
     # where nothing projects the prompt, the blocks take it as it is
     projected = isinstance(net.caption_projection, nn.Module)
@@ -56,22 +58,22 @@ def _ltxv_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Arguments:
     return _inputs(net, channels, sides, batch, text, 128, attention_mask=None)
 
 
-def _lumina_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Arguments:
+def _lumina_inputs(net: Network, size: Any = None, batch: int = 2) -> Arguments:
     return _inputs(net, net.in_channels, size or 128, batch, _width(net, "cap_embedder.1"), 128, num_tokens=128)
 
 
-def _qwen_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Arguments:
+def _qwen_inputs(net: Network, size: Any = None, batch: int = 2) -> Arguments:
     sides = _frames(size, (1, 128, 128))
     return _inputs(net, net.in_channels // net.patch_size**2, sides, batch, _width(net, "txt_in"), 128)
 
 
-def _sd3_inputs(net: nn.Module, size: Any = None, batch: int = 2) -> Arguments:
+def _sd3_inputs(net: Network, size: Any = None, batch: int = 2) -> Arguments:
     text = getattr(net.context_embedder, "in_features", net.hidden_size)  # there may be nothing to embed
     pooled = None if net.y_embedder is None else meta(batch, _width(net, "y_embedder.mlp.0"), dtype=net.dtype)
     return _inputs(net, net.in_channels, size or 128, batch, text, 154, y=pooled)
 
 
-def _wan_inputs(wan: nn.Module, size: Any = None, batch: int = 2) -> Arguments:
+def _wan_inputs(wan: Network, size: Any = None, batch: int = 2) -> Arguments:
     channels, text = _width(wan, "patch_embedding"), _width(wan, "text_embedding.0")
     return _inputs(wan, channels, _frames(size, (21, 60, 104)), batch, text, 512)
 

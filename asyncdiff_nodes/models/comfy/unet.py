@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from asyncdiff_nodes.engine.planning.family import Family
 from asyncdiff_nodes.models.diffusers.unet2d import layer_names
+from asyncdiff_nodes.models.network import Network
 
 
-def block_names(unet: nn.Module) -> list[str]:
+def block_names(unet: Network) -> list[str]:
     """Every layer of the input, middle and output blocks (resnets, transformers, resamplers, first convolution), and the head.
 
     Deep transformers are listed layer by layer; time and label embeddings are not: they are cheap and computed by every rank.
@@ -19,7 +19,7 @@ def block_names(unet: nn.Module) -> list[str]:
     return [*layers_of(unet, "input_blocks", "output_blocks"), "id_predictor" if unet.predict_codebook_ids else "out"]
 
 
-def layers_of(net: nn.Module, *stages: str) -> list[str]:
+def layers_of(net: Network, *stages: str) -> list[str]:
     """Names of the layers of each group in these lists of groups, and in the middle."""
     groups = [(f"{stage}.{index}", layers) for stage in stages for index, layers in enumerate(getattr(net, stage))]
     if net.middle_block is not None:
@@ -29,7 +29,7 @@ def layers_of(net: nn.Module, *stages: str) -> list[str]:
     ]
 
 
-def example_inputs(unet: nn.Module, size: Any = None, batch: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_inputs(unet: Network, size: Any = None, batch: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Inputs of one call: ``x`` [B, C, h, w] in latent pixels (64 x 64 by default), ``timesteps`` [B], ``context`` [B, 77, D].
 
     Of a video model, the batch are the frames of two videos.
@@ -40,7 +40,7 @@ def example_inputs(unet: nn.Module, size: Any = None, batch: int = 2) -> tuple[t
         return torch.empty(shape, dtype=unet.dtype, device="meta")
 
     widths = [layer.weight.shape[1] for name, layer in unet.named_modules() if name.endswith("attn2.to_k")]
-    kwargs = {"context": empty(batch, 77, widths[0]) if widths else None, "transformer_options": {}}
+    kwargs: dict[str, Any] = {"context": empty(batch, 77, widths[0]) if widths else None, "transformer_options": {}}
     if unet.use_temporal_resblocks:
         kwargs["num_video_frames"] = batch // 2
     if unet.num_classes == "sequential":

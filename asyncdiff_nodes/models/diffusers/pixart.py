@@ -5,20 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from asyncdiff_nodes.engine.planning.family import Family, HiddenStates
+from asyncdiff_nodes.models.network import Network
 
 
-def block_names(transformer: nn.Module) -> list[str]:
-    """The patch embedding, every transformer block, and the output projection.
+def block_names(transformer: Network) -> list[str]:
+    """List the patch embedding, every transformer block, and the output projection.
 
     Time, size and caption embeddings are not listed: they are cheap and computed by every rank.
     """
     return ["pos_embed", *(f"transformer_blocks.{i}" for i in range(len(transformer.transformer_blocks))), "proj_out"]
 
 
-def example_inputs(transformer: nn.Module, size: int | None = None, batch: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_inputs(transformer: Network, size: int | None = None, batch: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Inputs of one call: ``hidden_states`` [B, C, h, w] in latent pixels, ``encoder_hidden_states`` [B, 120, D]."""
     config, dtype = transformer.config, next(transformer.parameters()).dtype
     size = size or config.sample_size

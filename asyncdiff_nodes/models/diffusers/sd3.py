@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from asyncdiff_nodes.engine.planning.family import Family, HiddenStates
+from asyncdiff_nodes.models.network import Network
 from asyncdiff_nodes.models.stack import meta, stacked
 
 
-def example_inputs(transformer: nn.Module, size: int | None = None, batch: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_inputs(transformer: Network, size: int | None = None, batch: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Inputs of one call, for ``size`` latent pixels a side (the model's own by default) and 333 tokens of text."""
     config, dtype = transformer.config, transformer.dtype
     size = size or config.sample_size

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from asyncdiff_nodes.engine.planning.family import Family
+from asyncdiff_nodes.models.network import Network
 from asyncdiff_nodes.models.stack import meta
 
 from .unet2d import block_names
 
 
-def example_inputs(unet: nn.Module, size: int | None = None, batch: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_inputs(unet: Network, size: int | None = None, batch: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Inputs of one call: ``sample`` [B, F, C, h, w], 72 x 128 latent pixels or ``size`` a side, and one token of its picture."""
     config, dtype = unet.config, unet.dtype
     height, width = (size, size) if size else (72, 128)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from asyncdiff_nodes.engine.planning.family import Family
+from asyncdiff_nodes.models.network import Network
 
 _LAYER_LISTS = ("resnets", "attentions", "motion_modules", "downsamplers", "upsamplers")
 DEEP = 3  # transformer layers from which a block is too large to be placed as a whole; SDXL's have up to ten
 
 
-def block_names(unet: nn.Module) -> list[str]:
+def block_names(unet: Network) -> list[str]:
     """Every resnet, attention, motion module, down- and upsampler, ``conv_in`` and the output layer's norm and convolution.
 
     Deep attentions are listed layer by layer; time and added embeddings are not: they are cheap and computed by every rank.
@@ -31,7 +31,7 @@ def block_names(unet: nn.Module) -> list[str]:
     return names + [name for name in ("conv_norm_out", "conv_out") if getattr(unet, name, None) is not None]
 
 
-def layer_names(name: str, layer: nn.Module) -> list[str]:
+def layer_names(name: str, layer: Network) -> list[str]:
     """``name``, or the names of what ``layer`` is made of if it is a deep transformer."""
     depth = len(getattr(layer, "transformer_blocks", ()))
     if depth < DEEP:
@@ -39,7 +39,7 @@ def layer_names(name: str, layer: nn.Module) -> list[str]:
     return [f"{name}.{part}" for part in ("norm", "proj_in", *(f"transformer_blocks.{i}" for i in range(depth)), "proj_out")]
 
 
-def example_inputs(unet: nn.Module, size: int | None = None, batch: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_inputs(unet: Network, size: int | None = None, batch: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Inputs of one call: ``sample`` [B, C, h, w] in latent pixels, ``encoder_hidden_states`` [B, 77, D], and SDXL's extras."""
     config, dtype = unet.config, next(unet.parameters()).dtype
     size = size or config.sample_size

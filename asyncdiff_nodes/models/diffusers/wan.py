@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from asyncdiff_nodes.engine.planning.family import Family, HiddenStates
+from asyncdiff_nodes.models.network import Network
 from asyncdiff_nodes.models.stack import meta, stacked
 
 
-def example_inputs(transformer: nn.Module, size: int | None = None, batch: int = 1) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_inputs(transformer: Network, size: int | None = None, batch: int = 1) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Inputs of one call, for 21 latent frames of 60 x 104, or of ``size`` pixels a side, and 512 tokens of text."""
     config, dtype = transformer.config, transformer.dtype
     height, width = (size, size) if size else (60, 104)

@@ -12,6 +12,7 @@ from asyncdiff_nodes.engine import (
     InputChangedError,
     Plan,
     PlanError,
+    RankOptions,
     ScheduleError,
     UnsupportedModelError,
     WorkerGroup,
@@ -30,12 +31,13 @@ def no_new_process():
     assert all(process.name.startswith("asyncdiff-rank") for process in left)
 
 
-def refused(error, match, net=None, plan=None, devices=("cpu", "cpu"), **options):
+def refused(error, match, net=None, plan=None, devices=("cpu", "cpu"), threads=1, **options):
     """Starting this group raises, and leaves neither a process nor a file."""
     before = set(multiprocessing.active_children())
-    options = {"family": TOY, "threads_per_rank": 1, **options}
+    options = {"family": TOY, **options}
     with pytest.raises(error, match=match) as info:
-        WorkerGroup(net or toys.chain(ToyBlock, ToyBlock), plan or Plan(), devices, **options)
+        ranks = RankOptions(threads_per_rank=threads)
+        WorkerGroup(net or toys.chain(ToyBlock, ToyBlock), plan or Plan(), devices, ranks=ranks, **options)
     assert isinstance(info.value, AsyncDiffError)
     assert set(multiprocessing.active_children()) == before
 
@@ -73,7 +75,7 @@ def test_device_that_is_none(devices, message):
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True])
 def test_impossible_number_of_threads(threads):
-    refused(DeviceError, r"threads_per_rank=.*whole number of 1 or more", threads_per_rank=threads)
+    refused(DeviceError, r"threads_per_rank=.*whole number of 1 or more", threads=threads)
 
 
 def test_model_without_a_block_list():

@@ -20,8 +20,8 @@ import torch
 
 import toys
 from asyncdiff_nodes import spawned
-from asyncdiff_nodes.engine import DeadlineError, GroupClosedError, Plan, WorkerError, WorkerGroup, wire
-from asyncdiff_nodes.engine.parent.spawning import spawning
+from asyncdiff_nodes.engine import DeadlineError, GroupClosedError, Plan, RankOptions, WorkerError, WorkerGroup, wire
+from asyncdiff_nodes.engine.parent.worker_processes import spawning
 from toys import TOY
 
 HERE = Path(__file__).parents[1]
@@ -30,9 +30,9 @@ needs_posix = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals
 
 
 def group(seconds=0.0, plan=None, **options):
-    """Two ranks, the first of which takes its time."""
+    """Two ranks, the first of which takes its time; ``options`` of these ranks."""
     plan = plan or Plan(warmup=1, cuts=("blocks.0", "blocks.1"))
-    return WorkerGroup(toys.slow_net(seconds), plan, threads_per_rank=1, family=TOY, **options)
+    return WorkerGroup(toys.slow_net(seconds), plan, family=TOY, ranks=RankOptions(threads_per_rank=1, **options))
 
 
 class Interrupt(threading.Event):
@@ -56,6 +56,7 @@ def assert_gone(pids, within=5.0):
     assert [pid for pid in pids if psutil.pid_exists(pid)] == []
 
 
+@pytest.mark.timing
 @needs_posix
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_rank_is_named_within_two_seconds_and_a_new_group_works(victim, folder):
@@ -87,6 +88,7 @@ def test_killed_rank_is_named_within_two_seconds_and_a_new_group_works(victim, f
             assert torch.equal(call(new), call(toys.slow_net(0)))
 
 
+@pytest.mark.timing
 @needs_posix
 def test_rank_killed_between_calls_is_noticed_by_the_next_call(folder):
     g = group()
@@ -100,6 +102,7 @@ def test_rank_killed_between_calls_is_noticed_by_the_next_call(folder):
     assert_gone(pids, within=0.5)
 
 
+@pytest.mark.timing
 @needs_posix
 def test_rank_killed_between_runs_is_noticed_however_often_runs_are_begun(folder):
     g = group(call_timeout=5.0)
@@ -184,7 +187,7 @@ def test_rank_that_fails_while_its_weights_are_on_their_way_says_why_at_once(fol
     before = {child.pid for child in psutil.Process().children()}
     begin = time.monotonic()
     with pytest.raises(WorkerError, match="not in a worker") as failure:
-        WorkerGroup(net, Plan(), threads_per_rank=1, family=TOY, start_timeout=25.0)
+        WorkerGroup(net, Plan(), family=TOY, ranks=RankOptions(threads_per_rank=1, start_timeout=25.0))
     assert time.monotonic() - begin < 20.0
     assert "toys.py" in failure.value.worker_traceback
     assert {child.pid for child in psutil.Process().children()} <= before
@@ -203,6 +206,7 @@ def test_interrupt_while_starting_leaves_nothing_behind(folder):
     assert {child.pid for child in psutil.Process().children()} <= before
 
 
+@pytest.mark.timing
 def test_interrupt_leaves_the_group_usable_and_the_late_result_is_dropped(folder):
     interrupt = Interrupt()
     net = toys.slow_net(0.5)
@@ -210,7 +214,7 @@ def test_interrupt_leaves_the_group_usable_and_the_late_result_is_dropped(folder
     plan = Plan(warmup=2, cuts=("blocks.0", "blocks.1"))
     with torch.no_grad():
         expected = net(x, 10, **kwargs)
-    with WorkerGroup(net, plan, threads_per_rank=1, family=TOY, poll=interrupt.poll) as g:
+    with WorkerGroup(net, plan, family=TOY, ranks=RankOptions(threads_per_rank=1, poll=interrupt.poll)) as g:
         for finished in (0, 3):  # interrupted in a synchronous and in an asynchronous call
             g.begin()
             for _ in range(finished):
@@ -236,7 +240,7 @@ def test_a_result_that_nobody_takes_holds_up_no_later_run(folder):
     x, kwargs = toys.inputs(0)
     large = x.repeat(1, 1, 100, 100)
     plan = Plan(warmup=1, cuts=("blocks.0", "blocks.1"))
-    with WorkerGroup(net, plan, threads_per_rank=1, family=TOY, poll=interrupt.poll) as g:
+    with WorkerGroup(net, plan, family=TOY, ranks=RankOptions(threads_per_rank=1, poll=interrupt.poll)) as g:
         interrupt.set()
         with pytest.raises(KeyboardInterrupt):
             g(large, 10, **kwargs)
@@ -253,7 +257,7 @@ def test_the_rank_that_failed_first_is_named_however_late_they_are_heard(folder)
     net = toys.chain(toys.Slow, toys.Slow)
     net.blocks[0].seconds, net.blocks[1].seconds = 0.8, 0.4
     plan = Plan(warmup=1, cuts=("blocks.0", "blocks.1"))
-    with WorkerGroup(net, plan, threads_per_rank=1, family=TOY, poll=interrupt.poll) as g:
+    with WorkerGroup(net, plan, family=TOY, ranks=RankOptions(threads_per_rank=1, poll=interrupt.poll)) as g:
         call(g)
         interrupt.set()
         with pytest.raises(KeyboardInterrupt):
@@ -323,12 +327,12 @@ def test_listens_on_loopback_only(folder):
 HEAD = f"""
     import signal, sys
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where these tests run in a shell's background
-    sys.path[:0] = [{str(HERE)!r}, {str(HERE.parents[1])!r}]
+    sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}, {str(HERE.parents[1])!r}]
     import toys
     from asyncdiff_nodes.engine import *
     """
 STARTED = """
-    group = WorkerGroup(toys.slow_net(0.3), threads_per_rank=1, family=toys.TOY)
+    group = WorkerGroup(toys.slow_net(0.3), family=toys.TOY, ranks=RankOptions(threads_per_rank=1))
     print(*group.pids, flush=True)
     x, kwargs = toys.inputs(0)
     """
@@ -414,7 +418,7 @@ def test_a_signal_in_the_midst_of_a_start_leaves_neither_processes_nor_files(tmp
             print("all are there", flush=True)
 
         net = toys.slow_net(0.3)
-        WorkerGroup(net, threads_per_rank=1, family=toys.TOY, weights=weights())
+        WorkerGroup(net, family=toys.TOY, weights=weights(), ranks=RankOptions(threads_per_rank=1))
         """
     process = program(tmp_path, textwrap.dedent(body))
     assert next(said(process)) == "all are there\n"
@@ -429,20 +433,20 @@ def test_nothing_of_ours_is_on_disk(tmp_path):
     body = """
         import os, tempfile
         from dataclasses import replace
-        from asyncdiff_nodes.engine.planning.graph import tensors_of
-        from asyncdiff_nodes.engine.parent.shares import shares
+        from asyncdiff_nodes.engine.tensors import tensors_of
+        from asyncdiff_nodes.engine.parent.rank_shares import shares_of
 
         def look(what):
             print(what, *[name for name in os.listdir(tempfile.gettempdir()) if name.startswith("asyncdiff")], flush=True)
 
         def links(placement):
-            return {(sender, own.rank) for own in shares(placement) for sender in own.sources.values()}
+            return {(sender, own.rank) for own in shares_of(placement) for sender in own.sources.values()}
 
         look("started")
         idle = group.release()
         look("released")
         net, plan = toys.random_net(2), Plan(3, warmup=1, forecast=0, cuts=("blocks.0", "blocks.2", "blocks.4"))
-        group = WorkerGroup(net, plan, ["cpu"] * 3, threads_per_rank=1, family=toys.TOY, idle=idle)
+        group = WorkerGroup(net, plan, ["cpu"] * 3, family=toys.TOY, ranks=RankOptions(threads_per_rank=1, idle=idle))
         group(x, 10, **kwargs)
         look("taken")
         graph = group.placement.graph

@@ -13,7 +13,7 @@ from test_faults import assert_gone, ours, said, script
 from torch import nn
 
 import toys
-from asyncdiff_nodes.engine import GroupClosedError, IdleWorkers, Plan, Simulator, WorkerError, WorkerGroup
+from asyncdiff_nodes.engine import GroupClosedError, IdleWorkers, Plan, RankOptions, Simulator, WorkerError, WorkerGroup
 from toys import TOY
 
 STEPS = [9, 8, 7, 6, 5]
@@ -21,7 +21,8 @@ STEPS = [9, 8, 7, 6, 5]
 
 def group(net, plan=None, **options):
     plan = plan or Plan(warmup=2)
-    return WorkerGroup(net, plan, ["cpu"] * plan.world_size, threads_per_rank=1, family=TOY, **options)
+    ranks = RankOptions(threads_per_rank=1, **options)
+    return WorkerGroup(net, plan, ["cpu"] * plan.world_size, family=TOY, ranks=ranks)
 
 
 def draw(call):
@@ -137,7 +138,7 @@ def test_weights_and_values_are_gone(folder, how):
         draw(second)
 
 
-TAKEN = "group = WorkerGroup(toys.slow_net(0.0), threads_per_rank=1, family=toys.TOY, idle=idle)"
+TAKEN = "group = WorkerGroup(toys.slow_net(0.0), family=toys.TOY, ranks=RankOptions(threads_per_rank=1, idle=idle))"
 
 
 @pytest.mark.parametrize("then", [pytest.param("", marks=pytest.mark.slow), TAKEN], ids=["idle", "taken"])

@@ -9,14 +9,14 @@ import torch
 from test_faults import Interrupt
 
 import toys
-from asyncdiff_nodes.engine import DeadlineError, Plan, WorkerGroup
-from asyncdiff_nodes.engine.parent.ranks import POLL, Ranks
-from asyncdiff_nodes.engine.planning.graph import tensors_of
+from asyncdiff_nodes.engine import DeadlineError, Plan, RankOptions, WorkerGroup
+from asyncdiff_nodes.engine.parent.rank_set import POLL, RankSet
+from asyncdiff_nodes.engine.tensors import tensors_of
 from reuse import IDLE, running
 from toys import TOY
 
 
-class Talkative(Ranks):
+class Talkative(RankSet):
     """Always has one more message, after ``seconds``."""
 
     def __init__(self, poll=None, seconds=0.0):
@@ -42,6 +42,7 @@ class Talkative(Ranks):
         raise NotImplementedError
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("seconds", [0.0, 0.7 * POLL])
 def test_the_interrupt_is_looked_at_while_messages_keep_coming(seconds):
     looks = []
@@ -52,6 +53,7 @@ def test_the_interrupt_is_looked_at_while_messages_keep_coming(seconds):
     assert max(after - before for before, after in itertools.pairwise(looks)) < 0.5
 
 
+@pytest.mark.timing
 def test_the_deadline_is_looked_at_while_messages_keep_coming():
     ranks, begin = Talkative(), time.monotonic()
     with pytest.raises(DeadlineError, match="waited too long for the end"):
@@ -125,7 +127,8 @@ def test_a_start_is_interrupted_within_half_a_second_while_weights_are_sent(chan
         pass  # so that there are processes that take weights at once
     weights = Weights(net, 0.0)
     with pytest.raises(KeyboardInterrupt):
-        WorkerGroup(net, Plan(warmup=1), threads_per_rank=1, family=TOY, weights=weights, poll=weights.poll, idle=IDLE)
+        ranks = RankOptions(threads_per_rank=1, idle=IDLE, poll=weights.poll)
+        WorkerGroup(net, Plan(warmup=1), family=TOY, weights=weights, ranks=ranks)
     assert time.monotonic() - weights.interrupted < 0.5
 
 

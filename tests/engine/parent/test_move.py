@@ -11,7 +11,7 @@ import torch
 
 import toys
 from asyncdiff_nodes.engine import BlockTimes, Plan, PlanError, Simulator, WorkerError, better, place
-from asyncdiff_nodes.engine.planning.graph import tensors_of
+from asyncdiff_nodes.engine.tensors import tensors_of
 from reuse import running
 from toys import TOY
 

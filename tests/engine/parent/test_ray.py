@@ -13,7 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from ray_cluster import BOTH, HOSTS, needs_linux, ray, two_nodes, until
 from test_faults import assert_gone
 
 import toys
@@ -23,11 +22,13 @@ from asyncdiff_nodes.engine import (
     DeviceError,
     GroupClosedError,
     Plan,
+    RankOptions,
     Simulator,
     WorkerError,
     WorkerGroup,
 )
 from asyncdiff_nodes.engine.devices import resolve_devices
+from ray_cluster import BOTH, HOSTS, needs_linux, ray, two_nodes, until
 from toys import TOY, denoise, random_net
 
 pytestmark = needs_linux
@@ -39,7 +40,7 @@ PLAN = Plan(warmup=2)
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    with two_nodes(HERE, HERE.parents[1]) as client_address:
+    with two_nodes(HERE, HERE.parent, HERE.parents[1]) as client_address:
         yield client_address
 
 
@@ -56,14 +57,15 @@ def net():
 @pytest.fixture(scope="module")
 def group(cluster, net):
     """One rank on each machine."""
-    with WorkerGroup(net, PLAN, ["ray:auto/cpu"], threads_per_rank=1, family=TOY) as group:
+    with WorkerGroup(net, PLAN, ["ray:auto/cpu"], ranks=RankOptions(threads_per_rank=1), family=TOY) as group:
         yield group
 
 
 def slow(seconds, devices=BOTH, **options):
-    """Two ranks, the first of which takes its time."""
+    """Two ranks, the first of which takes its time; ``options`` of these ranks."""
     plan = Plan(warmup=1, cuts=("blocks.0", "blocks.1"))
-    return WorkerGroup(toys.slow_net(seconds), plan, devices, threads_per_rank=1, family=TOY, **options)
+    ranks = RankOptions(threads_per_rank=1, **options)
+    return WorkerGroup(toys.slow_net(seconds), plan, devices, family=TOY, ranks=ranks)
 
 
 def call(group, **kwargs):
@@ -134,7 +136,7 @@ def test_large_tensors_arrive_as_they_are(group, net):
 @pytest.mark.slow
 def test_several_ranks_of_one_machine_are_neighbours():
     plan, net = Plan(segments=3, warmup=2, forecast=0), random_net(4)
-    with WorkerGroup(net, plan, ["ray:auto/cpu"] * 3, threads_per_rank=1, family=TOY) as group:
+    with WorkerGroup(net, plan, ["ray:auto/cpu"] * 3, ranks=RankOptions(threads_per_rank=1), family=TOY) as group:
         group.begin(TIMESTEPS)
         actual, places = denoise(group, TIMESTEPS), [rank.device for rank in group.stats().ranks]
         with Simulator(net, plan, family=TOY) as simulator:
@@ -215,7 +217,9 @@ def test_stopped_rank_misses_the_deadline_and_an_interrupt_leaves_the_group_usab
 def test_group_that_finds_no_room_says_so_and_leaves_nothing(group):
     before = rooms()
     with pytest.raises(DeadlineError, match="waited too long for Ray to find room for 5 ranks"):
-        WorkerGroup(random_net(3), Plan(segments=2, stride=4), ["ray:auto/cpu"] * 5, family=TOY, start_timeout=1.0)
+        WorkerGroup(
+            random_net(3), Plan(segments=2, stride=4), ["ray:auto/cpu"] * 5, family=TOY, ranks=RankOptions(start_timeout=1.0)
+        )
     assert rooms() == before
 
 
@@ -225,7 +229,8 @@ def test_killed_parent_leaves_no_actor(tmp_path):
     program = """
         import toys
         from asyncdiff_nodes.engine import *
-        group = WorkerGroup(toys.slow_net(0.3), devices=["ray:auto/cpu"] * 2, threads_per_rank=1, family=toys.TOY)
+        ranks = RankOptions(threads_per_rank=1)
+        group = WorkerGroup(toys.slow_net(0.3), devices=["ray:auto/cpu"] * 2, family=toys.TOY, ranks=ranks)
         print(*group.pids, flush=True)
         x, kwargs = toys.inputs(0)
         while True: group(x, 10, **kwargs)
@@ -289,7 +294,8 @@ def test_a_program_outside_the_cluster_comes_in_through_ray_client(by_environmen
 import torch, toys
 from asyncdiff_nodes.engine import *
 x, kwargs = toys.inputs(0)
-with WorkerGroup(toys.random_net(3), Plan(), [{device!r}], threads_per_rank=1, family=toys.TOY) as group, torch.no_grad():
+ranks = RankOptions(threads_per_rank=1)
+with WorkerGroup(toys.random_net(3), Plan(), [{device!r}], family=toys.TOY, ranks=ranks) as group, torch.no_grad():
     for x in (x, x.repeat(1, 1, 40, 40)):
         group.begin()
         print(torch.equal(group(x, 10, **kwargs), toys.random_net(3)(x, 10, **kwargs)))

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import toys
-from asyncdiff_nodes.engine import Plan, PlanError, Simulator, WorkerError, WorkerGroup
-from asyncdiff_nodes.engine.planning.graph import meta_copy, tensors_of
+from asyncdiff_nodes.engine import Plan, PlanError, RankOptions, Simulator, WorkerError, WorkerGroup
+from asyncdiff_nodes.engine.tensors import meta_copy, tensors_of
 from reuse import running
 
 TIMES = [900, 700, 500, 300, 100, 50]
@@ -99,10 +99,9 @@ def test_start_from_a_skeleton_with_weights_given(own_tmp):
     with WorkerGroup(
         meta_copy(net),
         Plan(warmup=99),
-        threads_per_rank=1,
         family=toys.TOY,
         weights=((name, tensor) for name, tensor in tensors_of(net)),
-        prepare=partial(tell, told),
+        ranks=RankOptions(threads_per_rank=1, prepare=partial(tell, told)),
         on_placed=lambda placement: events.append((placement.weight_bytes(0), placement.weight_bytes(1), told.exists())),
     ) as group:
         assert torch.equal(run(group, None, group.begin), toys.denoise(net, TIMES))
@@ -114,4 +113,4 @@ def test_a_missing_weight_is_named():
     net = toys.random_net(5)
     some = list(tensors_of(net))[:-1]
     with pytest.raises(WorkerError, match="no value was received"):
-        WorkerGroup(meta_copy(net), Plan(), threads_per_rank=1, family=toys.TOY, weights=some)
+        WorkerGroup(meta_copy(net), Plan(), family=toys.TOY, weights=some)

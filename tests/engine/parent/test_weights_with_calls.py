@@ -8,8 +8,8 @@ from torch import nn
 
 import toys
 from asyncdiff_nodes.engine import Plan, Simulator
-from asyncdiff_nodes.engine.parent.ranks import Ranks
-from asyncdiff_nodes.engine.planning.graph import tensors_of
+from asyncdiff_nodes.engine.parent.rank_set import RankSet
+from asyncdiff_nodes.engine.tensors import tensors_of
 from reuse import running
 from toys import TOY, ToyBlock
 
@@ -56,14 +56,14 @@ def run(call, given):
 @pytest.mark.parametrize("run_plan", [replace(PLAN, warmup=2, forecast=0), PLAN], ids=toys.label)
 def test_once_and_where_they_are_looked_at(run_plan, start, monkeypatch):
     net, sent = patched_net(), []
-    original = Ranks.send
+    original = RankSet.send
 
     def send(ranks, rank, header, tensors=(), **options):
         if isinstance(header, tuple) and header[0] == "call":
             sent.append((rank, [tensor.clone() for tensor in tensors if tensor.shape == (8, 8)]))
         original(ranks, rank, header, tensors, **options)
 
-    monkeypatch.setattr(Ranks, "send", send)
+    monkeypatch.setattr(RankSet, "send", send)
     sample, given = toys.inputs(0)
     example = ((sample, 5), {**given, "weights": weights(0)})
     group = start("patched", PLAN, net, family=TOY, example_inputs=example)

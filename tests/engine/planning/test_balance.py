@@ -8,8 +8,10 @@ import torch
 
 import toys
 from asyncdiff_nodes.engine import BlockTimes, CallRecord, Placement, Plan, better, pause, place, slowest
-from asyncdiff_nodes.engine.planning.clock import Costs, Link, step_seconds
-from asyncdiff_nodes.engine.planning.graph import Block, BlockGraph, TensorMeta
+from asyncdiff_nodes.engine.planning.clock import step_seconds
+from asyncdiff_nodes.engine.planning.graph import Block, BlockGraph
+from asyncdiff_nodes.engine.planning.run_times import Costs, Link
+from asyncdiff_nodes.engine.tensors import TensorMeta
 from reuse import running
 from toys import TOY
 

@@ -9,8 +9,9 @@ import pytest
 
 import toys
 from asyncdiff_nodes.engine import Block, BlockGraph, Kind, Plan, PlanError, place
-from asyncdiff_nodes.engine.planning.clock import Costs, Link, simulate, step_seconds
-from asyncdiff_nodes.engine.planning.graph import TensorMeta
+from asyncdiff_nodes.engine.planning.clock import simulate, step_seconds
+from asyncdiff_nodes.engine.planning.run_times import Costs, Link
+from asyncdiff_nodes.engine.tensors import TensorMeta
 from reuse import running
 
 KB = TensorMeta((250,), (1,), toys.torch.float32)  # 1000 bytes

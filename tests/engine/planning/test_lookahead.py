@@ -35,17 +35,17 @@ def test_a_straight_path_goes_on(known):
     xs = straight()
     outlook = seen(LEVELS, xs[:known])
     for call in range(known - 1, len(xs)):
-        torch.testing.assert_close(outlook.of(call), xs[call])
+        torch.testing.assert_close(outlook.expected(call), xs[call])
 
 
 def test_without_levels_it_is_straight_in_the_number_of_the_call():
     x = torch.randn(1, 4, 8, 8)
-    torch.testing.assert_close(seen(NoiseLevels.unknown(9), [x, 1.5 * x]).of(4), 3 * x)
+    torch.testing.assert_close(seen(NoiseLevels.unknown(9), [x, 1.5 * x]).expected(4), 3 * x)
 
 
 def test_the_only_input_is_all_that_is_known():
     x = torch.randn(1, 4, 8, 8)
-    assert torch.equal(seen(LEVELS, [x]).of(3), x)
+    assert torch.equal(seen(LEVELS, [x]).expected(3), x)
 
 
 def test_this_call_s_input_is_no_guess_and_not_the_caller_s_tensor():
@@ -53,14 +53,14 @@ def test_this_call_s_input_is_no_guess_and_not_the_caller_s_tensor():
     outlook = seen(LEVELS, xs[:2])
     expected = xs[1].clone()
     xs[1].zero_()
-    assert torch.equal(outlook.of(1), expected)
+    assert torch.equal(outlook.expected(1), expected)
 
 
 def test_what_did_not_change_will_not():
     """An inpainting model's mask is a channel of its input that has no noise."""
     mask = torch.rand(2, 1, 8, 8)
     xs = [torch.cat([x, mask], dim=1) for x in straight()]
-    expected = seen(LEVELS, xs[:3]).of(4)
+    expected = seen(LEVELS, xs[:3]).expected(4)
     assert torch.equal(expected[:, 4:], mask)
     torch.testing.assert_close(expected[:, :4], xs[4][:, :4])
 
@@ -69,7 +69,7 @@ def test_two_calls_at_the_same_noise_count_once():
     """Heun's method: the second is the better one."""
     xs, levels = straight(), NoiseLevels(LEVELS.sigmas[:2] + LEVELS.sigmas[1:], LEVELS.scales[:2] + LEVELS.scales[1:])
     outlook = seen(levels, [xs[0], xs[1] + 1, xs[1]])
-    torch.testing.assert_close(outlook.of(4), xs[3])
+    torch.testing.assert_close(outlook.expected(4), xs[3])
 
 
 def test_fresh_noise_is_not_mistaken_for_a_direction():
@@ -78,21 +78,21 @@ def test_fresh_noise_is_not_mistaken_for_a_direction():
     for _ in range(5):
         xs.append(xs[-1] + torch.randn(2, 4, 8, 8, generator=generator))
     outlook = seen(NoiseLevels.unknown(9), xs)
-    assert (outlook.of(6) - xs[-1]).abs().mean() < 0.1
+    assert (outlook.expected(6) - xs[-1]).abs().mean() < 0.1
     assert not outlook.steady and seen(LEVELS, straight()[:3]).steady
 
 
 def test_an_item_is_judged_by_itself():
     generator = torch.Generator().manual_seed(1)
     steady, noisy = straight((1, 4, 8, 8)), [torch.randn(1, 4, 8, 8, generator=generator) for _ in ALPHAS]
-    both = seen(LEVELS, [torch.cat(pair) for pair in zip(steady, noisy, strict=True)][:5]).of(6)
-    torch.testing.assert_close(both[:1], seen(LEVELS, steady[:5]).of(6))
-    torch.testing.assert_close(both[1:], seen(LEVELS, noisy[:5]).of(6))
+    both = seen(LEVELS, [torch.cat(pair) for pair in zip(steady, noisy, strict=True)][:5]).expected(6)
+    torch.testing.assert_close(both[:1], seen(LEVELS, steady[:5]).expected(6))
+    torch.testing.assert_close(both[1:], seen(LEVELS, noisy[:5]).expected(6))
 
 
 def test_half_precision_stays_what_it_is():
     xs = [x.half() for x in straight()]
-    expected = seen(LEVELS, xs[:4]).of(5)
+    expected = seen(LEVELS, xs[:4]).expected(5)
     assert expected.dtype == torch.float16
     torch.testing.assert_close(expected, xs[5], rtol=0, atol=0.02)
 

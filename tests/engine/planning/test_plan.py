@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from asyncdiff_nodes.engine import Block, BlockGraph, Plan, PlanError, place
-from asyncdiff_nodes.engine.planning.graph import Hidden, TensorMeta
+from asyncdiff_nodes.engine.planning.graph import Hidden
 from asyncdiff_nodes.engine.planning.partition import FRESH_SLACK, TIME_TOLERANCE
+from asyncdiff_nodes.engine.tensors import TensorMeta
 
 BEST_WRAPPED = {
     "sd15": {2: 0.501, 3: 0.334, 4: 0.256},

@@ -5,7 +5,7 @@ import torch
 
 import toys
 from asyncdiff_nodes.engine import Plan, Simulator, WorkerError, place
-from asyncdiff_nodes.engine.planning.graph import tensors_of
+from asyncdiff_nodes.engine.tensors import tensors_of
 from reuse import running
 from toys import TOY, Telltale, ToyBlock
 

@@ -5,7 +5,7 @@ import torch
 
 import strict_gpus
 import toys
-from asyncdiff_nodes.engine import IdleWorkers, Plan, Simulator, WorkerGroup
+from asyncdiff_nodes.engine import IdleWorkers, Plan, RankOptions, Simulator, WorkerGroup
 
 TIMESTEPS = [900, 700, 500, 300, 200, 100]
 IDLE = IdleWorkers()
@@ -35,9 +35,8 @@ def test_no_order_of_waiting_stops_the_ranks(plan):
         simulator.begin(TIMESTEPS)
         expected = toys.denoise(simulator, TIMESTEPS)
     devices = ["cpu"] * plan.world_size
-    group = WorkerGroup(
-        net, plan, devices, threads_per_rank=1, family=toys.TOY, prepare=strict_gpus.prepare, call_timeout=20, idle=IDLE
-    )
+    ranks = RankOptions(threads_per_rank=1, prepare=strict_gpus.prepare, call_timeout=20, idle=IDLE)
+    group = WorkerGroup(net, plan, devices, family=toys.TOY, ranks=ranks)
     with group:
         group.begin(TIMESTEPS)
         actual = toys.denoise(group, TIMESTEPS)

@@ -19,6 +19,14 @@ def watcher(server):
     return Page(server)
 
 
+@pytest.fixture
+def block_times(watcher):
+    """The file of a run with as many asynchronous calls as are timed."""
+    assert watcher.run(routed_only(steps=12, chosen=SEGMENTS)).done
+    (kept,) = (watcher.server.base / "user").rglob("block_times.json")
+    return kept
+
+
 def status(server, path, data=None, **headers):
     """Of the answer to a request with these headers."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -67,12 +75,10 @@ def test_what_a_request_says_is_looked_up_and_no_more(server, query):
     assert status(server, f"/asyncdiff/state?{query}") == 200
 
 
-def test_block_times_are_not_served(watcher):
-    assert watcher.run(routed_only(chosen=SEGMENTS)).done
-    (kept,) = (watcher.server.base / "user").rglob("block_times.json")
-    assert kept.parent.name == "__asyncdiff"
+def test_block_times_are_not_served(server, block_times):
+    assert block_times.parent.name == "__asyncdiff"
     for path in ("__asyncdiff%2Fblock_times.json", "..%2F__asyncdiff%2Fblock_times.json"):
-        assert status(watcher.server, f"/userdata/{path}") in (400, 403, 404)
+        assert status(server, f"/userdata/{path}") in (400, 403, 404)
 
 
 @pytest.mark.parametrize("path", ["/asyncdiff/stop", "/asyncdiff/", "/asyncdiff/state/../../etc/passwd"])

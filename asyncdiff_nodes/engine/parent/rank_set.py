@@ -11,18 +11,18 @@ from typing import Any
 import torch
 
 from asyncdiff_nodes.engine.errors import DeadlineError, GroupClosedError, WorkerError
-from asyncdiff_nodes.engine.rank.transport import Place
+from asyncdiff_nodes.engine.rank.transport import RankLocation
 from asyncdiff_nodes.engine.rendezvous import Rendezvous
 
-from .spawning import IdleWorkers
+from .worker_processes import IdleWorkers
 
 POLL = 0.05  # seconds between looks at the deadline, the interrupt and the ranks
 
 Message = tuple[int, Any, list[torch.Tensor]]  # rank, header, tensors
 
 
-class Ranks(ABC):
-    """A set of worker processes, each of which runs a :class:`~.worker.Rank`.
+class RankSet(ABC):
+    """A set of worker processes, each of which runs a :class:`~.message_loop.Rank`.
 
     Nothing blocks the caller beyond its deadline. Where they run, and what carries the messages, is for subclasses to say; of
     these messages, ``("failure", cause, traceback, when)`` and ``("died", ...)`` say that a rank is gone.
@@ -42,8 +42,8 @@ class Ranks(ABC):
         """Process ids, by rank, on the machine of each."""
 
     @abstractmethod
-    def meet(self, deadline: float) -> tuple[tuple[Place, ...], Rendezvous]:
-        """Where each rank is, and where they find each other; waits until that is known.
+    def meet(self, deadline: float) -> tuple[tuple[RankLocation, ...], Rendezvous]:
+        """Say where each rank is, and where they find each other; waits until that is known.
 
         Args:
             deadline: on the monotonic clock.
@@ -64,11 +64,11 @@ class Ranks(ABC):
 
     @abstractmethod
     def _next(self) -> Message | None:
-        """The next message of any rank; None where there is none within :data:`POLL`."""
+        """Take the next message of any rank; None where there is none within :data:`POLL`."""
 
     @abstractmethod
     def _explain(self, rank: int, header: Any) -> WorkerError:
-        """Which rank began it, and how, if ``rank`` said ``header`` last."""
+        """Say which rank began it, and how, if ``rank`` said ``header`` last."""
 
     @property
     def closed(self) -> bool:
@@ -86,7 +86,7 @@ class Ranks(ABC):
             self._check(deadline, f"rank {rank} to take a message")
 
     def next_message(self, deadline: float, what: str) -> Message:
-        """The next message of any rank.
+        """Wait for the next message of any rank.
 
         Args:
             deadline: on the monotonic clock.

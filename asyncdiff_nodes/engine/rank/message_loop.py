@@ -8,8 +8,7 @@ import os
 import pickle
 import time
 import traceback
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -19,42 +18,17 @@ import torch
 from asyncdiff_nodes.engine import wire
 from asyncdiff_nodes.engine.batch import Arguments, sample_of
 from asyncdiff_nodes.engine.inputs import join
-from asyncdiff_nodes.engine.parent.calls import CallMessage, Opening
-from asyncdiff_nodes.engine.rendezvous import Rendezvous, open_store
+from asyncdiff_nodes.engine.messages import CallMessage, Opening
+from asyncdiff_nodes.engine.rendezvous import PipeStore, open_store
 from asyncdiff_nodes.engine.telemetry import RankReport
+from asyncdiff_nodes.engine.tensors import dense_on_cpu
 
-from . import backends
+from . import numerics
+from .boot import Boot
 from .finite import is_finite
-from .split import Share, SplitModel
-from .transport import Place, Transport
-
-
-@dataclass(frozen=True)
-class Boot:
-    """First message to a rank.
-
-    Attributes:
-        places, rendezvous: of all ranks of the group.
-        skeleton: the pickled module tree on the meta device.
-        compile: as of the group.
-        prepare: called before the skeleton is unpickled.
-        timestep, sample: position and keyword of each in its forward.
-        divide: as in :class:`~.family.Family`.
-        replicated_bytes: bytes of the weights that every rank holds.
-    """
-
-    share: Share
-    places: tuple[Place, ...]
-    rendezvous: Rendezvous
-    skeleton: bytes
-    compile: Mapping[str, Any] | None
-    prepare: Callable[[], None] | None
-    threads: int
-    timestep: tuple[int, str]
-    sample: tuple[int, str]
-    divide: Callable[[tuple[Any, ...], dict[str, Any], int, int], list[Arguments]]
-    timeout: float
-    replicated_bytes: int
+from .share import Share
+from .split_model import SplitModel
+from .transport import Transport
 
 
 def serve(conn: Connection) -> None:
@@ -75,13 +49,16 @@ def serve(conn: Connection) -> None:
 
 
 def _serve(conn: Connection) -> None:
-    send, rank = partial(wire.send, conn), None
+    send = partial(wire.send, conn)
+    rank: Rank | None = None
     while True:
         header, tensors = wire.receive(conn)
         if isinstance(header, Boot):
             rank = Rank(header, send, partial(wire.receive, conn))
             gc.enable()  # see asyncdiff_nodes.spawned
-        elif header[0] == "rest":
+            continue
+        assert rank is not None, "a process that rests is first told what it is to be"
+        if header[0] == "rest":
             rank.close()
             rank = None
             _free()
@@ -98,13 +75,13 @@ def _free() -> None:
 
 
 def last_words(error: BaseException) -> tuple[str, str, str, float]:
-    """What a rank says of the error that it failed with: its first line, the traceback, and when, on its machine's clock."""
+    """Say what a rank failed with: the error's first line, the traceback, and when, on its machine's clock."""
     cause = "".join(traceback.format_exception_only(error)).splitlines()[0]
     return "failure", cause, "".join(traceback.format_exception(error)), time.monotonic()
 
 
 class Rank:
-    """One rank.
+    """One rank, which does what its parent's messages say.
 
     Args:
         boot: what it is.
@@ -115,18 +92,18 @@ class Rank:
     def __init__(self, boot: Boot, send: Callable[..., None], receive: Callable[[], Any] | None = None) -> None:
         self._send = send
         self._boot = boot
-        self._device = torch.device(boot.places[boot.share.rank].device)
+        self._device = torch.device(boot.locations[boot.share.rank].device)
         torch.set_num_threads(boot.threads)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # for NCCL and events
         if boot.prepare is not None:
             boot.prepare()
         self._store = open_store(boot.rendezvous, boot.timeout, send, receive)
-        self._transport = Transport(boot.share.rank, boot.places, self._store, boot.timeout)
+        self._transport = Transport(boot.share.rank, boot.locations, self._store, boot.timeout)
         self._share = boot.share
         self._model = SplitModel(pickle.loads(boot.skeleton), boot.share, self._device, self._transport)
         self._known: dict[Hashable, tuple[Opening, list[Any]]] = {}  # of each stream, with the leaves of its last call
-        self._held: dict[int, torch.Tensor] = {}  # as the parent's
+        self._parameters: dict[int, torch.Tensor] = {}  # by the parent's numbers
         self._used: set[int] = set()
         self._run = 0
 
@@ -145,11 +122,11 @@ class Rank:
         if verb == "call":
             self._call(rest[0], tensors)
         elif verb == "reset":
-            self._run, numerics = rest
-            backends.restore(numerics)  # the host's modules have set their own when they were imported
+            self._run, settings = rest
+            numerics.restore(settings)  # the host's modules have set their own when they were imported
             self._model.reset()
             self._known.clear()
-            self._held = {number: self._held[number] for number in self._used}
+            self._parameters = {number: self._parameters[number] for number in self._used}
             self._used.clear()
         elif verb == "forget":
             self._model.forget(rest[0])
@@ -162,12 +139,12 @@ class Rank:
             self._move(rest[0])
         elif verb == "connect":
             self._connect(rest[0])
-        elif verb == "meet":  # of links that this rank has no part in, or has opened
+        elif verb == "meet" and isinstance(self._store, PipeStore):  # of links that this rank has no part in, or has opened
             self._store.take(*rest)
         elif verb == "report":
             self._send_records(wait=True)
             self._send(("report", rest[0], self._report()))
-        return verb != "close"
+        return bool(verb != "close")
 
     def _tidy(self) -> None:
         """Keep nothing of the last run, and give the device's memory back, which other processes cannot have otherwise."""
@@ -189,7 +166,7 @@ class Rank:
         _free()
 
     def _connect(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """All weights are in: link up with the other ranks and tell the parent."""
+        """Link up with the other ranks, now that all weights are in, and tell the parent."""
         if missing := self._model.missing():
             raise RuntimeError(f"no value was received for {missing[:5]}")
         if self._boot.compile is not None:
@@ -202,6 +179,7 @@ class Rank:
         if message.opening is not None:
             opening = message.opening
             self._model.set_layouts(message.stream, opening.layouts)
+        assert opening is not None, "a stream begins with one"
         leaves = [
             known[i] if kind == "same" else self._leaf(kind, what, tensors) for i, (kind, what) in enumerate(message.leaves)
         ]
@@ -210,13 +188,13 @@ class Rank:
         args, kwargs = join(leaves, opening.structure, timestep, self._boot.timestep, opening.positional)
         result = self._model.call(message, self._parts(args, kwargs, message.parts))
         if result is not None:
-            leaves, structure = [wire.dense_on_cpu(leaf) for leaf in result[0]], result[1]
+            leaves, structure = [dense_on_cpu(leaf) for leaf in result[0]], result[1]
             self._send(("result", message.run, message.stream, message.result, structure, is_finite(leaves)), leaves)
         self._model.note_drift()
         self._send_records()
 
     def _parts(self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> list[tuple[int, Arguments]]:
-        """The call in ``count`` parts: items of the batch, and arguments, of each."""
+        """Divide the call into ``count`` parts: items of the batch, and arguments, of each."""
         sample, batch = self._boot.sample, len(sample_of(args, kwargs, self._boot.sample))
         if count == 1:
             return [(batch, (args, kwargs))]
@@ -232,23 +210,23 @@ class Rank:
     def _leaf(self, kind: str, what: Any, tensors: list[torch.Tensor]) -> Any:
         if kind == "unused":
             return self._model.placeholder(what)
-        if kind == "held":
+        if kind == "parameter":
             number, index = what
             if index is not None:
-                self._held[number] = self._here(tensors[index])
+                self._parameters[number] = self._here(tensors[index])
             self._used.add(number)
-            return self._held[number]
+            return self._parameters[number]
         return self._here(tensors[what]) if kind == "tensor" else what
 
     def _here(self, tensor: torch.Tensor) -> torch.Tensor:
-        """On the rank's device; a GPU's queue is not waited for."""
+        """Move a tensor to the rank's device; a GPU's queue is not waited for."""
         return tensor.to(self._device, non_blocking=True)
 
     def _report(self) -> RankReport:
         return RankReport(
             rank=self._share.rank,
             pid=os.getpid(),
-            device=self._boot.places[self._share.rank].name,
+            device=self._boot.locations[self._share.rank].name,
             segment=self._share.segment,
             weights=self._model.weights(),
             replicated_bytes=self._boot.replicated_bytes,

@@ -13,10 +13,10 @@ import ray
 import torch
 import torch.distributed as dist
 
-from asyncdiff_nodes.engine.rank.transport import Place
-from asyncdiff_nodes.engine.rank.worker import Rank, last_words
+from asyncdiff_nodes.engine.rank.message_loop import Rank, last_words
+from asyncdiff_nodes.engine.rank.transport import RankLocation
 
-from .messages import Parcel
+from .parcel import Parcel
 
 
 class RankActor:
@@ -32,13 +32,13 @@ class RankActor:
         self._said: list[Parcel] = []
         self._store: Any = None
 
-    def where(self) -> tuple[Place, int]:
-        """The rank's place and process id."""
+    def where(self) -> tuple[RankLocation, int]:
+        """Return where the rank is, and its process id."""
         host = ray.util.get_node_ip_address()
         gpus = ray.get_runtime_context().get_accelerator_ids()["GPU"]
         # Ray shows an actor its own GPU only, so that it is torch's first one
         name, device = (f"cuda:{gpus[0]}", "cuda:0") if gpus else ("cpu", "cpu")
-        return Place(f"{host} {name}", device, host), os.getpid()
+        return RankLocation(f"{host} {name}", device, host), os.getpid()
 
     def clock(self) -> float:
         """Seconds on this machine's monotonic clock."""
@@ -60,7 +60,7 @@ class RankActor:
         return host, port
 
     def tell(self, message: Parcel) -> Sequence[Parcel]:
-        """Do what the message says, the first of which is the rank's :class:`~.worker.Boot`; returns what the rank answers."""
+        """Do what the message says, the first of which is the rank's :class:`~.boot.Boot`; returns what the rank answers."""
         self._said = []
         try:
             if self._rank is None:

@@ -1,4 +1,4 @@
-"""From names of a cluster's devices to one name per rank, by what Ray says of the cluster."""
+"""Names of a cluster's devices: from what the user gives to one per rank, by what Ray says of the cluster."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _connected: str | None = None  # the address that this program was connected to 
 
 
 def address_of(name: str) -> str:
-    """The address of the cluster, as ``ray.init`` takes it."""
+    """Return the address of the cluster, as ``ray.init`` takes it."""
     return name.removesuffix("/cpu").replace("ray:auto", "auto")
 
 
@@ -28,7 +28,7 @@ def on_cpu(name: str) -> bool:
 
 
 def resolve(names: Sequence[str]) -> tuple[str, ...]:
-    """One name per rank; connects to the cluster.
+    """Name one device per rank; connects to the cluster.
 
     Args:
         names: as in :mod:`asyncdiff_nodes.cluster`, at least one of them of a cluster.

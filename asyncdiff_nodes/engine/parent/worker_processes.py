@@ -24,7 +24,7 @@ _START_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Worker:
+class WorkerProcess:
     """A process that is a rank, or was one and can be one again.
 
     Attributes:
@@ -39,8 +39,8 @@ class Worker:
     death: Connection
 
     @classmethod
-    def start(cls, device: str, name: str) -> Worker:
-        """A new process.
+    def start(cls, device: str, name: str) -> WorkerProcess:
+        """Start a new process.
 
         Raises:
             OSError: no room for it.
@@ -61,7 +61,7 @@ class Worker:
         return cls(device, process, conn, death)
 
 
-def end(workers: Sequence[Worker], grace: float) -> None:
+def end(workers: Sequence[WorkerProcess], grace: float) -> None:
     """Wait for processes that were asked to end, for ``grace`` seconds, then terminate, then kill."""
     processes = [worker.process for worker in workers]
     _join(processes, grace)
@@ -88,12 +88,12 @@ class IdleWorkers:
     They end with :meth:`close`, or when this object is forgotten, but for those that were taken.
     """
 
-    def __init__(self, workers: Sequence[Worker] = ()) -> None:
+    def __init__(self, workers: Sequence[WorkerProcess] = ()) -> None:
         self._workers = list(workers)
         weakref.finalize(self, _end_idle, self._workers)
 
-    def take(self, device: str) -> Worker | None:
-        """One that was started for ``device`` and is alive; None if there is none."""
+    def take(self, device: str) -> WorkerProcess | None:
+        """Take one that was started for ``device`` and is alive; None if there is none."""
         for worker in self._workers:
             if worker.device == device and worker.process.is_alive():
                 self._workers.remove(worker)
@@ -110,7 +110,7 @@ class IdleWorkers:
         _end_idle(self._workers)
 
 
-def _end_idle(workers: list[Worker]) -> None:
+def _end_idle(workers: list[WorkerProcess]) -> None:
     end(workers, 0.0)
     for worker in workers:
         worker.conn.close()
@@ -119,7 +119,7 @@ def _end_idle(workers: list[Worker]) -> None:
 
 @contextlib.contextmanager
 def spawning() -> Iterator[None]:
-    """What spawn must not take from this process.
+    """Keep from spawn, while it lasts, what it must not take from this process.
 
     The main module, which it would import again in the child: a worker needs nothing of it, and running it again would start
     a second server (a host's main.py), or start workers without end (a script without a ``__main__`` guard).
@@ -130,7 +130,7 @@ def spawning() -> Iterator[None]:
     standard = {os.path.dirname(os.__file__), sysconfig.get_config_var("DESTSHARED")}
     with _START_LOCK:
         main, path = sys.modules["__main__"], sys.path[:]
-        hidden = {name: main.__dict__[name] for name in ("__file__", "__spec__") if name in main.__dict__}
+        hidden: dict[str, Any] = {name: main.__dict__[name] for name in ("__file__", "__spec__") if name in main.__dict__}
         main.__dict__.pop("__file__", None)
         main.__spec__ = None
         sys.path.sort(key=lambda folder: folder not in standard)

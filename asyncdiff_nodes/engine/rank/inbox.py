@@ -1,20 +1,25 @@
-"""Stale values: what a rank keeps of other segments, and the stubs that hand it to the model's own forward."""
+"""What a rank keeps of another segment's blocks: values on their way, and old ones that stand in for new ones."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
-from torch import nn
+
+Value = tuple[torch.Tensor, ...]  # of a block: the leaves of its output
+Arrival = Callable[[], Value]  # waits for a value
 
 
 def value_for(call: int, history: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """A new tensor: the value for ``call``, given those computed for other calls.
+    """Make a new tensor: the value for ``call``, given those computed for other calls.
 
     What was computed for it, if that is known; otherwise on the straight line through the two nearest, or the only one as it is.
+
+    >>> history = {1: torch.tensor(10.0), 2: torch.tensor(12.0)}
+    >>> value_for(2, history), value_for(4, history), value_for(4, {1: torch.tensor(10.0)})
+    (tensor(12.), tensor(16.), tensor(10.))
     """
     if call in history or len(history) == 1:
         return history[call if call in history else next(iter(history))].clone()
@@ -22,27 +27,31 @@ def value_for(call: int, history: Mapping[int, torch.Tensor]) -> torch.Tensor:
     return history[near] + (history[near] - history[far]) * ((call - near) / (near - far))
 
 
-def shift(leaf: torch.Tensor, states: torch.Tensor, sign: int) -> None:
-    """Add hidden ``states`` [B, T, ...] to the last T tokens of ``leaf``, or, with the sign -1, take them away."""
-    leaf[:, leaf.shape[1] - states.shape[1] :].add_(states, alpha=sign)
-
-
 class Inbox:
     """The values of one producer block on one rank, in one stream: on their way, and the latest that arrived.
 
-    A value is a tuple of tensors, the leaves of the block's output. It was computed for some call, not always the one that it
-    was sent in, and is whole or a *change*: without the hidden states that it was made of.
+    A value was computed for some call, not always the one that it was sent in, and is whole or a *change*: without the hidden
+    states that it was made of.
 
     Args:
         depth: how many values to keep, if more than two.
+
+    Three values are sent, for calls 0 to 2. In call 2 the rank makes do with what was sent before it, and does not wait for the
+    third one: the two that it has say what comes.
+
+    >>> inbox = Inbox(depth=1)
+    >>> for call, value in enumerate((10.0, 12.0, 15.0)):
+    ...     inbox.expect(call, lambda value=value: (torch.tensor(value),))
+    >>> inbox.stale(2), inbox.current()
+    ((tensor(14.),), (tensor(15.),))
     """
 
     def __init__(self, depth: int) -> None:
-        self._expected: deque[tuple[int, bool, Callable[[], tuple[torch.Tensor, ...]]]] = deque()
-        self._history: deque[tuple[int, bool, tuple[torch.Tensor, ...]]] = deque(maxlen=max(2, depth))
+        self._expected: deque[tuple[int, bool, Arrival]] = deque()
+        self._history: deque[tuple[int, bool, Value]] = deque(maxlen=max(2, depth))
 
-    def expect(self, call: int, arrival: Callable[[], tuple[torch.Tensor, ...]], change: bool = False) -> None:
-        """Note that a value, computed for ``call``, is on its way; ``arrival`` waits for it."""
+    def expect(self, call: int, arrival: Arrival, change: bool = False) -> None:
+        """Note that a value, computed for ``call``, is on its way."""
         self._expected.append((call, change, arrival))
 
     def settle(self, leave: int = 0) -> None:
@@ -56,13 +65,13 @@ class Inbox:
         """Whether the latest value is a change."""
         return self._history[-1][1]
 
-    def current(self) -> tuple[torch.Tensor, ...]:
-        """This call's value (a synchronous call). Copies, since a model's forward may change what it is given."""
+    def current(self) -> Value:
+        """Wait for this call's value (a synchronous call). Copies, since a model's forward may change what it is given."""
         self.settle()
         return tuple(leaf.clone() for leaf in self._history[-1][2])
 
-    def stale(self, call: int | None) -> tuple[torch.Tensor, ...]:
-        """What stands in for the value for ``call``, from those that were sent before this call (an asynchronous one).
+    def stale(self, call: int | None) -> Value:
+        """Make what stands in for the value for ``call``, from those that were sent before this call (an asynchronous one).
 
         None asks for the latest as it is.
         """
@@ -83,20 +92,15 @@ class Inbox:
 
 
 def _norm(value: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(value, dtype=torch.float32)
+    norm: torch.Tensor = torch.linalg.vector_norm(value, dtype=torch.float32)
+    return norm
 
 
 def drift(norms: Sequence[float]) -> float:
-    """Relative L2 difference of two values; see :meth:`Inbox.norms`."""
+    """Relative L2 difference of two values; see :meth:`Inbox.norms`.
+
+    >>> drift([3.0, 4.0, 6.0, 8.0])  # two leaves changed by 3 and 4, from 6 and 8
+    0.5
+    """
     leaves = len(norms) // 2
     return math.hypot(*norms[:leaves]) / max(math.hypot(*norms[leaves:]), 1e-15)
-
-
-def make_stub(block: nn.Module, fetch: Callable[[], Any]) -> None:
-    """Make a stub of ``block``, which another rank owns: it hands back what ``fetch`` returns, whatever its arguments.
-
-    It loses its weights and children but keeps its class, since a model's forward may choose arguments by class.
-    """
-    for members in (block._parameters, block._buffers, block._modules):
-        members.clear()
-    block.forward = lambda *args, **kwargs: fetch()

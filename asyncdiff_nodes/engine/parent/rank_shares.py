@@ -1,20 +1,20 @@
-"""Which rank has what, under a placement: blocks, links to other ranks, weights."""
+"""Shares of ranks under a placement: blocks, links to other ranks, weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from asyncdiff_nodes.engine.planning.plan import Placement
-from asyncdiff_nodes.engine.rank.split import Share
+from asyncdiff_nodes.engine.planning.placement import Placement
+from asyncdiff_nodes.engine.rank.share import Share
 
 
-def shares(placement: Placement) -> Iterator[Share]:
-    """That of each rank, in their order."""
+def shares_of(placement: Placement) -> Iterator[Share]:
+    """Yield the share of each rank, in their order."""
     return (_share(placement, rank) for rank in range(placement.plan.world_size))
 
 
-def holders(placement: Placement, weight: str) -> set[int]:
-    """The segments that compute with a weight, by its name; all of them for glue."""
+def segments_with(placement: Placement, weight: str) -> set[int]:
+    """Find the segments that compute with a weight, by its name; all of them for glue."""
     parts = weight.split(".")
     prefixes = {".".join(parts[:i]) for i in range(1, len(parts))}
     segments = set(range(placement.plan.segments))

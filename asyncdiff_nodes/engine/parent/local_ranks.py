@@ -17,16 +17,16 @@ import torch
 
 from asyncdiff_nodes.engine import wire
 from asyncdiff_nodes.engine.errors import AsyncDiffError, WorkerError
-from asyncdiff_nodes.engine.rank.transport import Place
+from asyncdiff_nodes.engine.rank.transport import RankLocation
 
 from .outbox import Outbox
-from .ranks import POLL, Message, Ranks
-from .spawning import IdleWorkers, Worker, end
+from .rank_set import POLL, Message, RankSet
+from .worker_processes import IdleWorkers, WorkerProcess, end
 
 _REST = 5.0  # seconds that a rank has to forget its model
 
 
-class Processes(Ranks):
+class LocalRanks(RankSet):
     """Worker processes with one message pipe each.
 
     The caller itself reads messages, as far as they have come, and writes them, as far as a pipe takes them; the rest is a
@@ -35,20 +35,20 @@ class Processes(Ranks):
     """
 
     def __init__(self, devices: Sequence[str], poll: Callable[[], None] | None = None, idle: IdleWorkers | None = None) -> None:
-        """One process for each of ``devices``, of ``idle`` ones or a new one; see :class:`~.ranks.Ranks`."""
+        """Take one process for each of ``devices``, of ``idle`` ones or a new one; see :class:`~.rank_set.RankSet`."""
         super().__init__(poll)
-        self._places = tuple(Place(device, device) for device in devices)
+        self._locations = tuple(RankLocation(device, device) for device in devices)
         self._inbox: deque[Message] = deque()
         self._lock = threading.Lock()
         self._reading = threading.RLock()
         self._incoming: dict[Connection, tuple[int, Iterator[Any]]] = {}  # of those that can still say something
         self._sentinels: dict[int, int] = {}  # of those not known to be dead
-        self._workers: list[Worker] = []
+        self._workers: list[WorkerProcess] = []
         self._outboxes: list[Outbox] = []
         try:
             for rank, device in enumerate(devices):
                 worker = idle.take(device) if idle else None
-                self._workers.append(worker or Worker.start(device, f"asyncdiff-rank-{rank}"))
+                self._workers.append(worker or WorkerProcess.start(device, f"asyncdiff-rank-{rank}"))
             for rank, worker in enumerate(self._workers):
                 self._outboxes.append(Outbox(worker.conn))
                 self._incoming[worker.conn] = rank, wire.incoming(worker.conn, wait=False)
@@ -66,17 +66,17 @@ class Processes(Ranks):
 
     @property
     def pids(self) -> list[int]:
-        """Of this machine."""
+        """Process ids, on this machine."""
         return [worker.process.pid for worker in self._workers]
 
     @property
     def closed(self) -> bool:
-        """Also whether a rank has died since anybody last listened."""
+        """Whether it was closed, a rank failed, or one has died since anybody last listened."""
         return super().closed or bool(wait(list(self._sentinels), 0))
 
-    def meet(self, deadline: float) -> tuple[tuple[Place, ...], None]:
-        """Known from the start."""
-        return self._places, None
+    def meet(self, deadline: float) -> tuple[tuple[RankLocation, ...], None]:
+        """Return what is known from the start."""
+        return self._locations, None
 
     def _post(self, rank: int, header: Any, tensors: Sequence[torch.Tensor]) -> bool:
         if self._outboxes[rank].post(header, tensors, POLL):
@@ -125,15 +125,15 @@ class Processes(Ranks):
                     del self._incoming[conn]
                     self._take(rank, ("died",), [])
             if not spoken:  # last words first, then the news of a death
-                for item in ready:
-                    self._take(self._sentinels.pop(item), ("died",), [])
+                for sentinel in (item for item in ready if isinstance(item, int)):
+                    self._take(self._sentinels.pop(sentinel), ("died",), [])
 
     def _take(self, rank: int, header: Any, tensors: list[torch.Tensor]) -> None:
         self._heard(rank, header)
         self._inbox.append((rank, header, tensors))
 
     def release(self) -> IdleWorkers:
-        """Have all ranks forget their model; see :class:`~.ranks.Ranks`."""
+        """Have all ranks forget their model; see :class:`~.rank_set.RankSet`."""
         deadline = time.monotonic() + _REST
         try:
             for rank in range(len(self._workers)):

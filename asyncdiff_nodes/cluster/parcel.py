@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 
-from asyncdiff_nodes.engine import wire
-from asyncdiff_nodes.engine.planning.graph import TensorMeta
+from asyncdiff_nodes.engine.tensors import TensorMeta, empty, memory
 
 
 class Parcel:
@@ -18,14 +17,14 @@ class Parcel:
     def __init__(self, header: Any, tensors: Sequence[torch.Tensor] = ()) -> None:
         self.header, self.tensors = header, list(tensors)
 
-    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
-        buffers = [pickle.PickleBuffer(wire.memory(tensor)) for tensor in self.tensors if tensor.numel()]
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        buffers = [pickle.PickleBuffer(memory(tensor)) for tensor in self.tensors if tensor.numel()]
         return _unpacked, (self.header, [TensorMeta.of(tensor) for tensor in self.tensors], buffers)
 
 
 def _unpacked(header: Any, metas: Sequence[TensorMeta], buffers: Sequence[Any]) -> Parcel:
     """Tensors of their own: the buffers are Ray's, shared and read-only."""
-    tensors = [wire.empty(meta) for meta in metas]
+    tensors = [empty(meta) for meta in metas]
     for tensor, buffer in zip((tensor for tensor in tensors if tensor.numel()), buffers, strict=True):
-        wire.memory(tensor)[:] = memoryview(buffer).cast("B")
+        memory(tensor)[:] = memoryview(buffer).cast("B")
     return Parcel(header, tensors)

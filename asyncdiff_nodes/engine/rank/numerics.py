@@ -24,7 +24,7 @@ _ATTENTION = {  # how to ask -> how to say
 
 
 def snapshot() -> dict[str, Any]:
-    """The parent's settings, picklable."""
+    """Take this process's settings, picklable."""
     cuda = torch.backends.cuda
     return {
         "fp32": _fp32(),
@@ -54,17 +54,20 @@ def restore(settings: dict[str, Any]) -> None:
 
 
 def _cuda_matmul() -> dict[str, Any]:
-    matmul, found = torch.backends.cuda.matmul, {}
+    matmul, settings = torch.backends.cuda.matmul, {}
     if hasattr(matmul, "allow_fp16_accumulation"):
-        found["allow_fp16_accumulation"] = matmul.allow_fp16_accumulation
+        settings["allow_fp16_accumulation"] = matmul.allow_fp16_accumulation
     for name in _REDUCED:
         split = getattr(matmul, f"{name}_split_k", None)
-        found[name] = getattr(matmul, name) if split is None else (getattr(matmul, name), split)
-    return found
+        settings[name] = getattr(matmul, name) if split is None else (getattr(matmul, name), split)
+    return settings
 
 
 def _fp32() -> dict[str, Any]:
-    """From torch 2.9 on there are settings of each kind of layer; once they were used, the older ones cannot be read any more."""
+    """Take those of float32.
+
+    From torch 2.9 on there are settings of each kind of layer; once they were used, the older ones cannot be read any more.
+    """
     if hasattr(torch.backends, "fp32_precision"):
         return {name: operator.attrgetter(name)(torch.backends) for name in _FP32}
     return {

@@ -20,26 +20,26 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from asyncdiff_nodes.engine.errors import WorkerError
-from asyncdiff_nodes.engine.parent.ranks import POLL, Message, Ranks
-from asyncdiff_nodes.engine.rank.transport import Place
+from asyncdiff_nodes.engine.parent.rank_set import POLL, Message, RankSet
+from asyncdiff_nodes.engine.rank.transport import RankLocation
 
-from .devices import connect, on_cpu
-from .messages import Parcel
-from .rank import RankActor
+from .device_names import connect, on_cpu
+from .parcel import Parcel
+from .rank_actor import RankActor
 
 _AHEAD = 8  # messages to a rank that it has not answered: weights wait there on their way
 _CLOCKS = 5  # times that a rank is asked for the time
 
 
-class Actors(Ranks):
+class RayRanks(RankSet):
     """Ranks on the devices of a Ray cluster."""
 
     def __init__(self, devices: Sequence[str], poll: Callable[[], None] | None = None) -> None:
-        """Have Ray start one actor for each of ``devices``, which are of one cluster; see :class:`~.ranks.Ranks`."""
+        """Have Ray start one actor for each of ``devices``, which are of one cluster; see :class:`~.rank_set.RankSet`."""
         super().__init__(poll)
         self._inbox: deque[Message] = deque()
-        self._calls: list[deque[ray.ObjectRef]] = [deque() for _ in devices]  # not answered yet
-        self._places: tuple[Place, ...] = ()
+        self._calls: list[deque[ray.ObjectRef[Any]]] = [deque() for _ in devices]  # not answered yet
+        self._locations: tuple[RankLocation, ...] = ()
         self._pids: list[int] = []
         self._clocks: list[float] = []
         self._actors: list[Any] = []
@@ -60,24 +60,24 @@ class Actors(Ranks):
 
     @property
     def pids(self) -> list[int]:
-        """Each on the machine of its rank."""
+        """Process ids, each on the machine of its rank."""
         return self._pids
 
-    def meet(self, deadline: float) -> tuple[tuple[Place, ...], tuple[str, int]]:
-        """Once Ray has found room for all ranks and started them. Ranks of one machine are neighbours where devices are alike."""
+    def meet(self, deadline: float) -> tuple[tuple[RankLocation, ...], tuple[str, int]]:
+        """Wait until Ray has started all ranks. Ranks of one machine are neighbours where devices are alike."""
         what = f"Ray to find room for {len(self._actors)} ranks and to start them"
-        found = self._ask([actor.where.remote() for actor in self._actors], deadline, what)
-        order = sorted(range(len(found)), key=lambda rank: found[rank][0].name) if self._alike else range(len(found))
+        started = self._ask([actor.where.remote() for actor in self._actors], deadline, what)
+        order = sorted(range(len(started)), key=lambda rank: started[rank][0].name) if self._alike else range(len(started))
         self._actors = [self._actors[rank] for rank in order]
-        self._places = tuple(found[rank][0] for rank in order)
-        self._pids = [found[rank][1] for rank in order]
+        self._locations = tuple(started[rank][0] for rank in order)
+        self._pids = [started[rank][1] for rank in order]
         self._clocks = [self._clock(actor, deadline) for actor in self._actors]
         (rendezvous,) = self._ask([self._actors[0].host_store.remote()], deadline, "rank 0 to open a store")
-        return self._places, rendezvous
+        return self._locations, rendezvous
 
     def _clock(self, actor: Any, deadline: float) -> float:
-        """Seconds from the monotonic clock of an actor's machine to this one's: by the answer that took the shortest."""
-        asked = []
+        """Measure seconds from the monotonic clock of an actor's machine to this one's: by the answer that took the shortest."""
+        asked: list[tuple[float, float]] = []
         for _ in range(_CLOCKS):
             begin = time.monotonic()
             (there,) = self._ask([actor.clock.remote()], deadline, "the time of a rank")
@@ -85,8 +85,8 @@ class Actors(Ranks):
             asked.append((end - begin, (begin + end) / 2 - there))
         return min(asked)[1]
 
-    def _ask(self, calls: list[ray.ObjectRef], deadline: float, what: str) -> list[Any]:
-        """The answers to ``calls``, one per rank or of the first rank."""
+    def _ask(self, calls: list[ray.ObjectRef[Any]], deadline: float, what: str) -> list[Any]:
+        """Wait for the answers to ``calls``, one per rank or of the first rank."""
         while len(ray.wait(calls, num_returns=len(calls), timeout=POLL)[0]) < len(calls):
             self._check(deadline, what)
         answers = []
@@ -132,17 +132,17 @@ class Actors(Ranks):
     def _explain(self, rank: int, header: Any) -> WorkerError:
         if header[0] == "failure":
             # when one rank dies, its peers fail on their broken links: look for the one that began it
-            found = [actor.where.remote() for actor in self._actors]
-            ready = ray.wait(found, num_returns=len(found), timeout=1.0)[0]
+            calls = [actor.where.remote() for actor in self._actors]
+            ready = ray.wait(calls, num_returns=len(calls), timeout=1.0)[0]
             gone = {call: error for call in ready if (error := _death(call)) is not None}
             if not gone:
                 return WorkerError(f"rank {rank} failed ({header[1]})", rank, header[2])
             call, error = next(iter(gone.items()))
-            rank = found.index(call)
+            rank = calls.index(call)
         else:
             error = header[1]
-        place = self._places[rank].name
-        return WorkerError(f"rank {rank} (process {self._pids[rank]}, {place}) died; all ranks were stopped. {error}", rank)
+        name = self._locations[rank].name
+        return WorkerError(f"rank {rank} (process {self._pids[rank]}, {name}) died; all ranks were stopped. {error}", rank)
 
     def close(self, grace: float = 3.0) -> None:
         """Kill the actors, which have nothing to save, and give their room back."""
@@ -159,7 +159,7 @@ class Actors(Ranks):
         ray.wait(last, num_returns=len(last), timeout=5.0)  # they fail when the actors are gone
 
 
-def _death(call: ray.ObjectRef) -> RayActorError | None:
+def _death(call: ray.ObjectRef[Any]) -> RayActorError | None:
     try:
         ray.get(call)
     except RayActorError as error:

@@ -1,0 +1,137 @@
+"""What the parent tells the ranks of one stream: one message per rank and computing call, with what changed in its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from asyncdiff_nodes.engine.errors import InputChangedError
+from asyncdiff_nodes.engine.inputs import Inputs, Packed, SentParameters, difference, only
+from asyncdiff_nodes.engine.messages import CallMessage, Opening
+from asyncdiff_nodes.engine.planning.graph import BlockGraph
+from asyncdiff_nodes.engine.planning.placement import Placement
+from asyncdiff_nodes.engine.planning.schedule import Call, Kind
+from asyncdiff_nodes.engine.tensors import copied, dense_on_cpu
+
+from .course import Course
+from .run import Run
+
+
+class Stream:
+    """The parent's view of one stream in one run, from its first call on.
+
+    Args:
+        key: its name.
+        inputs: of the first call.
+        sample: position and keyword of the sample in the model's forward.
+        graph: traced with these inputs.
+        parameters: what each rank of the branch has of earlier runs.
+        parts: micro-batches of a synchronous call.
+
+    Raises:
+        ScheduleError: the first call's timestep is none of the run's.
+    """
+
+    def __init__(
+        self,
+        key: Hashable,
+        run: Run,
+        inputs: Inputs,
+        sample: tuple[int, str],
+        graph: BlockGraph,
+        placement: Placement,
+        parameters: Sequence[SentParameters],
+        parts: int = 1,
+    ) -> None:
+        self.graph = graph
+        self._key, self._run, self._parameters, self._parts = key, run, parameters, parts
+        self._signature = inputs.signature
+        self._sample = inputs.position(sample)
+        self._reads = [inputs.positions(block.reads) for block in graph.blocks]
+        self._hidden = inputs.positions(graph.hidden.reads) if graph.hidden else frozenset()
+        self._needs = self._needed(placement)
+        self._sent: list[Any] | None = None  # the leaves that the ranks have
+        self._course = Course(key, run, inputs)
+
+    def next(self, inputs: Inputs) -> Call:
+        """Say which call comes now, with these inputs.
+
+        Raises:
+            InputChangedError, ScheduleError: see their messages.
+        """
+        if inputs.signature != self._signature:
+            raise InputChangedError(
+                f"the inputs of stream {self._key!r} changed within a run ({difference(self._signature, inputs.signature)}): "
+                "keep shapes and dtypes, use another stream, or call begin() for a new run"
+            )
+        return self._course.next(inputs, inputs.leaves[self._sample])
+
+    def messages(self, call: Call, inputs: Inputs, ranks: int) -> Iterator[tuple[int, CallMessage, list[torch.Tensor]]]:
+        """Yield what to send for ``call``, in order: rank of the branch, message, tensors; each rank several times or never."""
+        for job in self._course.jobs(call):
+            packed, tensors, known = inputs.pack(self._sent, always=self._sample)
+            opening = self._opening(inputs) if self._sent is None else None
+            # whose result is waited for comes first: what the others get ahead with is still to be reckoned
+            order = range(ranks) if job.kind is Kind.SYNCHRONOUS else reversed(range(ranks))
+            for rank in order:
+                yield rank, *self._message(rank, job, inputs, packed, tensors, opening)
+            self._sent = known
+        self._course.made(call, inputs)
+
+    def move(self, placement: Placement) -> None:
+        """Note that blocks are elsewhere from now on: the ranks have neither inputs nor values of this stream any more."""
+        self._needs = self._needed(placement)
+        self._sent = None
+        self._course.move()
+
+    def _needed(self, placement: Placement) -> tuple[frozenset[int], ...]:
+        """Find for each segment the positions of the leaves that its ranks read."""
+        owned = map(placement.owned, range(self._run.plan.segments))
+        hidden = self._hidden if placement.hidden else frozenset()
+        return tuple(hidden.union(*(self._reads[i] for i in blocks)) for blocks in owned)
+
+    def _opening(self, inputs: Inputs) -> Opening:
+        return Opening(inputs.structure, inputs.positional, tuple((b.outputs, b.structure) for b in self.graph.blocks))
+
+    def _message(
+        self,
+        rank: int,
+        call: Call,
+        inputs: Inputs,
+        packed: list[Packed],
+        tensors: list[torch.Tensor],
+        opening: Opening | None,
+    ) -> tuple[CallMessage, list[torch.Tensor]]:
+        plan, course = self._run.plan, self._course
+        computes = call.works(rank, plan.segments)
+        needed = self._needs[min(rank, plan.segments - 1)]
+        target = call.targets[rank] if computes else call.index
+        if self._sample in needed and (expected := course.expected_sample(call, target)) is not None:
+            tensors = list(tensors)
+            tensors[packed[self._sample][1]] = dense_on_cpu(expected)
+        leaves, sent = only(packed, tensors, needed, self._parameters[rank])
+        timestep = course.timestep(call, call.timestep_indices[rank] if computes else call.index, inputs)
+        parts = self._parts if call.kind is Kind.SYNCHRONOUS else 1
+        is_tensor = isinstance(timestep, torch.Tensor)
+        message = CallMessage(
+            run=self._run.number,
+            stream=self._key,
+            index=call.index,
+            synchronous=call.kind in (Kind.SYNCHRONOUS, Kind.AHEAD),
+            why=course.why(call),
+            computes=computes,
+            ahead=call.kind is Kind.AHEAD,
+            parts=parts,
+            compression="none" if call.kind is Kind.SYNCHRONOUS else plan.compression,
+            timed=parts == 1 and course.timed(call),
+            checked=self._run.checked,
+            targets=call.targets,
+            reads=call.reads[rank] if computes else None,
+            leaves=tuple(leaves),
+            timestep=("tensor", len(sent)) if is_tensor else ("value", timestep),
+            opening=opening,
+            result=dict(call.results).get(rank),
+        )
+        return message, [*sent, copied(timestep)] if is_tensor else sent
