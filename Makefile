@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo demo-comfy test test-engine test-host test-beside-engine test-beside-host test-slow screenshots docs lint format clean
+.PHONY: demo demo-comfy test test-engine test-host test-beside-engine test-beside-sampling test-beside-host test-slow screenshots docs lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m asyncdiff_nodes demo
@@ -12,18 +12,20 @@ demo: $(VENV)/installed
 demo-comfy: $(VENV)/installed
 	$(BIN)/python -m asyncdiff_nodes demo-comfy
 
-# two parts side by side that take about as long, and then what looks at times
+# three parts side by side, since most tests wait for one process or another; then, alone, what looks at times
 test: lint
-	$(MAKE) --no-print-directory -j2 test-beside-engine test-beside-host
+	$(MAKE) --no-print-directory -j3 test-beside-engine test-beside-sampling test-beside-host
 	$(BIN)/python -m pytest -m "timing and not slow"
 	$(BIN)/python tests/host/run.py -m "timing and not slow"
 
 test-beside-engine: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not timing and not slow"
-	$(BIN)/python tests/host/run.py -m "not timing and not slow" -k browser
+
+test-beside-sampling: $(VENV)/installed
+	$(BIN)/python tests/host/run.py -m "not timing and not slow" tests/host/routing tests/host/patches
 
 test-beside-host: $(VENV)/installed
-	$(BIN)/python tests/host/run.py -m "not timing and not slow" --ignore tests/host/browser
+	$(BIN)/python tests/host/run.py -m "not timing and not slow" --ignore tests/host/routing --ignore tests/host/patches
 
 test-engine: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"
