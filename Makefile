@@ -48,6 +48,7 @@ docs: $(VENV)/docs
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/oxlint --deny-warnings js tests/js
 
 format: $(VENV)/installed
