@@ -1,4 +1,5 @@
 # One command each: make demo, make test. Both set up .venv first; nothing is installed outside of it.
+unexport PYTHONDONTWRITEBYTECODE  # hundreds of worker processes import the same modules: they are compiled once
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

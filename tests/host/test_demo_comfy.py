@@ -27,6 +27,7 @@ def test_it_draws_and_prints_the_report(tmp_path, capsys):
     assert [Image.open(picture).size for picture in pictures] == [(256, 256)] * 4
 
 
+@pytest.mark.slow  # what it prints is shown of another server in page/test_server.py
 def test_a_node_that_fails_is_named_without_its_inputs(tmp_path, monkeypatch, capsys):
     """Of a sampler these are pages of tensors."""
     workflow = json.loads(demo_comfy.WORKFLOW.read_text())

@@ -56,7 +56,7 @@ def press(frontend, keys, expected):
     assert types(frontend.serialize()) != expected
     frontend.page.mouse.click(700, 880)  # on nothing: the page looks whether the graph has changed, and it has not
     frontend.page.keyboard.press(keys)
-    for _ in range(100):
+    for _ in range(600):  # a busy machine takes its time to load the graph anew
         if types(frontend.serialize()) == expected:
             return settled(frontend)
         frontend.page.wait_for_timeout(50)

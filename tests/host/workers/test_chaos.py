@@ -18,12 +18,11 @@ def broken(tmp_path_factory):
 
 
 def cases():
-    """Every kind in every phase; the fast ones are those that cost a phase least."""
-    fast = {("exception", "asynchronous"), ("suspended", "shutdown")}
+    """Every kind in every phase; the fast one is that which takes least."""
     for fault in faults.drawn(len(faults.PAIRS), seed=1):
         if fault.kind == "disk_full" and os.geteuid():
             continue  # only root can make a full disk
-        marks = () if (fault.kind, fault.phase) in fast else pytest.mark.slow
+        marks = () if (fault.kind, fault.phase) == ("exception", "asynchronous") else pytest.mark.slow
         yield pytest.param(fault, id=f"{fault.kind}-{fault.phase}", marks=marks)
 
 
