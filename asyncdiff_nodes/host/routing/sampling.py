@@ -116,6 +116,7 @@ class Sampling:
 
     def _do_without(self, reason: str) -> None:
         """Give up the ranks, and let the host sample for this ``reason``."""
+        self._changes.close()
         if self._ranks is not None:
             self._ranks.give_up()
         self._note(reason)

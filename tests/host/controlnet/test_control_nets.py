@@ -147,6 +147,7 @@ def test_what_the_host_computes_itself_comes_first(deep, prompts):
     assert_exact(deep, controlled(prompts, net, features), 0)  # sums of floats depend on their order
 
 
+@pytest.mark.slow
 def test_a_union_of_several_types():
     """Which type it is to be is told it with each call; its layers are as wide as SDXL's."""
     model, prompts = small.model("sdxl", channels=320), prompts_for("sdxl")

@@ -60,6 +60,7 @@ def assert_same(samplings, model, expected):
         assert last_run().stats.records and not last_run().notes, last_run().line
 
 
+@pytest.mark.slow  # the demo model shows it fast
 def test_files_that_the_host_loaded(tmp_path, prompts, dynamic):
     checkpoints.place_small(tmp_path)
 
