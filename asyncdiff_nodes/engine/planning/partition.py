@@ -46,13 +46,13 @@ def best_starts(arcs: Arcs, speeds: Sequence[float], copies_of_last: int, fresh:
     >>> best_starts(arcs, [1, 1], 1, fresh=False), best_starts(arcs, [3, 1], 1, fresh=False)
     ((1, 2), (1, 4))
     """
-    times = _fastest(arcs, speeds, FRESH_SLACK if fresh else TIME_TOLERANCE)
+    times, bound = _fastest(arcs, speeds, FRESH_SLACK if fresh else TIME_TOLERANCE)
     if not times:
         return None
     if fresh:
         most = max(map(arcs.fresh, times))
         times = {first: time for first, time in times.items() if arcs.fresh(first) == most}
-    limit = min(times.values()) * (1 + TIME_TOLERANCE)
+    limit = min(min(times.values()) * (1 + TIME_TOLERANCE), bound)
     best: tuple[tuple[int, bool, float], tuple[int, ...]] | None = None
     for first in times:
         cuts = _fewest_bytes(_Segments(arcs, speeds, first), limit, copies_of_last)
@@ -63,17 +63,18 @@ def best_starts(arcs: Arcs, speeds: Sequence[float], copies_of_last: int, fresh:
     return best[1]
 
 
-def _fastest(arcs: Arcs, speeds: Sequence[float], slack: float) -> dict[int, float]:
+def _fastest(arcs: Arcs, speeds: Sequence[float], slack: float) -> tuple[dict[int, float], float]:
     """Find for each first cut the smallest possible time of the slowest segment, in cost per unit of speed.
 
-    Only first cuts that are within ``slack`` of the best.
+    Returns:
+        Those times that are within ``slack`` of the best, and the time that is just beyond.
     """
     times: dict[int, float] = {}
     bound = float("inf")
     for first in range(arcs.count - len(speeds) + 1):
         times[first] = _slowest(_Segments(arcs, speeds, first), bound)
         bound = min(bound, times[first] * (1 + slack) * (1 + 1e-9))
-    return {first: time for first, time in times.items() if time < bound}
+    return {first: time for first, time in times.items() if time < bound}, bound
 
 
 class _Segments:

@@ -26,6 +26,7 @@ from toys import TOY
 
 HERE = Path(__file__).parents[1]
 
+pytestmark = pytest.mark.usefixtures("spawned")
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
 
 

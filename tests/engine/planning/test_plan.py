@@ -294,10 +294,10 @@ def test_planner_finds_what_trying_everything_finds(problem):
     assert sent == found.bytes_per_call
     if plan.forecast and plan.fresh_skips:
         fastest = min(time for time, _ in every.values())
-        affordable = [starts for starts, (time, _) in every.items() if time <= fastest * (1 + FRESH_SLACK)]
+        affordable = {starts: entry for starts, entry in every.items() if entry[0] <= fastest * (1 + FRESH_SLACK)}
         most = max(full_skips_before(graph, starts[0]) for starts in affordable)
         assert full_skips_before(graph, found.starts[0]) == most
-        every = {starts: entry for starts, entry in every.items() if full_skips_before(graph, starts[0]) == most}
+        every = {starts: entry for starts, entry in affordable.items() if full_skips_before(graph, starts[0]) == most}
     fastest = min(time for time, _ in every.values())
     assert slowest <= fastest * (1 + TIME_TOLERANCE) * (1 + 1e-5)
     assert sent <= min(s for t, s in every.values() if t <= fastest * (1 + TIME_TOLERANCE) * (1 - 1e-5))

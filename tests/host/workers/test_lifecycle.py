@@ -3,6 +3,7 @@
 import functools
 import gc
 import itertools
+import multiprocessing
 import threading
 import time
 
@@ -34,7 +35,7 @@ def no_ranks_left():
 
 def ranks():
     """The processes that are ranks, of whichever group."""
-    return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    return [psutil.Process(child.pid) for child in multiprocessing.active_children()]
 
 
 def pids():
@@ -199,7 +200,7 @@ def test_cancel_answers_at_once_and_the_ranks_go_on(sd15, prompts, steps_before)
 
 
 @pytest.mark.timing
-def test_cancel_while_the_ranks_start(sd15, prompts):
+def test_cancel_while_the_ranks_start(sd15, prompts, spawned):
     POOL.release()
     cancelled = []
 
