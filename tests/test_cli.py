@@ -225,16 +225,16 @@ def test_no_command_imports_another():
 
 def test_compare_puts_the_published_method_and_fewer_steps_beside_ours(tmp_path):
     page = tmp_path / "page.html"
-    arguments = ("--plans", "2,1,1,1", "--runs", "ddim:8:4", "--compression", "half", "int8", "--html", str(page))
+    arguments = ("--plans", "2,1,1,1", "--runs", "ddim:8:2", "--compression", "half", "int8", "--html", str(page))
     status, result = run(tmp_path, "compare", *arguments)
     assert status == 0
     text = page.read_text()
-    assert text.count("data:image/png;base64,") == 1 + 7 and "asyncdiff compare --plans 2,1,1,1 --runs ddim:8:4" in text
+    assert text.count("data:image/png;base64,") == 1 + 7 and "asyncdiff compare --plans 2,1,1,1 --runs ddim:8:2" in text
     rows = {row["method"]: row for row in result["rows"]}
     assert list(rows) == ["sequential", "published", "ours", "ours-fast", "ours-half", "ours-int8", "fewer-steps"]
     assert (rows["sequential"]["psnr"], rows["sequential"]["ssim"]) == (100, 1)
     for row in list(rows.values())[1:]:
-        assert (row["plan"], row["sampler"], row["steps"], row["pairs"]) == ("2,1,1", "ddim", 8, 4)
+        assert (row["plan"], row["sampler"], row["steps"], row["pairs"]) == ("2,1,1", "ddim", 8, 2)
         assert row["psnr_ci"][0] < row["psnr"] < row["psnr_ci"][1]
         assert 5 < row["psnr"] < 60 and 0 < row["ssim"] < 1 and row["kernel_distance"] != rows["sequential"]["kernel_distance"]
     for method, most in (("ours-half", 0.51), ("ours-int8", 0.26)):

@@ -29,7 +29,6 @@ _UNET = {
     "image_size": 32,
     "in_channels": 4,
     "out_channels": 4,
-    "model_channels": 64,
     "num_res_blocks": [1, 1],
     "channel_mult": (1, 2),
     "transformer_depth": [1, 1],
@@ -39,14 +38,14 @@ _UNET = {
     "use_temporal_attention": False,
     "legacy": False,
 }
-_SD2 = {"context_dim": 1024, "use_linear_in_transformer": True}
+_SD2 = {"model_channels": 64, "context_dim": 1024, "use_linear_in_transformer": True}  # 64: one attention head
 _SDXL = {"context_dim": 2048, "use_linear_in_transformer": True, "transformer_depth": [0, 2], "num_classes": "sequential"}
 _SDXL |= {"transformer_depth_output": [0, 0, 2, 3], "transformer_depth_middle": 3}  # 3: placed layer by layer
 _SVD = {
-    "in_channels": 8, "context_dim": 64, "adm_in_channels": 768, "num_classes": "sequential", "use_linear_in_transformer": True,
-    "use_temporal_resblock": True, "use_temporal_attention": True, "extra_ff_mix_layer": True, "num_head_channels": 32,
-    "use_spatial_context": True, "merge_strategy": "learned_with_images", "merge_factor": 0.0, "video_kernel_size": [3, 1, 1],
-    "disable_temporal_crossattention": False, "max_ddpm_temb_period": 10000,
+    "model_channels": 64, "in_channels": 8, "context_dim": 64, "adm_in_channels": 768, "num_classes": "sequential",
+    "use_linear_in_transformer": True, "use_temporal_resblock": True, "use_temporal_attention": True,
+    "extra_ff_mix_layer": True, "num_head_channels": 32, "use_spatial_context": True, "merge_strategy": "learned_with_images",
+    "merge_factor": 0.0, "video_kernel_size": [3, 1, 1], "disable_temporal_crossattention": False, "max_ddpm_temb_period": 10000,
 }  # fmt: skip
 # without attention in the middle, without any middle block, and with a prompt for each layer of its noise
 _VEGA = {**_SDXL, "adm_in_channels": 2816, "transformer_depth_output": [0, 0, 2, 2], "transformer_depth_middle": -1}
@@ -130,14 +129,14 @@ _LATENTS = {
 ALL = KINDS | VARIANTS | TRANSFORMERS
 
 
-def unet_config(kind: str, channels: int = 64) -> dict:
-    """Configuration of the network of this kind, ``channels`` wide."""
+def unet_config(kind: str, channels: int = 32) -> dict:
+    """Configuration of the network of this kind, ``channels`` wide if it can be."""
     if kind in TRANSFORMERS:
         known = {"flux": FluxParams, "hunyuan_video": HunyuanVideoParams}.get(kind)  # older hosts know less
         names = known and {"image_model", *(field.name for field in dataclasses.fields(known))}
         config = TRANSFORMERS[kind][3].items()
         return {name: value for name, value in config if name != "context_dim" and (names is None or name in names)}
-    return {**_UNET, "adm_in_channels": None, **ALL[kind][3], "model_channels": channels}
+    return {**_UNET, "model_channels": channels, "adm_in_channels": None, **ALL[kind][3]}
 
 
 def randomise(module: torch.nn.Module, seed: int) -> None:
@@ -151,7 +150,7 @@ def model(
     kind: str = "sd15",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-    channels: int = 64,
+    channels: int = 32,
     compute: torch.dtype = torch.float32,
 ) -> comfy.model_patcher.ModelPatcher:
     """A MODEL."""
@@ -204,7 +203,7 @@ def latent(batch: int = 1, height: int = 16, width: int = 16, seed: int = 2, kin
 def control_net(
     kind: str = "sd15",
     seed: int = 3,
-    channels: int = 64,
+    channels: int = 32,
     union: int | None = None,
     dtype: torch.dtype = torch.float32,
     **others: object,

@@ -46,7 +46,7 @@ def by_host(text):
 def test_a_second_model_is_the_hosts(sd15, prompts, other):
     second = {
         "another": lambda: small.model("sd15", seed=10),
-        "another build": lambda: small.model("sd15", seed=10, channels=32),
+        "another build": lambda: small.model("sd15", seed=10, channels=64),
         "with a LoRA": lambda: comfy.sd.load_lora_for_models(sd15, None, small.lora(sd15), 3.0, 0)[0],
     }[other]()
 
@@ -84,20 +84,20 @@ def hooked_control(control):
     return control.control_model.input_blocks[0][0].register_forward_hook(lambda _, args, output: output * 1.5)
 
 
-def test_code_on_a_control_net(sd15, prompts):
-    control = small.control_net("sd15", seed=5)
+def test_code_on_a_control_net(prompts):
+    network, control = small.model("sd15", channels=64), small.control_net("sd15", channels=64)  # ComfyUI knows this width
     controlled = nodes.ControlNetApplyAdvanced().apply_controlnet(*prompts, control, small.hint(), 1.0, 0.0, 1.0)
 
     def sample(model):
         return small.custom_sample(model, controlled, "euler")
 
-    plain = sample(sd15)
+    plain = sample(network)
     handle = hooked_control(control)
-    expected = sample(sd15)
-    assert torch.equal(sample(attach(sd15, EXACT)), expected) and not torch.equal(plain, expected)
+    expected = sample(network)
+    assert torch.equal(sample(attach(network, EXACT)), expected) and not torch.equal(plain, expected)
     assert by_host("forward hook")
     handle.remove()
-    assert torch.equal(sample(attach(sd15, EXACT)), plain) and not last_run().notes
+    assert torch.equal(sample(attach(network, EXACT)), plain) and not last_run().notes
 
 
 def test_two_attached_models_each_have_ranks(sd15, prompts):
