@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo demo-comfy test test-engine test-host test-beside-engine test-beside-sampling test-beside-host test-slow screenshots docs lint format clean
+.PHONY: demo demo-comfy test test-engine test-host test-beside-engine test-beside-sampling test-beside-host test-simulated test-slow screenshots docs lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m asyncdiff_nodes demo
@@ -15,7 +15,7 @@ demo-comfy: $(VENV)/installed
 
 # three parts side by side, since most tests wait for one process or another; then, alone, what looks at times
 test: lint
-	$(MAKE) --no-print-directory -j3 test-beside-engine test-beside-sampling test-beside-host
+	$(MAKE) --no-print-directory -j3 test-beside-engine test-beside-sampling test-beside-host test-simulated
 	$(BIN)/python -m pytest -m "timing and not slow"
 	$(BIN)/python tests/host/run.py -m "timing and not slow"
 
@@ -27,6 +27,10 @@ test-beside-sampling: $(VENV)/installed
 
 test-beside-host: $(VENV)/installed
 	$(BIN)/python tests/host/run.py -m "not timing and not slow" --ignore tests/host/routing --ignore tests/host/patches
+
+# on simulated GPUs, of which PyTorch takes one kind for good: in a process of its own
+test-simulated: $(VENV)/installed
+	$(BIN)/python -m pytest tests/simulated
 
 test-engine: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,3 +149,9 @@ def test_only_the_host_s_side_imports_comfyui():
 def is_comfyui(module):
     others = {"execution", "folder_paths", "latent_preview", "node_helpers", "nodes", "server"}
     return module.startswith("comfy") or module in others
+
+
+def test_what_depends_on_the_kind_of_device_is_in_one_room():
+    asking = re.compile(r"torch\.(cuda|xpu|npu|mps)\b|get_device_module")
+    asked = [path.relative_to(PACKAGE).as_posix() for path in FILES if asking.search(path.read_text(encoding="utf-8"))]
+    assert asked == ["engine/accelerator.py"]

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 import torch.multiprocessing as mp
 
-from asyncdiff_nodes.engine import WorkerError, block_seconds, find_family, meta_copy, trace
+from asyncdiff_nodes.engine import WorkerError, accelerator, block_seconds, find_family, meta_copy, trace
 
 from .zoo import Model
 
@@ -77,19 +77,14 @@ def _serve(
     conn: Connection, model: Model, dtype: torch.dtype, device: str, threads: int, inputs: dict[int, Any], repeats: int
 ) -> None:
     torch.set_num_threads(threads)
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
+    accelerator.enter(torch.device(device))
     unet = model.with_random_weights(dtype, device)
     inputs = torch.utils._pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, inputs)
-
-    def synchronize() -> None:
-        if device != "cpu":
-            torch.get_device_module(torch.device(device)).synchronize()
 
     marks = []
 
     def mark(*_: Any) -> None:
-        synchronize()
+        accelerator.synchronize(torch.device(device))
         marks.append(time.perf_counter())
 
     hooks = unet.register_forward_pre_hook(mark), unet.register_forward_hook(mark)
@@ -108,7 +103,7 @@ def _serve(
         while conn.recv():
             begin = time.perf_counter()
             unet(*args, **kwargs)
-            synchronize()
+            accelerator.synchronize(torch.device(device))
             conn.send(time.perf_counter() - begin)
     except EOFError:
         return

@@ -157,7 +157,7 @@ class Server:
 
 def has_gpu(python: str) -> bool:
     """Whether the host's torch sees a GPU; without one it needs ``--cpu``."""
-    code = "import torch; print(torch.cuda.is_available() or torch.backends.mps.is_available())"
+    code = "import torch; print(torch.accelerator.is_available())"
     found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
     return found.stdout.strip() == "True"
 

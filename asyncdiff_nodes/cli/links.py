@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 import torch
 import torch.multiprocessing as mp
 
-from asyncdiff_nodes.engine import Plan, RankOptions, WorkerError, WorkerGroup, wire
+from asyncdiff_nodes.engine import Plan, RankOptions, WorkerError, WorkerGroup, accelerator, wire
 from asyncdiff_nodes.engine.planning.run_times import Link
 from asyncdiff_nodes.engine.rank.transport import RankLocation, Transport
 from asyncdiff_nodes.engine.rendezvous import PipeStore
@@ -54,8 +54,7 @@ def measure_link(devices: Sequence[str]) -> Link:
 def _ping(rank: int, devices: tuple[str, ...], other: Connection, results: Connection) -> None:
     torch.set_num_threads(1)
     device = torch.device(devices[rank])
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    accelerator.enter(device)
     store = PipeStore(partial(wire.send, other), partial(wire.receive, other))
     transport = Transport(rank, [RankLocation(name, name) for name in devices], store, timeout=60)
     transport.open([(0, 1), (1, 0)])

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from asyncdiff_nodes.engine import accelerator
+
 
 def cores() -> int:
     """Without hyper-threads, where that is known."""
@@ -33,7 +35,7 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": cores(),
         "memory_gib": round(found[0] / 2**30, 1) if found else None,
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpus": [accelerator.title(device) for device in accelerator.all_devices(accelerator.own_kind())],
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

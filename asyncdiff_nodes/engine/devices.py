@@ -8,6 +8,7 @@ import torch
 
 from asyncdiff_nodes.extensions import cluster_of
 
+from . import accelerator
 from .errors import DeviceError
 
 
@@ -46,10 +47,12 @@ def _parse(name: str | torch.device) -> torch.device:
         raise DeviceError(f"devices: {name!r} is not a device: use cpu, cuda:0, cuda:1, ...") from error
     if device.type == "cpu":
         return torch.device("cpu")
-    try:
-        count = torch.get_device_module(device).device_count()
-    except (RuntimeError, AttributeError, AssertionError):
-        count = 0
+    if lacking := accelerator.lacking(device.type):
+        raise DeviceError(
+            f"devices: {str(name)!r} cannot be used: PyTorch's module for {device.type} lacks {', '.join(lacking)}, which ranks "
+            "need; name CUDA or XPU devices, or cpu"
+        )
+    count = accelerator.count(device.type)
     index = device.index or 0
     if index >= count:
         there = f"the last one is {device.type}:{count - 1}" if count else f"this machine has no usable {device.type} device"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import accelerator
 from .batch import sample_of
 from .tensors import TensorMeta, copied, dense_on_cpu
 from .trees import flatten, unflatten
@@ -151,18 +152,17 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def on_cpu(calls: Sequence[Inputs]) -> list[Inputs]:
     """Copy all tensors but parameters to the CPU; a GPU is waited for once."""
-    streams = set()
+    devices: set[torch.device] = set()
 
     def copy(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or isinstance(leaf, nn.Parameter) or leaf.is_cpu:
             return leaf
-        if leaf.is_cuda:
-            streams.add(torch.cuda.current_stream(leaf.device))
-        return leaf.to("cpu", non_blocking=leaf.is_cuda)
+        devices.add(leaf.device)
+        return leaf.to("cpu", non_blocking=True)
 
     copies = [replace(call, leaves=[*map(copy, call.leaves)], timestep=copy(call.timestep)) for call in calls]
-    for stream in streams:
-        stream.synchronize()
+    for device in devices:
+        accelerator.synchronize_stream(device)
     return copies
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from . import accelerator
+
 
 @dataclass(frozen=True)
 class CallRecord:
@@ -154,22 +156,22 @@ def bytes_per_call(records: Iterable[CallRecord]) -> float:
 
 
 #: A point in time: on the machine's clock, or in a GPU's order of work.
-Mark = float | torch.cuda.Event
+Mark = float | accelerator.Event
 
 
 class Stopwatch:
     """Time marks on the clock of the device that does the work; read only later, so that a GPU is never waited for."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
         self._device = device
+        self._origin: accelerator.Event | None = None
         self.restart()
 
     def restart(self) -> None:
         """Set the device's clock by the machine's; earlier marks are void. Waits for a GPU's queue."""
-        if self._cuda:  # from time to time: the driver counts in single precision from the origin on
-            torch.cuda.synchronize(self._device)
-            self._zero, self._origin = time.monotonic(), self._event()
+        if self._device.type != "cpu":  # from time to time: the driver counts in single precision from the origin on
+            accelerator.synchronize(self._device)
+            self._zero, self._origin = time.monotonic(), accelerator.event(self._device, timing=True)
 
     def reached(self, mark: Mark) -> bool:
         """Whether the device has come to ``mark``."""
@@ -177,20 +179,15 @@ class Stopwatch:
 
     def mark(self) -> Mark:
         """Mark a point in time in the device's order of work."""
-        return self._event() if self._cuda else time.monotonic()
-
-    def _event(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+        return time.monotonic() if self._origin is None else accelerator.event(self._device, timing=True)
 
     def seconds(self, mark: Mark) -> float:
         """Tell when ``mark`` was reached; waits for it on a GPU."""
         if isinstance(mark, float):
             return mark
+        assert self._origin is not None, "marks on a CPU are times"
         mark.synchronize()
-        elapsed: float = self._origin.elapsed_time(mark)
-        return self._zero + elapsed / 1e3
+        return self._zero + self._origin.elapsed_time(mark) / 1e3
 
     def between(self, start: Mark, end: Mark) -> float:
         """Count the seconds from mark ``start`` to mark ``end``; waits for both on a GPU."""

@@ -22,7 +22,7 @@ from asyncdiff_nodes.cli.measure import Setting
 from asyncdiff_nodes.cli.suite import Results, Subject, suite
 from asyncdiff_nodes.cli.tables import console, number
 from asyncdiff_nodes.cli.zoo import NAMES, find_model
-from asyncdiff_nodes.engine import PlanError
+from asyncdiff_nodes.engine import PlanError, accelerator
 from asyncdiff_nodes.engine.devices import parse_devices
 
 
@@ -71,9 +71,7 @@ def _subject(arguments: argparse.Namespace) -> Subject:
 def _devices(text: str | None, threads: int) -> tuple[str, ...]:
     if text:
         return tuple(str(device) for device in parse_devices([name.strip() for name in text.split(",")]))
-    if torch.cuda.device_count():
-        return tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
-    return ("cpu",) * max(1, cores() // threads)
+    return tuple(accelerator.all_devices(accelerator.own_kind())) or ("cpu",) * max(1, cores() // threads)
 
 
 def _print(facts: dict[str, Any], rows: list[dict[str, Any]], out: Any) -> None:

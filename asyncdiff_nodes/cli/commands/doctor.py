@@ -9,12 +9,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from asyncdiff_nodes.cli.comfyui import find_comfyui
 from asyncdiff_nodes.cli.machine import machine, memory
 from asyncdiff_nodes.cli.packages import EXTRAS, how_to_install, version
+from asyncdiff_nodes.engine import accelerator
 from asyncdiff_nodes.engine.rank.transport import LOOPBACK
 
 
@@ -43,11 +43,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _found() -> dict[str, Any]:
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    gpus = accelerator.all_devices(accelerator.own_kind())
     comfyui, sizes = find_comfyui(), memory()
     return {
         "free_memory_gib": round(sizes[1] / 2**30, 1) if sizes else None,
-        "gpu_free_gib": {name: round(torch.cuda.mem_get_info(i)[0] / 2**30, 1) for i, name in enumerate(gpus)},
+        "gpu_free_gib": {name: round(accelerator.memory(name)[0] / 2**30, 1) for name in gpus},
         "gloo": dist.is_gloo_available(),
         "nccl": dist.is_nccl_available(),
         "loopback": _loopback_works(),
@@ -67,16 +67,17 @@ def _problems(found: dict[str, Any]) -> list[dict[str, Any]]:
         add(True, "this PyTorch was built without gloo", "install an official PyTorch build")
     if not found["loopback"]:
         add(True, f"ranks cannot reach each other on {LOOPBACK}", "allow loopback connections in the firewall")
-    gpus = torch.cuda.device_count()
+    kind = accelerator.own_kind()
+    gpus = len(accelerator.all_devices(kind))
     if gpus == 0:
-        add(False, "no CUDA device", "processes on the CPU stand in for devices: right for a try, not for speed")
+        add(False, "no GPU that can be used", "processes on the CPU stand in for devices: right for a try, not for speed")
     elif gpus == 1:
         add(
             False,
             "only 1 GPU is visible",
             "check CUDA_VISIBLE_DEVICES; start ComfyUI on Windows with --cuda-device all --disable-pinned-memory",
         )
-    elif not found["nccl"]:
+    elif kind == "cuda" and not found["nccl"]:
         add(False, "no NCCL", "values between GPUs go through host memory; on Linux install an official CUDA build")
     if absent := [name for name in EXTRAS["cli"] if found["packages"][name] is None]:
         add(False, f"other commands lack {', '.join(absent)}", how_to_install("cli"))

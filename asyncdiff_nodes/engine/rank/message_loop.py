@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from asyncdiff_nodes.engine import wire
+from asyncdiff_nodes.engine import accelerator, wire
 from asyncdiff_nodes.engine.batch import Arguments, sample_of
 from asyncdiff_nodes.engine.inputs import join
 from asyncdiff_nodes.engine.messages import CallMessage, Opening
@@ -60,18 +60,17 @@ def _serve(conn: Connection) -> None:
         assert rank is not None, "a process that rests is first told what it is to be"
         if header[0] == "rest":
             rank.close()
-            rank = None
-            _free()
+            device, rank = rank.device, None
+            _free(device)
             send(("resting",))
         elif not rank.handle(header, tensors):
             return
 
 
-def _free() -> None:
+def _free(device: torch.device) -> None:
     """Free what nobody holds any more: a tree of modules and its hooks hold each other."""
     gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    accelerator.empty_cache(device)
 
 
 def last_words(error: BaseException) -> tuple[str, str, str, float]:
@@ -87,21 +86,24 @@ class Rank:
         boot: what it is.
         send: takes header and tensors of a message to the parent.
         receive: waits for one of the parent's, to be given where the parent hands on what ranks say to each other.
+
+    Attributes:
+        device: computes what is this rank's.
     """
 
     def __init__(self, boot: Boot, send: Callable[..., None], receive: Callable[[], Any] | None = None) -> None:
         self._send = send
         self._boot = boot
-        self._device = torch.device(boot.locations[boot.share.rank].device)
+        self.device = torch.device(boot.locations[boot.share.rank].device)
         torch.set_num_threads(boot.threads)
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # for NCCL and events
+        accelerator.before_direct_links(one_machine=len({location.host for location in boot.locations}) == 1)
+        accelerator.enter(self.device)
         if boot.prepare is not None:
             boot.prepare()
         self._store = open_store(boot.rendezvous, boot.timeout, send, receive)
         self._transport = Transport(boot.share.rank, boot.locations, self._store, boot.timeout)
         self._share = boot.share
-        self._model = SplitModel(pickle.loads(boot.skeleton), boot.share, self._device, self._transport)
+        self._model = SplitModel(pickle.loads(boot.skeleton), boot.share, self.device, self._transport)
         self._known: dict[Hashable, tuple[Opening, list[Any]]] = {}  # of each stream, with the leaves of its last call
         self._parameters: dict[int, torch.Tensor] = {}  # by the parent's numbers
         self._used: set[int] = set()
@@ -152,18 +154,17 @@ class Rank:
         self._model.reset()
         self._known.clear()
         self._transport.flush()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        accelerator.empty_cache(self.device)
 
     def _move(self, share: Share) -> None:
         """Take another share of the model: keep the weights of blocks that stay, free those of others; the rest will follow."""
         self._send_records(wait=True)
         self._model.reset()
         self._known.clear()
-        model = SplitModel(pickle.loads(self._boot.skeleton), share, self._device, self._transport)
+        model = SplitModel(pickle.loads(self._boot.skeleton), share, self.device, self._transport)
         model.take_over(self._model)
         self._share, self._model = share, model
-        _free()
+        _free(self.device)
 
     def _connect(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Link up with the other ranks, now that all weights are in, and tell the parent."""
@@ -220,7 +221,7 @@ class Rank:
 
     def _here(self, tensor: torch.Tensor) -> torch.Tensor:
         """Move a tensor to the rank's device; a GPU's queue is not waited for."""
-        return tensor.to(self._device, non_blocking=True)
+        return tensor.to(self.device, non_blocking=True)
 
     def _report(self) -> RankReport:
         return RankReport(

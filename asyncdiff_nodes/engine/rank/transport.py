@@ -15,9 +15,6 @@ posted when its value is read, those of earlier blocks before it; in an asynchro
 from __future__ import annotations
 
 import math
-import os
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +25,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from asyncdiff_nodes.engine import accelerator
 from asyncdiff_nodes.engine.tensors import TensorMeta, empty, flat
+
+from .staging import Stager
 
 LOOPBACK = "127.0.0.1"
 _PROBE = 2**23  # bytes that links between machines are measured with
@@ -51,8 +51,8 @@ class RankLocation:
 
 def uses_nccl(a: RankLocation, b: RankLocation) -> bool:
     """Whether two ranks at these locations talk through NCCL."""
-    kinds = {torch.device(location.device).type for location in (a, b)}
-    return kinds == {"cuda"} and a.name != b.name and dist.is_nccl_available()
+    (kind, other) = (torch.device(location.device).type for location in (a, b))
+    return kind == other and a.name != b.name and accelerator.links_directly(kind)
 
 
 class Incoming:
@@ -93,10 +93,6 @@ class _Later:
         self._work = self._verb([flat(self._tensor)], self._peer, 0)
 
 
-# when the copy from the GPU is complete, the link that it goes over, and the copy; None at the end
-_Staged = queue.SimpleQueue[tuple[torch.cuda.Event, Any, torch.Tensor] | None]
-
-
 class Transport:
     """All links of one rank.
 
@@ -120,10 +116,7 @@ class Transport:
         self._sent: list[tuple[Any, torch.Tensor]] = []
         self._synchronous = True
         self._later: deque[_Later] = deque()
-        self._staged: _Staged | None = None
-        self._stager: threading.Thread | None = None
-        if len({location.host for location in locations}) == 1:
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # its bootstrap listener, too, stays on loopback
+        self._stager = Stager(self._device)
         self._nccl_peers = {r for r, location in enumerate(locations) if uses_nccl(location, locations[rank])}
 
     def open(self, pairs: Iterable[tuple[int, int]]) -> None:
@@ -164,6 +157,7 @@ class Transport:
 
         Frees the buffers of the call before the last: whoever reads its values took them to begin the last one.
         """
+        self._stager.check()
         self._synchronous = synchronous
         for work, _ in self._sent:
             work.wait()
@@ -179,45 +173,34 @@ class Transport:
         link = self._links[self._rank, receiver]
         self.bytes_sent += meta.nbytes
         nccl = receiver in self._nccl_peers
-        if nccl or self._device.type != "cuda":
+        if nccl or self._device.type == "cpu":
             copy = empty(meta, self._device).copy_(value)
             later = nccl and not self._synchronous
             work = _Later(link.send, copy, 1, self._later) if later else link.send([flat(copy)], 1, 0)
             self._sending.append((work, copy))
             return
-        if self._staged is None:
-            self._staged = queue.SimpleQueue()
-            self._stager = threading.Thread(target=_send_staged, args=(self._staged, self._device), daemon=True)
-            self._stager.start()
-        copy = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, pin_memory=True)
-        copy.copy_(value, non_blocking=True)
-        ready = torch.cuda.Event()
-        ready.record()
-        self._staged.put((ready, link, copy))
+        self._stager.send(link, value, meta)
 
     def receive(self, sender: int, meta: TensorMeta) -> Incoming:
         """Expect the next value that ``sender`` sends to this rank; to be called for a call's values in the blocks' order."""
         link = self._links[sender, self._rank]
         nccl = sender in self._nccl_peers
-        if nccl or self._device.type != "cuda":
+        if nccl or self._device.type == "cpu":
             value = empty(meta, self._device)
             work = _Later(link.recv, value, 0, self._later) if nccl else link.recv([flat(value)], 0, 0)
         else:
-            value = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, pin_memory=True)
+            value = accelerator.staging(meta)
             work = link.recv([flat(value)], 0, 0)
         return Incoming(work, value, self._device)
 
     def flush(self) -> None:
         """Wait until all that was sent has arrived, and forget it. The other ranks must receive it."""
-        if self._staged is not None and self._stager is not None:
-            self._staged.put(None)
-            self._stager.join()
-            self._staged = self._stager = None
+        self._stager.flush()
         for work, _ in (*self._sent, *self._sending):
             work.wait()
         self._sent, self._sending = [], []
         if self._nccl_peers:  # whose works make a stream wait
-            torch.cuda.synchronize(self._device)
+            accelerator.synchronize(self._device)
 
     def close(self) -> None:
         """Close all links, once what was sent has arrived. Those of the other ranks must be closed, too."""
@@ -228,20 +211,9 @@ class Transport:
 def _open_link(store: Any, side: int, host: str | None, timeout: float) -> Any:
     """Make a process group of two, of gloo bound to ``host``, or of NCCL: side 0 sends, side 1 receives."""
     if host is None:
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timedelta(seconds=timeout)
-        return dist.ProcessGroupNCCL(store, side, 2, options)
+        return accelerator.direct_link(store, side, timeout)
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # PyTorch's stubs lack it
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     options._threads = 1
     options._timeout = timedelta(seconds=timeout)
     return dist.ProcessGroupGloo(store, side, 2, options)
-
-
-def _send_staged(jobs: _Staged, device: torch.device) -> None:
-    """Send each staged tensor once its copy from the GPU is complete, off the thread that launches kernels."""
-    torch.cuda.set_device(device)  # else this thread would open a context on the first one
-    while (job := jobs.get()) is not None:
-        ready, link, host = job
-        ready.synchronize()
-        link.send([flat(host)], 1, 0).wait()

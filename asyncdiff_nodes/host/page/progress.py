@@ -18,7 +18,7 @@ import comfy.model_management
 import torch
 from comfy_execution.utils import get_executing_context
 
-from asyncdiff_nodes.engine import Plan, WorkerGroup
+from asyncdiff_nodes.engine import Plan, WorkerGroup, accelerator
 from asyncdiff_nodes.engine.devices import on_cluster
 from asyncdiff_nodes.engine.telemetry import CallRecord, bytes_per_call
 from asyncdiff_nodes.host.choices import ALWAYS
@@ -194,24 +194,21 @@ def title(device: str) -> str:
     """The usual name of a device, such as ``RTX 4090``."""
     if on_cluster(device):
         return device
-    if torch.device(device).type != "cuda":
-        return device.upper()
-    name = torch.cuda.get_device_properties(device).name
-    return name.removeprefix("NVIDIA ").removeprefix("GeForce ")
+    name = accelerator.title(device)
+    return name.upper() if name == torch.device(device).type else name
 
 
 def visible_devices() -> Iterator[dict[str, Any]]:
     """The GPUs that ``auto`` stands for. Their use is not looked up, since that would take memory on each."""
-    for index in range(torch.cuda.device_count()):
-        device = f"cuda:{index}"
-        yield {"device": device, "title": title(device), "total": torch.cuda.get_device_properties(device).total_memory}
+    for device in accelerator.like_the_first(comfy.model_management.get_torch_device().type)[0]:
+        yield {"device": device, "title": title(device), "total": accelerator.total_memory(device)}
 
 
 def _memory(device: str) -> Sequence[int] | None:
     if on_cluster(device):
         return None
-    if torch.device(device).type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
+    if torch.device(device).type != "cpu":
+        free, total = accelerator.memory(device)
     else:
         management, where = comfy.model_management, torch.device(device)
         free, total = management.get_free_memory(where), management.get_total_memory(where)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import comfy.model_management
 import numpy as np
-import torch
 
-from asyncdiff_nodes.engine import AsyncDiffError, DeviceError, Plan, PlanError
+from asyncdiff_nodes.engine import AsyncDiffError, DeviceError, Plan, PlanError, accelerator
 from asyncdiff_nodes.engine.devices import on_cluster, resolve_devices
 from asyncdiff_nodes.host.choices import CHOICES, CUSTOM, PRESETS, OptionValues
 from asyncdiff_nodes.host.page.settings import setting
 from asyncdiff_nodes.host.values import number, shown, whole
+
+log = logging.getLogger(__name__)
 
 _TURBO_DEVICES = 3  # with fewer, no device is left for a second step per round
 
@@ -117,13 +120,16 @@ class Options(OptionValues):
             stored = setting("Devices")
             names, given = _words(stored), f"Settings, AsyncDiff, Devices: {stored!r}"
         if names in ([], ["auto"]):
-            names = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+            names, left_out = accelerator.like_the_first(comfy.model_management.get_torch_device().type)
+            others = [f"{each.device} ({each.title}) is left out: {each.why}" for each in left_out]
             if len(names) < 2:
-                seen = "this machine has only one visible GPU" if names else "this machine has no CUDA device"
+                seen = "ComfyUI sees only one GPU" if names else "ComfyUI uses no GPU that ranks could use"
                 raise OneDeviceError(
-                    f"{seen}. If it has more, start ComfyUI so that it sees them (on Windows: --cuda-device all "
-                    "--disable-pinned-memory), or name them in AsyncDiff Options under devices"
+                    f"{'; '.join([seen, *others])}. If there are more, start ComfyUI so that it sees them (on Windows: "
+                    "--cuda-device all --disable-pinned-memory), or name them in AsyncDiff Options under devices"
                 )
+            for other in others:
+                log.info("AsyncDiff: %s; name it in AsyncDiff Options under devices to use it all the same", other)
         if remote := next((name for name in names if name.startswith("ray://")), None):
             # a program may run anything for the address that it connects to, so no workflow or request may choose it
             raise DeviceError(

@@ -52,7 +52,8 @@ class OwnNetwork:
         """Return the result of ``compute``, which uses the network. Then unload it again, and restore the random numbers."""
         loaded, device = self._loaded, self._patcher.load_device
         try:
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            own = {} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+            with torch.random.fork_rng(**({"devices": []} | own)):
                 return compute()
         finally:
             if not loaded:

@@ -14,7 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from comfyui_version import __version__ as comfyui_version
 
 from asyncdiff_nodes import __version__
-from asyncdiff_nodes.engine import WorkerGroup
+from asyncdiff_nodes.engine import WorkerGroup, accelerator
 from asyncdiff_nodes.engine.devices import on_cluster
 from asyncdiff_nodes.host.patches.packs import around, code_name, of_host
 
@@ -123,4 +123,4 @@ def _bit_by_bit(group: WorkerGroup, device: torch.device) -> bool:
         return False
     if device.type == "cpu":
         return torch.get_num_threads() == 1  # sums are split over the threads, and ranks share the threads
-    return len({torch.cuda.get_device_name(each) for each in (*group.devices, device)}) == 1
+    return len({accelerator.title(str(each)) for each in (*group.devices, device)}) == 1

@@ -17,7 +17,7 @@ import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from asyncdiff_nodes.engine import BlockGraph, BlockTimes, Placement, Plan, WorkerGroup, better, pause, slowest
+from asyncdiff_nodes.engine import BlockGraph, BlockTimes, Placement, Plan, WorkerGroup, accelerator, better, pause, slowest
 from asyncdiff_nodes.engine.devices import on_cluster
 from asyncdiff_nodes.engine.parent.course import TIMED
 from asyncdiff_nodes.engine.telemetry import CallRecord
@@ -138,7 +138,7 @@ def _fits(group: WorkerGroup, new: Placement) -> bool:
 def _model_of(device: str) -> str:
     if on_cluster(device):
         return device
-    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else torch.device(device).type
+    return accelerator.title(device)
 
 
 def _path() -> Path:

@@ -14,6 +14,7 @@ from asyncdiff_nodes.host.workers import block_times
 from asyncdiff_nodes.host.workers.block_times import Balance
 from asyncdiff_nodes.host.workers.host_settings import HostSettings
 from asyncdiff_nodes.host.workers.pool import POOL
+from helpers import small
 from helpers.sampling import ksampler
 from helpers.throttled import Throttled
 
@@ -31,6 +32,12 @@ def measured(monkeypatch):
     POOL.release()
 
 
+@pytest.fixture(scope="module")
+def model():
+    """One whose blocks are told apart by what they cost."""
+    return small.model("sd15", seed=9, channels=64)
+
+
 def sample(model, prompts, options, steps=14):
     return ksampler(attach(model, options), prompts, steps=steps)
 
@@ -43,8 +50,8 @@ def step_seconds(calls):
 
 
 @pytest.mark.timing
-def test_blocks_move_to_the_faster_rank_in_mid_run_and_the_next_group_starts_so(measured, sd15, prompts):
-    sample(sd15, prompts, Options(**REUSE), steps=20)
+def test_blocks_move_to_the_faster_rank_in_mid_run_and_the_next_group_starts_so(measured, model, prompts):
+    sample(model, prompts, Options(**REUSE), steps=20)
     first = last_run().placement
     moved = next(call.call for call in last_run().stats.calls if call.why == "move")
     assert step_seconds(range(moved + 1, 20)) < 0.85 * step_seconds(range(2, moved))
@@ -55,39 +62,39 @@ def test_blocks_move_to_the_faster_rank_in_mid_run_and_the_next_group_starts_so(
     tracked = sum(rank.loaded_size() for rank in POOL._held[-1].memory)
     assert tracked == sum(first.weight_bytes(d) for d in (0, 1))
     POOL.release()
-    sample(sd15, prompts, Options(**REUSE | {"warmup": 99}), steps=2)  # too short for a move
+    sample(model, prompts, Options(**REUSE | {"warmup": 99}), steps=2)  # too short for a move
     assert last_run().placement.cuts != place(first.graph, first.plan).cuts
 
 
 @pytest.mark.timing
 @pytest.mark.slow
-def test_a_group_that_is_there_moves_before_the_next_run(measured, sd15, prompts, monkeypatch):
+def test_a_group_that_is_there_moves_before_the_next_run(measured, model, prompts, monkeypatch):
     """And synchronous runs are exact, wherever the blocks are."""
     options = Options(**REUSE)
     with monkeypatch.context() as context:
         context.setattr(Balance, "learnt", lambda *_: False)
-        sample(sd15, prompts, options)
+        sample(model, prompts, options)
     before, pids = last_run().placement.cuts, POOL._held[-1].group.pids
-    sample(sd15, prompts, options)
+    sample(model, prompts, options)
     assert last_run().placement.cuts != before and POOL._held[-1].group.pids == pids
     assert not any(call.why == "move" for call in last_run().stats.calls)
-    exact = sample(sd15, prompts, Options(**REUSE | {"warmup": 99}), steps=4)
+    exact = sample(model, prompts, Options(**REUSE | {"warmup": 99}), steps=4)
     assert POOL._held[-1].group.pids == pids
-    assert torch.equal(exact, ksampler(sd15, prompts))
+    assert torch.equal(exact, ksampler(model, prompts))
 
 
 @pytest.mark.slow
-def test_chosen_cuts_stay(measured, sd15, prompts):
-    sample(sd15, prompts, Options(**REUSE, cuts="input_blocks.0, middle_block.0"), steps=10)
+def test_chosen_cuts_stay(measured, model, prompts):
+    sample(model, prompts, Options(**REUSE, cuts="input_blocks.0, middle_block.0"), steps=10)
     assert last_run().placement.cuts[0] == "input_blocks.0.0"
     assert not any(call.why == "move" for call in last_run().stats.calls)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"x": 1', "\x00"])
-def test_no_picture_is_lost_for_a_bad_file(sd15, prompts, content, monkeypatch, tmp_path):
+def test_no_picture_is_lost_for_a_bad_file(model, prompts, content, monkeypatch, tmp_path):
     block_times._path().parent.mkdir()
     block_times._path().write_text(content)
-    sample(sd15, prompts, Options(**REUSE), steps=4)
+    sample(model, prompts, Options(**REUSE), steps=4)
     assert len(json.loads(block_times._path().read_text())) == 1
     monkeypatch.setattr(folder_paths, "user_directory", str(block_times._path()))  # no folder can be made there
-    sample(sd15, prompts, Options(**REUSE), steps=4)
+    sample(model, prompts, Options(**REUSE), steps=4)

@@ -1,0 +1,55 @@
+"""Transfers between devices wait on these, and the devices wait for them: in no order that could stop two ranks for good."""
+
+import direct_links
+import pytest
+import torch
+
+import toys
+from asyncdiff_nodes.engine import IdleWorkers, Plan, RankOptions, Simulator, WorkerGroup
+
+TIMESTEPS = [900, 700, 500, 300, 200, 100]
+DEVICES = ["sim:0", "sim:1", "sim:2", "sim:0"]
+#: Values that go round in a circle: of a network whose first blocks are not computed twice.
+ROUND = [
+    Plan(segments=2, warmup=2, cuts=("blocks.2", "blocks.5"), forecast=0, cooldown=1),
+    Plan(segments=2, warmup=3, cuts=("blocks.2", "blocks.5"), forecast=0, microbatches=2),
+    Plan(segments=3, stride=2, warmup=3, cuts=("blocks.1", "blocks.3", "blocks.6"), forecast=0, cooldown=1),
+]
+
+
+@pytest.fixture(scope="module")
+def idle():
+    processes = IdleWorkers()
+    yield processes
+    processes.close()
+
+
+def test_kernels_that_the_host_waits_for_stop_nobody(spawned, monkeypatch):
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    net, plan = toys.random_net(3), ROUND[0]
+    options = RankOptions(threads_per_rank=1, prepare=direct_links.prepare, call_timeout=10)
+    with torch.no_grad(), WorkerGroup(net, plan, DEVICES[:2], family=toys.TOY, ranks=options) as group:
+        group.begin(TIMESTEPS)
+        assert toys.denoise(group, TIMESTEPS).isfinite().all()
+
+
+@pytest.mark.parametrize("plan", [*ROUND, *(plan for plan in toys.PLANS if plan.world_size <= len(DEVICES))], ids=toys.label)
+@torch.no_grad()
+def test_no_order_of_waiting_stops_the_ranks(plan, idle):
+    net = toys.random_net(3)
+    with Simulator(net, plan, family=toys.TOY) as simulator:
+        simulator.begin(TIMESTEPS)
+        expected = toys.denoise(simulator, TIMESTEPS)
+    options = RankOptions(threads_per_rank=1, prepare=direct_links.prepare, call_timeout=20, idle=idle)
+    with WorkerGroup(net, plan, DEVICES[: plan.world_size], family=toys.TOY, ranks=options) as group:
+        for _ in range(2):
+            group.begin(TIMESTEPS)
+            actual = toys.denoise(group, TIMESTEPS)
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+            group.tidy()
+        group.begin(TIMESTEPS)
+        toys.denoise(group, TIMESTEPS[:4])  # values of the last call are still on their way
+        assert group.stats().bytes_sent > 0
+        released = group.release()
+    assert len(released._workers) == plan.world_size, "every process is there for another group"
+    idle.absorb(released)
