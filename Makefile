@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo demo-comfy test test-engine test-host test-beside-engine test-beside-sampling test-beside-host test-simulated test-slow screenshots docs lint format clean
+.PHONY: demo demo-comfy test test-engine test-host test-beside-engine test-beside-commands test-beside-sampling test-beside-host test-simulated test-slow screenshots docs lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m asyncdiff_nodes demo
@@ -13,14 +13,17 @@ demo: $(VENV)/installed
 demo-comfy: $(VENV)/installed
 	$(BIN)/python -m asyncdiff_nodes demo-comfy
 
-# three parts side by side, since most tests wait for one process or another; then, alone, what looks at times
+# parts side by side, since most tests wait for one process or another; then, alone, what looks at times
 test: lint
-	$(MAKE) --no-print-directory -j3 test-beside-engine test-beside-sampling test-beside-host test-simulated
+	$(MAKE) --no-print-directory -j4 test-beside-engine test-beside-sampling test-beside-host test-beside-commands test-simulated
 	$(BIN)/python -m pytest -m "timing and not slow"
 	$(BIN)/python tests/host/run.py -m "timing and not slow"
 
 test-beside-engine: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not timing and not slow"
+	$(BIN)/python -m pytest -m "not timing and not slow" tests/engine
+
+test-beside-commands: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not timing and not slow" --ignore tests/engine
 
 test-beside-sampling: $(VENV)/installed
 	$(BIN)/python tests/host/run.py -m "not timing and not slow" tests/host/routing tests/host/patches

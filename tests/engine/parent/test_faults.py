@@ -19,14 +19,13 @@ import pytest
 import torch
 
 import toys
-from asyncdiff_nodes import spawned
+from asyncdiff_nodes import spawned as entry
 from asyncdiff_nodes.engine import DeadlineError, GroupClosedError, Plan, RankOptions, WorkerError, WorkerGroup, wire
 from asyncdiff_nodes.engine.parent.worker_processes import spawning
 from toys import TOY
 
 HERE = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.usefixtures("spawned")
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
 
 
@@ -157,7 +156,7 @@ def test_exception_in_a_block_comes_with_its_traceback(folder, before):
     assert_gone(pids, within=0.5)
 
 
-def test_group_that_is_not_ready_in_time_leaves_nothing_behind(folder):
+def test_group_that_is_not_ready_in_time_leaves_nothing_behind(folder, spawned):
     before = {child.pid for child in psutil.Process().children()}
     with pytest.raises(DeadlineError, match=r"waited too long for ranks \[0, 1\] to start"):
         group(start_timeout=0.2)
@@ -165,7 +164,7 @@ def test_group_that_is_not_ready_in_time_leaves_nothing_behind(folder):
 
 
 @pytest.mark.slow
-def test_failures_leave_no_descriptor_open_and_no_group_in_memory(folder):
+def test_failures_leave_no_descriptor_open_and_no_group_in_memory(folder, spawned):
     def fail():
         with pytest.raises(DeadlineError):
             group(start_timeout=0.2)
@@ -183,7 +182,7 @@ def test_failures_leave_no_descriptor_open_and_no_group_in_memory(folder):
     assert not any(ref() for ref in groups)
 
 
-def test_rank_that_fails_while_its_weights_are_on_their_way_says_why_at_once(folder):
+def test_rank_that_fails_while_its_weights_are_on_their_way_says_why_at_once(folder, spawned):
     net = toys.chain(*[toys.ToyBlock] * 30, toys.Unloadable, channels=64)
     before = {child.pid for child in psutil.Process().children()}
     begin = time.monotonic()
@@ -194,7 +193,7 @@ def test_rank_that_fails_while_its_weights_are_on_their_way_says_why_at_once(fol
     assert {child.pid for child in psutil.Process().children()} <= before
 
 
-def test_interrupt_while_starting_leaves_nothing_behind(folder):
+def test_interrupt_while_starting_leaves_nothing_behind(folder, spawned):
     before = {child.pid for child in psutil.Process().children()}
     begin = time.monotonic()
 
@@ -312,7 +311,7 @@ def test_failure_within_a_with_block_ends_the_ranks(folder):
     assert_gone(pids, within=0.5)
 
 
-def test_listens_on_loopback_only(folder):
+def test_listens_on_loopback_only(folder, spawned):
     with group() as g:
         call(g)
         listening = [
@@ -469,7 +468,7 @@ def test_a_rank_whose_parent_is_gone_before_it_is_heard_ends(folder):
     """Whichever of its two threads learns of it first."""
     context = multiprocessing.get_context("spawn")
     (conn, child_conn), (child_death, death) = wire.pipe(context), context.Pipe(duplex=False)
-    rank = context.Process(target=spawned.main, args=(child_conn, child_death))
+    rank = context.Process(target=entry.main, args=(child_conn, child_death))
     with spawning():
         rank.start()
     for end in (conn, child_conn, child_death, death):
@@ -478,7 +477,7 @@ def test_a_rank_whose_parent_is_gone_before_it_is_heard_ends(folder):
     assert rank.exitcode is not None
 
 
-def test_a_folder_put_first_does_not_hide_the_standard_library(folder, tmp_path_factory, monkeypatch):
+def test_a_folder_put_first_does_not_hide_the_standard_library(folder, spawned, tmp_path_factory, monkeypatch):
     """ComfyUI and its packs do so; the parent has imported its own long before."""
     first = tmp_path_factory.mktemp("first")
     for module in ("logging", "math"):

@@ -133,7 +133,7 @@ def test_before_the_first_run_it_says_what_to_do(frontend, panel):
 
 
 @pytest.mark.timing
-@pytest.mark.parametrize("ahead", [False, True], ids=["reuse", "ahead"])
+@pytest.mark.parametrize("ahead", [pytest.param(False, marks=pytest.mark.slow), True], ids=["reuse", "ahead"])
 def test_ranks_take_turns_in_the_warm_up_and_compute_side_by_side_afterwards(frontend, panel, ahead):
     demo(frontend, 30, forecast=ahead, cuts="input_blocks.3.0, output_blocks.9.1")  # chosen ones do not move in mid-run
     prompt = frontend.queue()
