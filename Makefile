@@ -33,7 +33,8 @@ test-beside-host: $(VENV)/installed
 
 # on simulated GPUs, of which PyTorch takes one kind for good: in a process of its own
 test-simulated: $(VENV)/installed
-	$(BIN)/python -m pytest tests/simulated
+	$(BIN)/python -m pytest -m "not slow" tests/simulated
+	$(BIN)/python tests/host/run.py -m "not slow" tests/simulated/host
 
 test-engine: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"
@@ -43,6 +44,7 @@ test-host: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow tests/simulated
 	$(BIN)/python tests/host/run.py -m slow
 
 # all pictures of the documentation; ONLY="thumbnails" for some

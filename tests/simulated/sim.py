@@ -1,4 +1,4 @@
-"""A simulated accelerator: three devices of a kind that PyTorch knows as ``sim``, which compute on the CPU.
+"""A simulated accelerator: three devices of a kind that PyTorch knows as ``sim`` or otherwise, which compute on the CPU.
 
 It is as strict as hardware is:
 
@@ -30,6 +30,7 @@ import torch
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map
 
+KIND = os.environ.setdefault("ASYNCDIFF_SIM_KIND", "sim")
 COUNT = 3
 BUDGET = int(os.environ.setdefault("ASYNCDIFF_SIM_BUDGET", str(2 * 2**30)))
 CONTEXT_BYTES = 8 * 2**20
@@ -68,6 +69,10 @@ class _Ledger:
         """Bytes of all processes, or of all but this one."""
         return sum(row[1 + device] for _, row in self._rows() if not by_others or row[0] != os.getpid())
 
+    def own(self, device):
+        """Bytes of this process."""
+        return self.used(device) - self.used(device, by_others=True)
+
     def add(self, device, nbytes):
         """Take so many bytes, or give them back."""
         fcntl.flock(self._file, fcntl.LOCK_EX)
@@ -82,7 +87,7 @@ class _Ledger:
                 own = list(dict(rows)[mine])
             more = nbytes + (CONTEXT_BYTES if own[1 + device] == 0 and nbytes > 0 else 0)
             if more > 0 and sum(row[1 + device] for _, row in rows) + more > BUDGET:
-                raise torch.OutOfMemoryError(f"sim:{device} is out of memory: {nbytes} bytes were asked for")
+                raise torch.OutOfMemoryError(f"{KIND}:{device} is out of memory: {nbytes} bytes were asked for")
             own[1 + device] += more
             self._ROW.pack_into(self._map, mine * self._ROW.size, *own)
         finally:
@@ -206,12 +211,14 @@ class Event:
 
 
 def _index(device):
-    return device if isinstance(device, int) else _fixed("sim" if device is None else device).index
+    return device if isinstance(device, int) else _fixed(KIND if device is None else device).index
 
 
 def _check_current(index):
     if index != _here.device and _own:
-        raise RuntimeError(f"sim:{index} was used in a thread whose device is sim:{_here.device}: a context would open there")
+        raise RuntimeError(
+            f"{KIND}:{index} was used in a thread whose device is {KIND}:{_here.device}: a context would open there"
+        )
 
 
 class _Module(backend_registration._DummyBackendModule):
@@ -225,7 +232,7 @@ class _Module(backend_registration._DummyBackendModule):
     def set_device(self, device):
         _here.device = _index(device)
         if _own and _here.device not in _own:
-            raise RuntimeError(f"a rank on sim:{_own} was given sim:{_here.device}")
+            raise RuntimeError(f"a rank on {KIND}:{_own} was given {KIND}:{_here.device}")
 
     def device_count(self):
         return COUNT
@@ -243,6 +250,14 @@ class _Module(backend_registration._DummyBackendModule):
 
     def mem_get_info(self, device=None):
         return BUDGET - _ledger.used(_index(device)), BUDGET
+
+    def memory_stats(self, device=None):
+        """Nothing is cached: what is reserved is in use."""
+        used = _ledger.own(_index(device))
+        return {"active_bytes.all.current": used, "reserved_bytes.all.current": used}
+
+    def get_device_name(self, device=None):
+        return self.get_device_properties(device).name
 
     def get_device_properties(self, device=None):
         return types.SimpleNamespace(name=f"Simulated {_index(device)}", total_memory=BUDGET, is_integrated=False)
@@ -266,6 +281,7 @@ class SimTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, raw, device):
+        assert not isinstance(raw, SimTensor), "its values are on the CPU"
         device = _fixed(device)
         made = torch.Tensor._make_wrapper_subclass(
             cls, raw.size(), strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype, device=device
@@ -278,6 +294,10 @@ class SimTensor(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
+    def tolist(self):
+        """PyTorch refuses it for classes of others."""
+        return self.cpu().tolist()
+
     def __repr__(self):
         return f"SimTensor({self.raw}, {self.device})"
 
@@ -285,17 +305,21 @@ class SimTensor(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         name = func._schema.name
+        if name == "aten::_has_compatible_shallow_copy_type":  # a module that moves gets new parameters
+            return False
+        if name == "aten::to":  # in inference mode
+            return func.decompose(*args, **kwargs)
         if name in ("aten::copy_", "aten::_to_copy"):
             return (_copy if name == "aten::copy_" else _to_copy)(*args, **kwargs)
         devices = {_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and _counts(leaf)}
         if len(devices) > 1:
             raise RuntimeError(f"{name} was given tensors of {sorted(map(str, devices))}")
-        target = next((device for device in devices if device.type == "sim"), torch.device("cpu"))
+        target = next((device for device in devices if device.type == KIND), torch.device("cpu"))
         if kwargs.get("device") is not None:
             target = _fixed(kwargs["device"])
-            kwargs["device"] = "cpu" if target.type == "sim" else target
+            kwargs["device"] = "cpu" if target.type == KIND else target
         kwargs.pop("pin_memory", None)
-        if target.type == "sim":
+        if target.type == KIND:
             _check_current(target.index)
             if not func.is_view:
                 _streams[target.index].before_kernel()
@@ -304,7 +328,7 @@ class SimTensor(torch.Tensor):
             first = func._schema.arguments[0].alias_info
             if len(func._schema.returns) == 1 and first is not None and first.is_write:
                 return args[0]
-        if target.type != "sim":
+        if target.type != KIND:
             return out
         if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(out)):
             _streams[target.index].synchronize()  # the host has a value of it
@@ -335,7 +359,7 @@ def _raw(leaf):
 
 def _fixed(device):
     device = torch.device(device)
-    return device if device.type != "sim" or device.index is not None else torch.device("sim", _here.device)
+    return device if device.type != KIND or device.index is not None else torch.device(KIND, _here.device)
 
 
 def _spoil(tensor):
@@ -371,11 +395,11 @@ def _copy(target, source, non_blocking=False):
 
 def _to_copy(source, *, dtype=None, layout=None, device=None, pin_memory=None, non_blocking=False, memory_format=None):
     where = source.device if device is None else _fixed(device)
-    if where.type != "sim" or where == source.device:
+    if where.type != KIND or where == source.device:
         _check_current(source.device.index)
         _streams[source.device.index].before_kernel()
     made = torch.empty_like(_raw(source), dtype=dtype, device="cpu", memory_format=memory_format or torch.preserve_format)
-    if where.type == "sim":
+    if where.type == KIND:
         return _copy(SimTensor(made, where), source, non_blocking)
     if non_blocking:
         _pinned.add(_storage(made))
@@ -405,7 +429,7 @@ def _pinning(allocate):
     return allocated
 
 
-backend_registration._setup_privateuseone_for_python_backend("sim", _Module(), None, None)
+backend_registration._setup_privateuseone_for_python_backend(KIND, _Module(), None, None)
 _library = torch.library.Library("aten", "IMPL")
 _library.impl("empty.memory_format", _empty, "PrivateUse1")
 _library.impl("empty_strided", _empty_strided, "PrivateUse1")

@@ -8,13 +8,15 @@ import toys
 from asyncdiff_nodes.engine import IdleWorkers, Plan, RankOptions, Simulator, WorkerGroup
 
 TIMESTEPS = [900, 700, 500, 300, 200, 100]
-DEVICES = ["sim:0", "sim:1", "sim:2", "sim:0"]
+DEVICES = ["sim:0", "sim:1", "sim:2", "sim:0", "sim:1"]
 #: Values that go round in a circle: of a network whose first blocks are not computed twice.
 ROUND = [
     Plan(segments=2, warmup=2, cuts=("blocks.2", "blocks.5"), forecast=0, cooldown=1),
     Plan(segments=2, warmup=3, cuts=("blocks.2", "blocks.5"), forecast=0, microbatches=2),
     Plan(segments=3, stride=2, warmup=3, cuts=("blocks.1", "blocks.3", "blocks.6"), forecast=0, cooldown=1),
 ]
+FAST = [toys.PLANS[3], toys.PLANS[6]]
+SLOW = [plan for plan in toys.PLANS if plan not in FAST]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def test_kernels_that_the_host_waits_for_stop_nobody(spawned, monkeypatch):
         assert toys.denoise(group, TIMESTEPS).isfinite().all()
 
 
-@pytest.mark.parametrize("plan", [*ROUND, *(plan for plan in toys.PLANS if plan.world_size <= len(DEVICES))], ids=toys.label)
+@pytest.mark.parametrize("plan", [*ROUND, *FAST, *(pytest.param(plan, marks=pytest.mark.slow) for plan in SLOW)], ids=toys.label)
 @torch.no_grad()
 def test_no_order_of_waiting_stops_the_ranks(plan, idle):
     net = toys.random_net(3)

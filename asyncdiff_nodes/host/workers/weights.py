@@ -69,7 +69,7 @@ def weights_of(
         else:
             weight = _filled(live[name]) if name in live else _loaded(patcher, PREFIX + name, operations)
         for part, meta in metas.items():
-            value = part_of(skeleton, part, weight, patches.get(name, ()))
+            value = part_of(skeleton, part, weight, patches.get(name, ())).cpu()
             if type(value) not in (torch.Tensor, nn.Parameter):
                 raise UnsupportedModelError(f"its weight {name} is a {type(value).__name__}, which a rank cannot get")
             if value.shape != meta.shape:

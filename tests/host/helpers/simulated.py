@@ -63,7 +63,7 @@ def simulated(model, plan, sampler, size=(16, 16), control=None, batch=2):
             sampling = model.get_model_object("model_sampling")
             sigmas = rehearse(comfy.samplers.sampler_object(sampler), options["sample_sigmas"], model)
             levels = NoiseLevels(
-                tuple(sigmas.tolist()), tuple(sampling.calculate_input(sigmas, torch.ones(len(sigmas))).tolist())
+                tuple(sigmas.tolist()), tuple(sampling.calculate_input(sigmas, torch.ones_like(sigmas)).tolist())
             )
             simulator.begin(sampling.timestep(sigmas), levels)
         if calls := take(given.get("control")):
