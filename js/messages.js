@@ -41,7 +41,7 @@ export const ENGLISH = {
   workers: "Workers running on {devices}",
   noWorkers: "No workers running",
   devices: "Devices: {devices}",
-  noDevices: "ComfyUI sees no CUDA GPU",
+  noDevices: "ComfyUI sees no GPU that workers can use",
   stop: "Stop workers",
   stopHint: "Ends the idle worker processes and frees their memory",
   stopped: "Workers stopped",

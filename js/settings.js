@@ -15,7 +15,7 @@ export const SETTINGS = [
     id: "AsyncDiff.Devices",
     category: ["AsyncDiff", "Sampling", "Devices"],
     name: "Devices",
-    tooltip: "The devices that auto stands for in the nodes. auto: all CUDA GPUs. Or a list, such as cuda:0, cuda:2.",
+    tooltip: "The devices that auto stands for in the nodes. auto: all GPUs that ComfyUI sees, except much weaker ones. Or a list, such as cuda:0, cuda:2.",
     type: "text",
     defaultValue: "auto",
   },

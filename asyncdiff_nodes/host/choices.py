@@ -46,7 +46,7 @@ class OptionValues:
     Attributes:
         preset: ``Exact`` (every step synchronous), ``Balanced``, ``Fast``, ``Turbo``, or ``Custom``, which uses the fields from
             ``segments`` to ``branches``.
-        devices: ``auto`` for those of the settings (by default every CUDA device), a list such as ``cuda:0, cuda:2``, or
+        devices: ``auto`` for those of the settings (by default every GPU like the first), a list such as ``cuda:0, cuda:2``, or
             ``ray:auto`` for all GPUs of this machine's Ray cluster; see :mod:`asyncdiff_nodes.cluster`.
         cuts: block names where the segments begin, separated by commas; empty for automatic ones.
         segments: number of segments, 0 for as many as the devices allow.

@@ -90,8 +90,8 @@ def _option_widgets() -> list[io.Input]:
         io.String.Input(
             "devices",
             default=OptionValues.devices,
-            tooltip="auto: the devices of the AsyncDiff settings, which are all CUDA GPUs by default. Or a list, such as cuda:0, "
-            "cuda:2 (cpu, cpu to try it without a GPU). ray:auto: all GPUs of this machine's Ray cluster, see docs/ray.md.",
+            tooltip="auto: the devices of the AsyncDiff settings. By default these are all GPUs that ComfyUI sees, except much "
+            "weaker ones. Or a list, such as cuda:0, cuda:2 (cpu, cpu to try it without a GPU). ray:auto: all GPUs of this machine's Ray cluster, see docs/ray.md.",
         ),
         io.Int.Input(
             "segments",

@@ -146,7 +146,8 @@ def test_several_ranks_of_one_machine_are_neighbours():
     assert {place.removesuffix(" cpu") for place in places} == set(HOSTS)
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_killed_actor_is_named_and_the_next_group_works(victim):
     g = slow(30.0)
     pids, killed, others = g.pids, [], len(rooms())

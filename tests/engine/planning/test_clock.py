@@ -273,7 +273,7 @@ def sleepers(request):
 
 
 @pytest.mark.timing
-@pytest.mark.parametrize(("stride", "microbatches"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("stride", "microbatches"), [(1, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_real_ranks_that_sleep_take_as_long_as_the_clock_says(sleepers, stride, microbatches):
     """A rank that sleeps is a device of its own, on any number of cores."""
     group, costs = sleepers

@@ -128,7 +128,7 @@ def test_before_the_first_run_it_says_what_to_do(frontend, panel):
     frontend.server.post("/asyncdiff/stop", {})
     frontend.open()
     frontend.execute(TOGGLE)
-    expect(panel.locator(".asyncdiff-workers")).to_contain_text("No workers running. ComfyUI sees no CUDA GPU")
+    expect(panel.locator(".asyncdiff-workers")).to_contain_text("No workers running. ComfyUI sees no GPU that workers can use")
     expect(panel.get_by_role("button", name="Stop workers")).to_be_disabled()
 
 

@@ -84,6 +84,7 @@ def test_one_group_serves_samplings_with_and_without_other_nets_and_strengths(sd
     assert pids() == ranks
 
 
+@pytest.mark.slow
 def test_files_that_the_host_loaded(tmp_path, prompts):
     """Half precision on disk; on a CPU the host computes in another, in network and net alike."""
     checkpoints.place_small(tmp_path)
@@ -273,6 +274,7 @@ def test_weights_of_a_net_that_is_gone_can_move(sd15, prompts):
     assert POOL._held[-1].group is group
 
 
+@pytest.mark.slow
 def test_one_that_stops_in_mid_run(sd15, prompts):
     """The calls without it are streams of their own, which begin there."""
     given = controlled(prompts, small.control_net(), end=0.5)

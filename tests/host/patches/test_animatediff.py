@@ -231,6 +231,7 @@ def test_windows_that_go_round(pack, model, prompts, fuse):
 
 
 @pytest.mark.covers("lora", kind="animatediff")
+@pytest.mark.slow
 def test_other_weights_go_to_the_same_ranks(pack, model, prompts):
     """A LoRA of the network, and one of the motion model; another motion model of the same format."""
     plain = assert_exact(animated(pack, model), prompts)

@@ -32,7 +32,7 @@ def forgotten():
 
 
 @drawn_by(1)
-@settings(max_examples=8, **ANY)
+@settings(max_examples=5, **ANY)
 @given(compositions.strategy())
 def test_exact_is_the_stock_sampler(composition):
     check(composition, EXACT)

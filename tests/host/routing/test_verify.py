@@ -28,7 +28,7 @@ def verified(model, options, **how):
 
 
 @pytest.mark.parametrize("options", [exact(verify="first"), Options("Fast", "cpu,cpu", verify="first")])
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("sampler", [pytest.param("euler", marks=pytest.mark.slow), "dpmpp_2m_sde"])
 def test_a_call_of_each_kind_of_the_first_picture(model, options, sampler):
     expected = sample(attach(model, Options(options.preset, "cpu,cpu", verify="off")), sampler=sampler)
     assert last_run().verified == 0

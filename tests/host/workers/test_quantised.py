@@ -236,6 +236,7 @@ def test_a_group_serves_files_that_are_quantised_alike(tmp_path):
     assert POOL._held[-1].group.pids != pids
 
 
+@pytest.mark.slow
 def test_blocks_move(tmp_path):
     model = load(tmp_path, "flux", scaled)
     stock = assert_exact(model, "flux")

@@ -58,7 +58,7 @@ def test_exact_is_the_stock_sampler(devices, model, sample):
     assert torch.equal(stock, found)
 
 
-@pytest.mark.parametrize("kind", ["sd15", "flux"])
+@pytest.mark.parametrize("kind", [pytest.param("sd15", marks=pytest.mark.slow), "flux"])
 def test_asynchronous_steps_are_the_simulators(kind, request):
     model, cfg = small.model(kind, seed=4), 1.0 if kind == "flux" else 7.0
     run = functools.partial(ksampler, kind=kind, latent=small.latent(kind=kind), steps=8, cfg=cfg)
