@@ -91,7 +91,8 @@ def _option_widgets() -> list[io.Input]:
             "devices",
             default=OptionValues.devices,
             tooltip="auto: the devices of the AsyncDiff settings. By default these are all GPUs that ComfyUI sees, except much "
-            "weaker ones. Or a list, such as cuda:0, cuda:2 (cpu, cpu to try it without a GPU). ray:auto: all GPUs of this machine's Ray cluster, see docs/ray.md.",
+            "weaker ones. Or a list, such as cuda:0, cuda:2 (cpu, cpu to try it without a GPU). ray:auto: all GPUs of this "
+            "machine's Ray cluster, see docs/ray.md.",
         ),
         io.Int.Input(
             "segments",
