@@ -46,6 +46,7 @@ test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python -m pytest -m slow tests/simulated
 	$(BIN)/python tests/host/run.py -m slow
+	$(BIN)/python tests/host/run.py -m slow tests/simulated/host
 
 # all pictures of the documentation; ONLY="thumbnails" for some
 screenshots: $(VENV)/installed

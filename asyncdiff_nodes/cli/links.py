@@ -54,6 +54,7 @@ def measure_link(devices: Sequence[str]) -> Link:
 def _ping(rank: int, devices: tuple[str, ...], other: Connection, results: Connection) -> None:
     torch.set_num_threads(1)
     device = torch.device(devices[rank])
+    accelerator.before_direct_links(one_machine=True)
     accelerator.enter(device)
     store = PipeStore(partial(wire.send, other), partial(wire.receive, other))
     transport = Transport(rank, [RankLocation(name, name) for name in devices], store, timeout=60)

@@ -311,7 +311,7 @@ class SimTensor(torch.Tensor):
             return func.decompose(*args, **kwargs)
         if name in ("aten::copy_", "aten::_to_copy"):
             return (_copy if name == "aten::copy_" else _to_copy)(*args, **kwargs)
-        devices = {_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and _counts(leaf)}
+        devices = {leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and _counts(leaf)}
         if len(devices) > 1:
             raise RuntimeError(f"{name} was given tensors of {sorted(map(str, devices))}")
         target = next((device for device in devices if device.type == KIND), torch.device("cpu"))
@@ -342,10 +342,6 @@ def _count(raw, index):
     _ledger.add(index, storage.nbytes())
     _counted.add(storage)
     weakref.finalize(storage, _ledger.add, index, -storage.nbytes())
-
-
-def _of(tensor):
-    return tensor.device
 
 
 def _counts(tensor):

@@ -35,7 +35,7 @@ class Stager:
         self._jobs.put((accelerator.event(self._device), link, copy))
 
     def check(self) -> None:
-        """Raise what has failed since anything was last called."""
+        """Raise what has failed in the thread: nothing that follows can be sent."""
         if self._error is not None:
             raise self._error
 
