@@ -28,6 +28,7 @@ from .errors import (
     PlanError,
     ScheduleError,
     UnsupportedModelError,
+    WeightsUnloadedError,
     WorkerError,
 )
 from .simulator import Simulator
@@ -58,6 +59,7 @@ __all__ = [
     "ScheduleError",
     "Simulator",
     "UnsupportedModelError",
+    "WeightsUnloadedError",
     "WorkerError",
     "WorkerGroup",
     "better",

@@ -31,6 +31,10 @@ class GroupClosedError(AsyncDiffError, RuntimeError):
     """A call to a worker group that was closed or that has failed before."""
 
 
+class WeightsUnloadedError(GroupClosedError):
+    """A call to a worker group some of whose ranks have no weights now: see :meth:`.WorkerGroup.reload`."""
+
+
 class WorkerError(AsyncDiffError, RuntimeError):
     """A rank failed; the whole group was shut down.
 

@@ -262,6 +262,13 @@ class _Module(backend_registration._DummyBackendModule):
     def get_device_properties(self, device=None):
         return types.SimpleNamespace(name=f"Simulated {_index(device)}", total_memory=BUDGET, is_integrated=False)
 
+    def get_rng_state(self, device=None):
+        """The CPU draws the random numbers of all devices."""
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state, device=None):
+        torch.set_rng_state(state)
+
     def get_amp_supported_dtype(self):
         return [torch.float16, torch.bfloat16]
 

@@ -7,7 +7,7 @@ import pickle
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from asyncdiff_nodes.engine.batch import concatenated, sample_of
 from asyncdiff_nodes.engine.devices import resolve_devices
-from asyncdiff_nodes.engine.errors import DeviceError, PlanError, UnsupportedModelError
+from asyncdiff_nodes.engine.errors import DeviceError, PlanError, UnsupportedModelError, WeightsUnloadedError
 from asyncdiff_nodes.engine.inputs import Inputs, SentParameters, on_cpu
 from asyncdiff_nodes.engine.planning.family import Family, find_family
 from asyncdiff_nodes.engine.planning.graph import BlockGraph
@@ -35,7 +35,7 @@ from asyncdiff_nodes.extensions import cluster_of
 from .local_ranks import LocalRanks
 from .rank_options import RankOptions
 from .rank_set import RankSet
-from .rank_shares import segments_with, shares_of
+from .rank_shares import ranks_with, shares_of
 from .run import Run
 from .stream import Stream
 from .worker_processes import IdleWorkers
@@ -61,6 +61,7 @@ class WorkerGroup:
 
     Attributes:
         finite: whether all results of this run so far were without NaN and infinity.
+        unloaded: the ranks that have no weights now.
         bandwidth: bytes per second of the slowest link between two machines, measured when it was opened, for
             :func:`~.balance.better`; infinite on one machine.
 
@@ -106,6 +107,7 @@ class WorkerGroup:
         self._last: dict[tuple[int, Hashable], Any] = {}  # the last result
         self._results: dict[tuple[int, Hashable, int], tuple[list[torch.Tensor], Any, bool]] = {}
         self.finite = True
+        self.unloaded: set[int] = set()
         self._records: deque[CallRecord] = deque(maxlen=20_000)
         self._on_record: Callable[[CallRecord], None] | None = None
         self._call_timeout = options.call_timeout
@@ -179,9 +181,11 @@ class WorkerGroup:
             What the model's forward returns, tensors on the device of the first tensor argument.
 
         Raises:
-            ScheduleError, InputChangedError, WorkerError, DeadlineError, GroupClosedError: see their messages.
+            ScheduleError, InputChangedError, WorkerError, DeadlineError: see their messages.
+            GroupClosedError, WeightsUnloadedError: the group cannot be used, or not before :meth:`reload`.
             UnsupportedModelError: within ``torch.autocast``, or a forward that cannot be traced with these arguments.
         """
+        self._check_loaded()
         parts = [Inputs.take(*part, self.family.timestep) for part in self.family.parts(args, kwargs, self.plan.branches)]
         device = parts[0].device
         if torch.is_autocast_enabled(device.type):
@@ -245,6 +249,52 @@ class WorkerGroup:
             self._ranks.close(grace=0)  # a polite word would wait behind the weights
             raise
 
+    def unload(self, ranks: Collection[int], timeout: float) -> None:
+        """Have some ranks free their weights. The run is over, and :meth:`reload` must come before the next call.
+
+        Everything else stays as it is: processes, links, and the weights of the other ranks. If this fails, the group is closed.
+
+        Args:
+            timeout: seconds that the ranks have for it.
+
+        Raises:
+            WorkerError, DeadlineError, GroupClosedError: as for a call.
+        """
+        deadline = time.monotonic() + timeout
+        self.tidy()  # all ranks: what is on its way to the others is received
+        self._send(((rank, ("unload",), ()) for rank in ranks), deadline)
+        waiting = set(ranks)
+        while waiting:
+            rank, header, tensors = self._ranks.next_message(deadline, f"ranks {sorted(waiting)} to free their weights")
+            if header[0] == "unloaded":
+                waiting.remove(rank)
+            else:
+                self._accept(rank, header, tensors)
+        self.unloaded |= set(ranks)
+
+    def reload(self, weights: Callable[[frozenset[str]], Iterable[tuple[str, torch.Tensor]]]) -> None:
+        """Send the ranks the weights that they were told to unload. If this fails half-way, the group is closed.
+
+        Args:
+            weights: called with the names of those weights; yields their names and values.
+        """
+        deadline = time.monotonic() + self._call_timeout
+        lacking = {name: gone for name, ranks in self._ranks_with_weights().items() if (gone := ranks & self.unloaded)}
+        try:
+            self._send_weights(weights(frozenset(lacking)), deadline, lacking)
+        except BaseException:
+            self._ranks.close(grace=0)
+            raise
+        self.unloaded.clear()
+
+    def _ranks_with_weights(self) -> dict[str, set[int]]:
+        """Find the ranks that compute with each weight."""
+        return {name: ranks_with(self.placement, name) for name, _ in tensors_of(self._skeleton)}
+
+    def _check_loaded(self) -> None:
+        if self.unloaded:
+            raise WeightsUnloadedError(f"the weights of ranks {sorted(self.unloaded)} were unloaded: call reload() first")
+
     def move(self, placement: Placement, weights: Callable[[frozenset[str]], Iterable[tuple[str, torch.Tensor]]]) -> None:
         """Place the blocks anew in the running ranks, between runs or in mid-run. If this fails half-way, the group is closed.
 
@@ -260,13 +310,13 @@ class WorkerGroup:
         ours, theirs = self.placement.graph, placement.graph
         if placement.plan != self.plan or (ours.names, ours.edges) != (theirs.names, theirs.edges):
             raise PlanError("move: the placement is for another model or plan than this group's")
+        self._check_loaded()
         deadline = time.monotonic() + self._call_timeout
-        names = [name for name, _ in tensors_of(self._skeleton)]
-        before = {name: segments_with(self.placement, name) for name in names}
+        before = self._ranks_with_weights()
         try:
             self.placement = placement
             self._send(((own.rank, ("move", own), ()) for own in shares_of(placement)), deadline)
-            lacking = {name: segments for name in names if (segments := segments_with(self.placement, name) - before[name])}
+            lacking = {name: new for name, ranks in self._ranks_with_weights().items() if (new := ranks - before[name])}
             self._send_weights(weights(frozenset(lacking)), deadline, lacking)
             self._connect(deadline)
         except BaseException:
@@ -354,14 +404,13 @@ class WorkerGroup:
     def _send_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]], deadline: float, lacking: Mapping[str, set[int]] | None = None
     ) -> None:
-        """Send one at a time, so that only a few are ever in memory twice; if ``lacking`` is given, to its segments alone."""
+        """Send one at a time, so that only a few are ever in memory twice; if ``lacking`` is given, to its ranks alone."""
         for name, tensor in weights:
             self._ranks.look(deadline, "the ranks to take all weights")
-            segments = segments_with(self.placement, name) if lacking is None else lacking.get(name, set())
+            ranks = ranks_with(self.placement, name) if lacking is None else lacking.get(name, set())
             tensor = dense_on_cpu(tensor)
-            for rank in range(self.plan.world_size):
-                if self.plan.segment_of_rank(rank) in segments:
-                    self._ranks.send(rank, ("weight", name), (tensor,), deadline=deadline)
+            for rank in sorted(ranks):
+                self._ranks.send(rank, ("weight", name), (tensor,), deadline=deadline)
 
     def _connect(self, deadline: float) -> None:
         world = self.plan.world_size

@@ -13,13 +13,15 @@ def shares_of(placement: Placement) -> Iterator[Share]:
     return (_share(placement, rank) for rank in range(placement.plan.world_size))
 
 
-def segments_with(placement: Placement, weight: str) -> set[int]:
-    """Find the segments that compute with a weight, by its name; all of them for glue."""
-    parts = weight.split(".")
+def ranks_with(placement: Placement, weight: str) -> set[int]:
+    """Find the ranks that compute with a weight, by its name; all of them for glue."""
+    plan, parts = placement.plan, weight.split(".")
     prefixes = {".".join(parts[:i]) for i in range(1, len(parts))}
-    segments = set(range(placement.plan.segments))
+    segments = set(range(plan.segments))
     index = next((i for i, name in enumerate(placement.graph.names) if name in prefixes), None)
-    return segments if index is None else {d for d in segments if index in placement.owned(d)}
+    if index is not None:
+        segments = {d for d in segments if index in placement.owned(d)}
+    return {rank for rank in range(plan.world_size) if plan.segment_of_rank(rank) in segments}
 
 
 def _share(placement: Placement, rank: int) -> Share:

@@ -135,6 +135,10 @@ class Rank:
             self._known.pop(rest[0], None)
         elif verb == "tidy":
             self._tidy()
+        elif verb == "unload":
+            self._model.unload()
+            _free(self.device)
+            self._send(("unloaded",))
         elif verb == "weight":
             self._model.load(rest[0], tensors[0])
         elif verb == "move":

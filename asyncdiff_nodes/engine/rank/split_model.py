@@ -61,12 +61,19 @@ class SplitModel:
 
     def load(self, name: str, value: torch.Tensor) -> None:
         """Attach the parameter or buffer ``name``, for the first time or in place of the one before."""
+        self._attach(name, value.to(self._device))
+
+    def _attach(self, name: str, value: torch.Tensor) -> None:
         owner, _, leaf = name.rpartition(".")
         module = self._module.get_submodule(owner)
-        value = value.to(self._device)
         if leaf in module._parameters:
             value = nn.Parameter(value, requires_grad=False)
         setattr(module, leaf, value)
+
+    def unload(self) -> None:
+        """Free all parameters and buffers; their names and shapes stay."""
+        for name, tensor in list(tensors_of(self._module)):
+            self._attach(name, tensor.to("meta"))
 
     def take_over(self, other: SplitModel) -> None:
         """Attach the parameters and buffers of ``other``, another share of the same model, that this one has as well."""
@@ -77,7 +84,7 @@ class SplitModel:
 
     def weights(self) -> dict[str, int]:
         """Bytes of every parameter and buffer held, by name."""
-        return {name: tensor.nbytes for name, tensor in tensors_of(self._module)}
+        return {name: tensor.nbytes for name, tensor in tensors_of(self._module) if not tensor.is_meta}
 
     def missing(self) -> list[str]:
         """Names of parameters and buffers that no value was loaded for."""

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from asyncdiff_nodes.engine import AsyncDiffError, DeadlineError, GroupClosedError, Placement, WorkerError, WorkerGroup
+from asyncdiff_nodes.host.workers import repeated
 from asyncdiff_nodes.host.workers.pool import POOL, GroupRequest
 
 log = logging.getLogger(__name__)
 
 FAILURES = (WorkerError, DeadlineError)  # errors of ranks that failed
+
+_TAKEN = "ComfyUI took the ranks' memory back before the first call; their weights were sent again"
 
 Result = TypeVar("Result")
 
@@ -36,9 +39,11 @@ class Ranks:
         self._request, self._replace, self._note = request, replace, note
         self._begin: Callable[[WorkerGroup], None] | None = None
         self._have_computed = False
+        self._failed: str | None = None  # how the group did that was replaced
 
     def start(self) -> None:
-        """Get the first group. Raises as :meth:`.pool.Pool.acquire`."""
+        """Get the first group. Raises as :meth:`.pool.Pool.acquire`, and where such a group has failed repeatedly."""
+        repeated.check(self._request)
         self._try(lambda: None)
 
     def begin(self, first: Callable[[], None], begin: Callable[[WorkerGroup], None]) -> None:
@@ -101,15 +106,21 @@ class Ranks:
             log.warning("AsyncDiff: the ranks %s", "are gone" if taken else "failed", exc_info=error)
             # before the first call a ControlNet may need the memory once, to encode its picture; later it is needed for good
             if not self._replace or (taken and self._have_computed):
+                repeated.remember(self._request, self._failed, error)
                 raise
-            self._replace = False
-            cause = "ComfyUI took the ranks' memory back before the first call" if taken else brief(error)
-            self._note(f"{cause}; new worker processes have taken over")
-        self._enter()
-        return work()
+            self._replace, self._failed = False, repeated.kind(error)
+            self._note(_TAKEN if taken else f"{brief(error)}; new worker processes have taken over")
+        try:
+            self._enter()
+            return work()
+        except FAILURES as error:
+            repeated.remember(self._request, self._failed, error)
+            raise
 
     def _enter(self) -> None:
         """Get a group. If the run has begun already, have it begin at the current call."""
+        if self.group is not None:  # it failed, or the host took its weights
+            POOL.give_back(self.group)
         self.group = POOL.acquire(self._request)
         self.slots = POOL.slots(self.group, self._request.nets)
         if self._begin is not None:

@@ -32,6 +32,7 @@ from asyncdiff_nodes.host.patches.obstacles import call_obstacle, obstacle, ship
 from asyncdiff_nodes.host.patches.protocol import RoutedCall
 from asyncdiff_nodes.host.workers.block_times import Balance
 from asyncdiff_nodes.host.workers.pool import POOL, BusyError
+from asyncdiff_nodes.host.workers.repeated import RepeatedFailureError
 
 from .announced import Announced
 from .options import OneDeviceError, Options
@@ -101,7 +102,7 @@ class Sampling:
             self._ranks.start()
             self._look_at_host(given)
             self._begin()
-        except (OneDeviceError, BusyError) as error:
+        except (OneDeviceError, BusyError, RepeatedFailureError) as error:
             return self._do_without(str(error))
         except UnsupportedModelError as error:
             return self._do_without(f"this model cannot be split: {error}")

@@ -1,6 +1,6 @@
 """Memory for the ranks: how much there is, and the ranks' entries in the host's own bookkeeping.
 
-Because of these entries, *Unload models*, a lack of memory, and a change of models free the ranks.
+Because of these entries, *Unload models*, a lack of memory, and a change of models free the ranks' weights.
 """
 
 from __future__ import annotations
@@ -68,14 +68,13 @@ class AsyncDiffRank:
 class RankMemory:
     """One rank among the host's loaded models.
 
-    It has the members of a ``ModelPatcher`` that ``comfy.model_management`` uses. A rank cannot give up a part of its
-    weights, and a group cannot run without one of its ranks. So freeing any of them ends the whole group.
+    It has the members of a ``ModelPatcher`` that ``comfy.model_management`` uses. A rank cannot give up a part of its weights.
     """
 
     parent = None
 
     def __init__(self, device: torch.device, size: int, release: Callable[[], None]) -> None:
-        """``release`` ends the group; it must never raise, and may be called more than once."""
+        """``release`` frees the rank's weights; it may be called more than once."""
         self.model = AsyncDiffRank()
         self.load_device = device
         self.offload_device = torch.device("cpu")
@@ -110,14 +109,13 @@ class RankMemory:
         return grown
 
     def partially_unload(self, device: torch.device, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
-        """End the group; returns the bytes that this rank really held."""
-        freed = self._held
-        self.forget()
+        """Free the rank's weights; returns the bytes that it really held."""
+        freed, self._held = self._held, 0
         self._release()
         return freed
 
     def detach(self, unpatch_all: bool = True) -> AsyncDiffRank:
-        """End the group. With ``unpatch_all=False`` do nothing: the model is about to be loaded again."""
+        """Free the rank's weights. With ``unpatch_all=False`` do nothing: the model is about to be loaded again."""
         if unpatch_all:
             self.partially_unload(self.offload_device)
         return self.model

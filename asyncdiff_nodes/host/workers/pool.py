@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import weakref
@@ -10,8 +11,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy_execution.utils import get_executing_context
 from torch import nn
 
 from asyncdiff_nodes.engine import AsyncDiffError, IdleWorkers, Placement, Plan, RankOptions, UnsupportedModelError, WorkerGroup
@@ -21,6 +24,7 @@ from asyncdiff_nodes.host.page.settings import setting
 from asyncdiff_nodes.host.patches.compiled import compile_arguments
 from asyncdiff_nodes.host.patches.registry import models_of
 
+from . import repeated
 from .block_times import Balance
 from .host_settings import HostSettings
 from .memory import RankMemory, kept_from_host
@@ -35,6 +39,7 @@ MAX_GROUPS = 2  # a base model and its refiner
 # seconds
 _START_TIMEOUT = 900.0  # a large checkpoint on a slow disk
 _CALL_TIMEOUT = 300.0
+_UNLOAD_TIMEOUT = 20.0  # the host waits for the memory
 
 
 class BusyError(AsyncDiffError, RuntimeError):
@@ -124,9 +129,10 @@ class PooledGroup:
         return outline_of(self.skeleton.control_nets[slot]) == outline_of(net)
 
     def weight_bytes(self) -> int:
-        """Bytes of the weights of all ranks."""
+        """Bytes of the weights that all ranks hold now."""
         plan, placement = self.group.plan, self.group.placement
-        return sum(placement.weight_bytes(plan.segment_of_rank(rank)) for rank in range(plan.world_size))
+        ranks = set(range(plan.world_size)) - self.group.unloaded
+        return sum(placement.weight_bytes(plan.segment_of_rank(rank)) for rank in ranks)
 
     def weights(self, patcher: ModelPatcher, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and values of the weights in ``names``, as ``patcher`` and the ControlNets have them."""
@@ -211,6 +217,7 @@ class Pool:
         """Move the blocks of ``group``, which computes ``patcher``'s diffusion model. Raises as ``WorkerGroup.move``."""
         held = self._holder(group)
         group.move(placement, lambda names: held.weights(patcher, names))
+        comfy.model_management.soft_empty_cache()  # as when they were sent first
         for rank, memory in enumerate(held.memory):
             memory.resize(placement.weight_bytes(placement.plan.segment_of_rank(rank)))
 
@@ -225,12 +232,13 @@ class Pool:
             self._end(self._held[0])
 
     def release_idle(self) -> int | None:
-        """End all groups, from any thread; returns the number of ranks, or None while a sampling goes on."""
+        """End all groups, from any thread, and forget failures; returns the number of ranks, or None in a sampling."""
         if not self._lock.acquire(blocking=False):
             return None
         try:
             ranks = sum(held.group.plan.world_size for held in self._held if not held.group.closed)
             self.release()
+            repeated.forget()
             return ranks
         finally:
             self._lock.release()
@@ -270,16 +278,16 @@ class Pool:
         memory: list[RankMemory] = []
         started: list[weakref.ref[PooledGroup]] = []  # weak, so that a group that has ended is gone at once
 
-        def release() -> None:
+        def free(rank: int) -> None:
             if started and (held := started[0]()) is not None:
-                self._end(held)
+                self._free(held, rank)
 
         def make_room(placement: Placement) -> None:
             for rank, device in enumerate(devices):
                 if on_cluster(device):  # the host does not manage its memory
                     continue
                 size = placement.weight_bytes(plan.segment_of_rank(rank))
-                memory.append(RankMemory(torch.device(device), size, release))
+                memory.append(RankMemory(torch.device(device), size, functools.partial(free, rank)))
             self._retired.extend(memory)  # in case the start fails
             load(memory)
             log.info("AsyncDiff: starting %d ranks on %s", plan.world_size, ", ".join(devices))
@@ -315,6 +323,7 @@ class Pool:
             for rank in memory:
                 rank.forget()
             raise
+        comfy.model_management.soft_empty_cache()  # patches were computed on the host's device, which may be a rank's
         sent.take(sources)
         refs = list(map(weakref.ref, nets))
         model, network = weakref.ref(patcher.model), (description_of(patcher), fingerprint_of(patcher), skeleton)
@@ -330,10 +339,38 @@ class Pool:
         held.model, sources = weakref.ref(patcher.model), held.sources(patcher)
         changed, patches = held.sent.changed(sources)
         names = changed | changed_by_patches(held.skeleton, patches)
-        if names:
+
+        def weights(names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
             log.info("AsyncDiff: sending %d weights to the running ranks", len(names))
-            held.group.load_weights(held.sent.noting(held.weights(patcher, names), sources.patches))
+            return held.sent.noting(held.weights(patcher, names), sources.patches)
+
+        if not (names or held.group.unloaded):
+            return
+        if names:
+            held.group.load_weights(weights(names))
             held.sent.take(sources, changed | patches)
+        if held.group.unloaded:
+            held.group.reload(lambda lacking: weights(lacking - names))
+        comfy.model_management.soft_empty_cache()  # patches were computed on the host's device, which may be a rank's
+
+    def _free(self, held: PooledGroup, rank: int) -> None:
+        """Free a rank's weights, for the host that needs the memory or wants it back. Raises nothing but an interrupt.
+
+        While a prompt is executed the host needs the memory for something else: the next sampling sends the weights again.
+        Otherwise it was told to unload its models, which is to free all that there is on the devices: the group ends.
+        """
+        if held.group.closed or held not in self._held:
+            return
+        if get_executing_context() is None:
+            return self._end(held)
+        try:
+            held.group.unload([rank], _UNLOAD_TIMEOUT)
+        except AsyncDiffError as error:
+            log.warning("AsyncDiff: a rank could not free its weights; all of them were ended", exc_info=error)
+            self._end(held)
+        except BaseException:  # cancelled in between
+            self._end(held)
+            raise
 
     def _end(self, held: PooledGroup, idle: IdleWorkers | None = None) -> None:
         """End a group. Its processes end too, unless ``idle`` collects them."""

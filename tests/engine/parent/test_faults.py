@@ -394,7 +394,7 @@ FOREVER = "while True: group(x, 10, **kwargs)\n"
         ("SIGTERM", "group"),
         pytest.param("SIGHUP", "group", marks=pytest.mark.slow),
         pytest.param("SIGKILL", "group", marks=pytest.mark.slow),
-        ("SIGINT", "group"),
+        pytest.param("SIGINT", "group", marks=pytest.mark.slow),
         pytest.param("SIGTERM", "parent", marks=pytest.mark.slow),
         ("SIGKILL", "parent"),
     ],

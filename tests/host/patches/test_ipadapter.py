@@ -115,7 +115,7 @@ def assert_exact(model, run, devices="cpu,cpu"):
 @pytest.mark.parametrize(
     ("case", "devices"),
     [
-        *(pytest.param(case, "cpu,cpu", marks=() if case in ("linear", "mask") else pytest.mark.slow) for case in CASES),
+        *(pytest.param(case, "cpu,cpu", marks=() if case == "mask" else pytest.mark.slow) for case in CASES),
         pytest.param("some steps", "cpu,cpu,cpu", marks=pytest.mark.slow),
     ],
 )

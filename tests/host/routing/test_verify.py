@@ -27,7 +27,10 @@ def verified(model, options, **how):
     return sample(attach(model, options), **how), last_run().verified
 
 
-@pytest.mark.parametrize("options", [exact(verify="first"), Options("Fast", "cpu,cpu", verify="first")])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(exact(verify="first"), marks=pytest.mark.slow), Options("Fast", "cpu,cpu", verify="first")],
+)
 @pytest.mark.parametrize("sampler", [pytest.param("euler", marks=pytest.mark.slow), "dpmpp_2m_sde"])
 def test_a_call_of_each_kind_of_the_first_picture(model, options, sampler):
     expected = sample(attach(model, Options(options.preset, "cpu,cpu", verify="off")), sampler=sampler)

@@ -128,7 +128,7 @@ def test_the_ranks_memory_taken_back_before_the_first_call(sd15, prompts):
     model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "test", take_back)
     assert torch.equal(sample(model, prompts), sample(sd15, prompts))
     (note,) = last_run().notes
-    assert "before the first call; new worker processes have taken over" in note and last_run().stats.records
+    assert "before the first call; their weights were sent again" in note and last_run().stats.records
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def test_an_asynchronous_run_goes_on_as_one_that_begins_at_that_step(sd15, promp
     expected = sample(model, prompts, latent=latent, start_step=first, force_full_denoise=True)
     result = sample(model, prompts, killing(0, step))
     assert (result - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert (result - undisturbed).abs().max() > 1e-4 * expected.abs().max()  # or it would show nothing
+    assert (result - undisturbed).abs().max() > 2e-5 * expected.abs().max()  # or it would show nothing
 
 
 @pytest.mark.parametrize("step", [pytest.param(None, marks=pytest.mark.slow), 2], ids=["start", "run"])

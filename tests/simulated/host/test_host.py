@@ -1,17 +1,23 @@
 """ComfyUI samples on a card, and ranks on it and on others: the same pictures, and everybody has the memory that is said."""
 
 import functools
+import itertools
 
 import comfy.model_management
 import comfy.sd
 import pytest
 import sim
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from comfy_execution.utils import CurrentNodeContext
+from torch import nn
 
 from asyncdiff_nodes.host.page.progress import visible_devices
 from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
+from asyncdiff_nodes.host.workers import pool
 from asyncdiff_nodes.host.workers.pool import POOL
 from helpers import small
 from helpers.sampling import ksampler, prompts_for
@@ -91,12 +97,73 @@ def test_memory_is_where_the_host_says_and_comes_back(model, sample):
     assert sample(attach(model, Options("Exact", "mlu:1,mlu:2"))).isfinite().all()
 
 
-def test_a_card_that_is_full_is_named_and_the_host_samples(model, sample):
+@pytest.fixture
+def large():
+    """A model of 1 GiB on the host's card: with what the host reserves beside it, more than a card has free."""
+    network = nn.utils.skip_init(nn.Linear, 2**14, 2**14, bias=False)
+    return ModelPatcher(network, load_device=torch.device("mlu:0"), offload_device=torch.device("cpu"))
+
+
+def test_the_hosts_need_for_memory_costs_copies_and_no_process(model, sample, large):
+    POOL.release()
+    stock, routed = sample(model), attach(model, Options("Exact", "mlu:0,mlu:1"))
+    with CurrentNodeContext("prompt", "node"):  # as while the host executes a prompt
+        sample(routed)
+        group, (first, second) = POOL._held[-1].group, [memory.model_size() for memory in POOL._held[-1].memory]
+        pids = group.pids
+        for _ in range(3):
+            comfy.model_management.load_models_gpu([large])
+            assert of_ranks()[0] < 2**20 < first and of_ranks()[1] >= second, "only the host's card was short of memory"
+            assert group.unloaded == {0} and POOL.summary()[0]["weights"] == second
+            assert torch.equal(sample(routed), stock) and not last_run().notes
+            assert of_ranks()[0] >= first and of_ranks()[1] >= second and POOL.summary()[0]["weights"] == first + second
+        assert POOL._held[-1].group.pids == pids
+        comfy.model_management.load_models_gpu([large])
+    comfy.model_management.unload_all_models()  # by the user
+    assert of_ranks() == [0, 0, 0] and POOL.summary() == []
+
+
+def test_memory_taken_in_mid_run_costs_no_picture_and_no_process(model, sample, large):
+    stock, calls = sample(model), itertools.count()
+    routed = attach(model, Options("Exact", "mlu:0,mlu:1"))
+
+    def taken(call):
+        """Have the host load something else before this call of the next sampling."""
+        wanted = next(calls) + call
+
+        def load(executor, *args, **kwargs):
+            if next(calls) == wanted + 1:
+                comfy.model_management.load_models_gpu([large])
+            return executor(*args, **kwargs)
+
+        changed = routed.clone()
+        changed.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "test", load)
+        return changed
+
+    with CurrentNodeContext("prompt", "node"):
+        sample(routed)
+        pids = POOL._held[-1].group.pids
+        for call, text in ((0, "before the first call; their weights were sent again"), (2, "it finishes the picture by itself")):
+            assert torch.equal(sample(taken(call)), stock)
+            assert [text in note for note in last_run().notes] == [True], last_run().notes
+        assert torch.equal(sample(routed), stock) and not last_run().notes and POOL._held[-1].group.pids == pids
+
+
+def test_a_card_that_is_full_is_named_and_not_tried_again_before_something_changes(model, sample, monkeypatch):
     POOL.release()
     stock = sample(model)
     free = sim.BUDGET - sim._ledger.used(2)
     taken = torch.empty(free - 2 * sim.CONTEXT_BYTES, dtype=torch.uint8, device="mlu:2")
     assert torch.equal(sample(attach(model, Options("Exact", "mlu:1,mlu:2"))), stock)
     assert any("mlu:2 is out of memory" in note for note in last_run().notes), last_run().notes
+    with monkeypatch.context() as without_starts:  # the next prompt knows better than to try twice again
+        without_starts.setattr(pool, "WorkerGroup", None)
+        assert torch.equal(sample(attach(model, Options("Exact", "mlu:1,mlu:2"))), stock)
+        (note,) = last_run().notes
+        assert "failed twice in the same way" in note and "mlu:2 is out of memory" in note and "Stop workers" in note
+    assert torch.equal(sample(attach(model, Options("Exact", "mlu:0,mlu:1"))), stock) and not last_run().notes
+    assert POOL.release_idle() == 2
+    sample(attach(model, Options("Exact", "mlu:1,mlu:2")))
+    assert any("mlu:2 is out of memory" in note for note in last_run().notes), "Stop workers has it tried again"
     del taken
     assert torch.equal(sample(attach(model, Options("Exact", "mlu:1,mlu:2"))), stock) and not last_run().notes
