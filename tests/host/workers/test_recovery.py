@@ -15,6 +15,7 @@ from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.workers import pool
 from asyncdiff_nodes.host.workers.pool import POOL
+from helpers import small
 from helpers.failing import STEPS, killing, pids, sample
 from helpers.sampling import EXACT, exact, segmented
 
@@ -37,8 +38,9 @@ def test_others_take_over_and_the_picture_is_the_same(sd15, prompts, rank):
 
 
 @pytest.mark.parametrize("step", [0, pytest.param(3, marks=pytest.mark.slow)])
-def test_an_asynchronous_run_goes_on_as_one_that_begins_at_that_step(sd15, prompts, step):
+def test_an_asynchronous_run_goes_on_as_one_that_begins_at_that_step(prompts, step):
     """The reference is the sampler's own: begun with the latent that the undisturbed run had there."""
+    sd15 = small.model("sd15", channels=64)  # in a narrower one a late step hardly differs
     model, began = attach(sd15, ASYNCHRONOUS), {}
     undisturbed = sample(model, prompts, began.__setitem__)
     first = step + 1
@@ -46,7 +48,7 @@ def test_an_asynchronous_run_goes_on_as_one_that_begins_at_that_step(sd15, promp
     expected = sample(model, prompts, latent=latent, start_step=first, force_full_denoise=True)
     result = sample(model, prompts, killing(0, step))
     assert (result - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert (result - undisturbed).abs().max() > 2e-5 * expected.abs().max()  # or it would show nothing
+    assert (result - undisturbed).abs().max() > 1e-4 * expected.abs().max()  # or it would show nothing
 
 
 @pytest.mark.parametrize("step", [pytest.param(None, marks=pytest.mark.slow), 2], ids=["start", "run"])
