@@ -78,6 +78,24 @@ def test_every_numerical_setting_survives_the_way_to_a_worker():
     ]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "backends.cuda.matmul.allow_tf32 = True",
+        "backends.cudnn.allow_tf32 = False",
+        "set_float32_matmul_precision('medium')",
+    ],
+)
+def test_older_settings_of_float32_can_still_be_read_in_a_worker(change):
+    """torch's compiler reads them."""
+    ask = "torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32"
+    begin = "import pickle, sys, torch\nfrom asyncdiff_nodes.engine.rank import numerics\n"
+    end = f"print(pickle.dumps(numerics.snapshot()).hex(), *({ask}))"
+    settings, *parents = run(begin + f"torch.{change}\n" + end).split()
+    again, *ranks = run(begin + f"numerics.restore(pickle.loads(bytes.fromhex('{settings}')))\n" + end).split()
+    assert (again, ranks) == (settings, parents)
+
+
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this PyTorch has no such settings")
 @pytest.mark.parametrize(
     "name", ["fp32_precision", "cudnn.fp32_precision", "cudnn.conv.fp32_precision", "cuda.matmul.fp32_precision"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import pickle
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import nn
 
 from asyncdiff_nodes.engine.batch import concatenated, sample_of
 from asyncdiff_nodes.engine.devices import resolve_devices
-from asyncdiff_nodes.engine.errors import DeviceError, PlanError, UnsupportedModelError, WeightsUnloadedError
+from asyncdiff_nodes.engine.errors import DeviceError, UnsupportedModelError
 from asyncdiff_nodes.engine.inputs import Inputs, SentParameters, on_cpu
 from asyncdiff_nodes.engine.planning.family import Family, find_family
 from asyncdiff_nodes.engine.planning.graph import BlockGraph
@@ -28,14 +27,15 @@ from asyncdiff_nodes.engine.planning.trace import trace
 from asyncdiff_nodes.engine.rank import numerics
 from asyncdiff_nodes.engine.rank.boot import Boot
 from asyncdiff_nodes.engine.telemetry import CallRecord, RunStats
-from asyncdiff_nodes.engine.tensors import dense_on_cpu, meta_copy, tensors_of
+from asyncdiff_nodes.engine.tensors import meta_copy, tensors_of
 from asyncdiff_nodes.engine.trees import unflatten
 from asyncdiff_nodes.extensions import cluster_of
 
 from .local_ranks import LocalRanks
+from .placed_model import PlacedModel, Weights
 from .rank_options import RankOptions
-from .rank_set import RankSet
-from .rank_shares import ranks_with, shares_of
+from .rank_set import Message, RankSet
+from .rank_shares import shares_of
 from .run import Run
 from .stream import Stream
 from .worker_processes import IdleWorkers
@@ -61,9 +61,6 @@ class WorkerGroup:
 
     Attributes:
         finite: whether all results of this run so far were without NaN and infinity.
-        unloaded: the ranks that have no weights now.
-        bandwidth: bytes per second of the slowest link between two machines, measured when it was opened, for
-            :func:`~.balance.better`; infinite on one machine.
 
     Raises:
         PlanError, DeviceError, UnsupportedModelError: see their messages.
@@ -78,7 +75,7 @@ class WorkerGroup:
         *,
         family: Family | None = None,
         example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
-        weights: Iterable[tuple[str, torch.Tensor]] | None = None,
+        weights: Weights | None = None,
         estimate: Callable[[BlockGraph], tuple[Sequence[float], Sequence[float], float] | None] | None = None,
         room: Sequence[float] | None = None,
         on_placed: Callable[[Placement], None] | None = None,
@@ -107,11 +104,9 @@ class WorkerGroup:
         self._last: dict[tuple[int, Hashable], Any] = {}  # the last result
         self._results: dict[tuple[int, Hashable, int], tuple[list[torch.Tensor], Any, bool]] = {}
         self.finite = True
-        self.unloaded: set[int] = set()
         self._records: deque[CallRecord] = deque(maxlen=20_000)
         self._on_record: Callable[[CallRecord], None] | None = None
         self._call_timeout = options.call_timeout
-        self.bandwidth = math.inf
 
         self._ranks = _start(self.devices, options)  # they import for seconds, during what follows
         self._finalizer = weakref.finalize(self, self._ranks.close)
@@ -119,13 +114,12 @@ class WorkerGroup:
             args, kwargs = example_inputs or self.family.example_inputs(self._skeleton, None, 2)
             graph = trace(self._skeleton, self.family, *self.family.parts(args, kwargs, plan.branches)[0])
             costs, speeds, pause = (estimate and estimate(graph)) or (None, None, 0.0)
-            self.placement: Placement = place(graph, plan, speeds, costs, pause, room)
+            placement = place(graph, plan, speeds, costs, pause, room)
             if on_placed is not None:
-                on_placed(self.placement)
+                on_placed(placement)
+            self._placed = PlacedModel(self._ranks, placement, [name for name, _ in tensors_of(self._skeleton)], self._accept)
             deadline = time.monotonic() + options.start_timeout
-            self._boot(skeleton, options, deadline)
-            self._send_weights(weights, deadline)
-            self._connect(deadline)
+            self._placed.boot(self._boots(skeleton, options, deadline), weights, self._greeting(), deadline)
         except BaseException:
             self._ranks.close(grace=0)  # ranks that are still importing would not hear a polite word
             raise
@@ -166,7 +160,15 @@ class WorkerGroup:
         self._results.clear()
         self._records.clear()
         self.finite = True
-        self._send_all(("reset", self._run.number, numerics.snapshot()), time.monotonic() + self._call_timeout)
+        self._placed.send_all(self._greeting(), self._deadline())
+
+    def _greeting(self) -> tuple[Any, ...]:
+        """Say what a rank is told when a run begins."""
+        return "reset", self._run.number, numerics.snapshot()
+
+    def _deadline(self) -> float:
+        """Say until when what is asked for now must be answered, on the monotonic clock."""
+        return time.monotonic() + self._call_timeout
 
     def __call__(self, *args: Any, stream: Hashable = None, **kwargs: Any) -> Any:
         """Compute one call of the model, routed.
@@ -185,7 +187,7 @@ class WorkerGroup:
             GroupClosedError, WeightsUnloadedError: the group cannot be used, or not before :meth:`reload`.
             UnsupportedModelError: within ``torch.autocast``, or a forward that cannot be traced with these arguments.
         """
-        self._check_loaded()
+        self._placed.check_loaded()
         parts = [Inputs.take(*part, self.family.timestep) for part in self.family.parts(args, kwargs, self.plan.branches)]
         device = parts[0].device
         if torch.is_autocast_enabled(device.type):
@@ -193,11 +195,11 @@ class WorkerGroup:
         parts = on_cpu(parts)
         streams = [self._stream(branch, stream, inputs) for branch, inputs in enumerate(parts)]
         calls = [state.next(inputs) for state, inputs in zip(streams, parts, strict=True)]
-        deadline = time.monotonic() + self._call_timeout
+        deadline = self._deadline()
         for branch, (state, call, inputs) in enumerate(zip(streams, calls, parts, strict=True)):
             first = branch * self.plan.branch_size
             messages = state.messages(call, inputs, self.plan.branch_size)
-            self._send(((first + rank, ("call", message), tensors) for rank, message, tensors in messages), deadline)
+            self._placed.send(((first + rank, ("call", message), tensors) for rank, message, tensors in messages), deadline)
         for branch, call in enumerate(calls):
             if call.kind is not Kind.REPEATED:
                 self._last[branch, stream] = self._result((branch, stream, call.index), deadline)
@@ -215,7 +217,7 @@ class WorkerGroup:
         self._streams.clear()
         self._last.clear()
         self._results.clear()
-        self._send_all(("tidy",), time.monotonic() + self._call_timeout)
+        self._placed.send_all(("tidy",), self._deadline())
 
     def forget(self, stream: Hashable) -> None:
         """Free what is kept of a stream that will not be called again in this run."""
@@ -223,7 +225,7 @@ class WorkerGroup:
             self._streams.pop((branch, stream), None)
             self._last.pop((branch, stream), None)
         self._results = {key: result for key, result in self._results.items() if key[1] != stream}
-        self._send_all(("forget", stream), time.monotonic() + self._call_timeout)
+        self._placed.send_all(("forget", stream), self._deadline())
 
     def origin_of_nan(self, *args: Any, **kwargs: Any) -> str | None:
         """Find the first block that makes NaN or infinity of finite input, where this call is synchronous; None if none does.
@@ -237,17 +239,13 @@ class WorkerGroup:
         origins = {name for rank in self.stats().ranks for record in rank.records for name in record.not_finite}
         return next((name for name in self.placement.graph.names if name in origins), None)
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """Replace weights in the ranks; later calls use the new ones. If this fails half-way, the group is closed.
 
         Args:
             weights: names and values; each is read once, when it is sent.
         """
-        try:
-            self._send_weights(weights, time.monotonic() + self._call_timeout)
-        except BaseException:
-            self._ranks.close(grace=0)  # a polite word would wait behind the weights
-            raise
+        self._placed.update(weights, self._deadline())
 
     def unload(self, ranks: Collection[int], timeout: float) -> None:
         """Have some ranks free their weights. The run is over, and :meth:`reload` must come before the next call.
@@ -260,42 +258,18 @@ class WorkerGroup:
         Raises:
             WorkerError, DeadlineError, GroupClosedError: as for a call.
         """
-        deadline = time.monotonic() + timeout
         self.tidy()  # all ranks: what is on its way to the others is received
-        self._send(((rank, ("unload",), ()) for rank in ranks), deadline)
-        waiting = set(ranks)
-        while waiting:
-            rank, header, tensors = self._ranks.next_message(deadline, f"ranks {sorted(waiting)} to free their weights")
-            if header[0] == "unloaded":
-                waiting.remove(rank)
-            else:
-                self._accept(rank, header, tensors)
-        self.unloaded |= set(ranks)
+        self._placed.unload(ranks, time.monotonic() + timeout)
 
-    def reload(self, weights: Callable[[frozenset[str]], Iterable[tuple[str, torch.Tensor]]]) -> None:
+    def reload(self, weights: Callable[[frozenset[str]], Weights]) -> None:
         """Send the ranks the weights that they were told to unload. If this fails half-way, the group is closed.
 
         Args:
             weights: called with the names of those weights; yields their names and values.
         """
-        deadline = time.monotonic() + self._call_timeout
-        lacking = {name: gone for name, ranks in self._ranks_with_weights().items() if (gone := ranks & self.unloaded)}
-        try:
-            self._send_weights(weights(frozenset(lacking)), deadline, lacking)
-        except BaseException:
-            self._ranks.close(grace=0)
-            raise
-        self.unloaded.clear()
+        self._placed.reload(weights, self._deadline())
 
-    def _ranks_with_weights(self) -> dict[str, set[int]]:
-        """Find the ranks that compute with each weight."""
-        return {name: ranks_with(self.placement, name) for name, _ in tensors_of(self._skeleton)}
-
-    def _check_loaded(self) -> None:
-        if self.unloaded:
-            raise WeightsUnloadedError(f"the weights of ranks {sorted(self.unloaded)} were unloaded: call reload() first")
-
-    def move(self, placement: Placement, weights: Callable[[frozenset[str]], Iterable[tuple[str, torch.Tensor]]]) -> None:
+    def move(self, placement: Placement, weights: Callable[[frozenset[str]], Weights]) -> None:
         """Place the blocks anew in the running ranks, between runs or in mid-run. If this fails half-way, the group is closed.
 
         The next call of each stream is synchronous, with stride > 1 up to the end of its batch: caches start over.
@@ -307,21 +281,7 @@ class WorkerGroup:
         Raises:
             PlanError: the placement is one of another model or plan.
         """
-        ours, theirs = self.placement.graph, placement.graph
-        if placement.plan != self.plan or (ours.names, ours.edges) != (theirs.names, theirs.edges):
-            raise PlanError("move: the placement is for another model or plan than this group's")
-        self._check_loaded()
-        deadline = time.monotonic() + self._call_timeout
-        before = self._ranks_with_weights()
-        try:
-            self.placement = placement
-            self._send(((own.rank, ("move", own), ()) for own in shares_of(placement)), deadline)
-            lacking = {name: new for name, ranks in self._ranks_with_weights().items() if (new := ranks - before[name])}
-            self._send_weights(weights(frozenset(lacking)), deadline, lacking)
-            self._connect(deadline)
-        except BaseException:
-            self._ranks.close(grace=0)
-            raise
+        self._placed.move(placement, weights, self._deadline())
         self._results.clear()
         for stream in self._streams.values():
             stream.move(placement)
@@ -341,12 +301,13 @@ class WorkerGroup:
             self._ranks.send(rank, ("report", token), deadline=deadline)
         reports: dict[int, Any] = {}
         while len(reports) < self.plan.world_size:
-            rank, header, tensors = self._ranks.next_message(deadline, "the telemetry of the ranks")
+            message = self._ranks.next_message(deadline, "the telemetry of the ranks")
+            rank, header, _ = message
             if header[0] == "report":
                 if header[1] == token:
                     reports[rank] = header[2]
             else:
-                self._accept(rank, header, tensors)
+                self._accept(message)
         # of the branches that the first stream was divided among
         first = next((stream for _, stream in self._streams), None)
         graphs = [state.graph for (_, stream), state in self._streams.items() if stream == first] or [self.placement.graph]
@@ -361,6 +322,21 @@ class WorkerGroup:
     def release(self) -> IdleWorkers:
         """Close the group, but let its ranks' processes live on without the model, for groups to come: these start sooner."""
         return self._ranks.release()
+
+    @property
+    def placement(self) -> Placement:
+        """Where the blocks are."""
+        return self._placed.placement
+
+    @property
+    def unloaded(self) -> frozenset[int]:
+        """The ranks that have no weights now."""
+        return frozenset(self._placed.unloaded)
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second of the slowest link between two machines, for :func:`~.balance.better`; infinite on one machine."""
+        return self._placed.bandwidth
 
     @property
     def closed(self) -> bool:
@@ -380,11 +356,12 @@ class WorkerGroup:
 
     # -- start -------------------------------------------------------------------------------------------------------
 
-    def _boot(self, skeleton: bytes, options: RankOptions, deadline: float) -> None:
+    def _boots(self, skeleton: bytes, options: RankOptions, deadline: float) -> Iterator[Boot]:
+        """Yield what each rank begins with."""
         locations, rendezvous = self._ranks.meet(deadline)
         threads = options.threads_per_rank or max(1, torch.get_num_threads() // self.plan.world_size)
         for share in shares_of(self.placement):
-            boot = Boot(
+            yield Boot(
                 share=share,
                 locations=locations,
                 rendezvous=rendezvous,
@@ -398,34 +375,6 @@ class WorkerGroup:
                 timeout=self._call_timeout,
                 replicated_bytes=self.placement.graph.glue_bytes,
             )
-            self._ranks.send(share.rank, boot, deadline=deadline)
-        self._send_all(("reset", self._run.number, numerics.snapshot()), deadline)
-
-    def _send_weights(
-        self, weights: Iterable[tuple[str, torch.Tensor]], deadline: float, lacking: Mapping[str, set[int]] | None = None
-    ) -> None:
-        """Send one at a time, so that only a few are ever in memory twice; if ``lacking`` is given, to its ranks alone."""
-        for name, tensor in weights:
-            self._ranks.look(deadline, "the ranks to take all weights")
-            ranks = ranks_with(self.placement, name) if lacking is None else lacking.get(name, set())
-            tensor = dense_on_cpu(tensor)
-            for rank in sorted(ranks):
-                self._ranks.send(rank, ("weight", name), (tensor,), deadline=deadline)
-
-    def _connect(self, deadline: float) -> None:
-        world = self.plan.world_size
-        pairs = sorted({(own.first + sender, own.rank) for own in shares_of(self.placement) for sender in own.sources.values()})
-        self._send_all(("connect", pairs), deadline)
-        ready: set[int] = set()
-        while len(ready) < world:
-            rank, header, tensors = self._ranks.next_message(deadline, f"ranks {sorted(set(range(world)) - ready)} to start")
-            if header[0] == "ready":
-                ready.add(rank)
-                self.bandwidth = min(self.bandwidth, header[1])
-            elif header[0] == "meet":
-                self._send(((other, header, ()) for other in range(world) if other != rank), deadline)
-            else:
-                self._accept(rank, header, tensors)
 
     # -- one call ----------------------------------------------------------------------------------------------------
 
@@ -457,26 +406,14 @@ class WorkerGroup:
             self._graphs[signature] = graph.within(self.placement.graph)
         return self._graphs[signature]
 
-    def _send_all(self, header: Any, deadline: float) -> None:
-        self._send(((rank, header, ()) for rank in range(self.plan.world_size)), deadline)
-
-    def _send(self, messages: Iterable[tuple[int, Any, Sequence[torch.Tensor]]], deadline: float) -> None:
-        """Send (rank, header, tensors) each. All or none: a call that only some ranks know of could never end."""
-        try:
-            for rank, header, tensors in messages:
-                self._ranks.send(rank, header, tensors, deadline=deadline)
-        except BaseException:
-            self._ranks.close(grace=0)  # one of them does not listen
-            raise
-
     def _result(self, key: tuple[int, Hashable, int], deadline: float) -> tuple[list[torch.Tensor], Any, bool]:
         while key not in self._results:
-            self._accept(*self._ranks.next_message(deadline, f"the result of call {key[2] + 1}"))
+            self._accept(self._ranks.next_message(deadline, f"the result of call {key[2] + 1}"))
         return self._results.pop(key)
 
-    def _accept(self, rank: int, header: Any, tensors: list[torch.Tensor]) -> None:
+    def _accept(self, message: Message) -> None:
         """Keep a result or a record of this run; what an interrupted run left behind is dropped."""
-        verb, *rest = header
+        rank, (verb, *rest), tensors = message
         if verb == "result" and rest[0] == self._run.number:
             _, stream, index, structure, finite = rest
             branch = rank // self.plan.branch_size

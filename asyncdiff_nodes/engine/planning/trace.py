@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,10 @@ from asyncdiff_nodes.engine.trees import flatten
 from .family import Family, HiddenStates
 from .graph import Block, BlockGraph, Hidden
 from .provenance import Provenance, Sources, blocks_of, inputs_of
+
+_NO_META_KERNEL = re.compile(  # in PyTorch's words: for its own operators, and for those of others
+    r"(\w+::\w+): attempted to run this operator with Meta|no fake impl registered for <CustomOpDef\((\S+)\)>"
+)
 
 
 def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockGraph:
@@ -63,10 +68,23 @@ def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: di
         recorder.provenance.mark(leaf, frozenset({~position}))
     if family.trace_inputs is not None:
         args, kwargs = family.trace_inputs(args, kwargs)
+    # the last one sees an operation first
     try:
-        with recorder.listening(skeleton, names), torch.no_grad(), _ConvolutionLayouts(), recorder.flops, recorder.provenance:
+        with (
+            recorder.listening(skeleton, names),
+            torch.no_grad(),
+            _ConvolutionLayouts(),
+            recorder.flops,
+            recorder.provenance,
+            _CudnnConvolution(),  # the first one to see an operation
+        ):
             result = skeleton(*args, **kwargs)
     except (NotImplementedError, RuntimeError) as error:
+        if missing := _NO_META_KERNEL.search(str(error)):
+            raise UnsupportedModelError(
+                f"it uses {missing[1] or missing[2]}, an operator of which PyTorch cannot tell the result's shape without "
+                "computing it (it has no meta kernel). The model may be split where another one does its work"
+            ) from error
         if "meta" not in str(error).lower():
             raise
         raise UnsupportedModelError(f"with these inputs its forward depends on values, not shapes alone ({error})") from error
@@ -134,6 +152,19 @@ class _Recorder:
         if self._family.hidden is None or self._taken is None:
             return graph
         return replace(graph, hidden=_hidden(graph, self._family.hidden, *self._taken))
+
+
+class _CudnnConvolution(TorchDispatchMode):
+    """Runs cuDNN's convolution as the usual one: it has no meta kernel.
+
+    ComfyUI calls it for 3D convolutions on NVIDIA's GPUs, since the usual one takes too much memory in some versions of PyTorch.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.cudnn_convolution.default:
+            return func(*args, **(kwargs or {}))
+        value, weight, padding, stride, dilation, groups = args[:6]
+        return torch.ops.aten.convolution(value, weight, None, stride, padding, dilation, False, [0] * len(padding), groups)
 
 
 class _ConvolutionLayouts(TorchDispatchMode):

@@ -100,6 +100,7 @@ class Rank:
         accelerator.enter(self.device)
         if boot.prepare is not None:
             boot.prepare()
+        gc.freeze()  # what is imported by now stays: whoever looks for what nobody holds need not look there
         self._store = open_store(boot.rendezvous, boot.timeout, send, receive)
         self._transport = Transport(boot.share.rank, boot.locations, self._store, boot.timeout)
         self._share = boot.share

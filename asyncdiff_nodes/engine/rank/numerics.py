@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-# attributes of torch.backends; some came with later versions
-_FP32 = [  # what float32 may be rounded to: of backends, then of kinds of layers
+# attributes of torch.backends: what float32 may be rounded to, at large and in kinds of layers (from torch 2.9 on)
+_FP32 = [
     f"{where}fp32_precision"
     for where in ("", "cudnn.", "mkldnn.", "cuda.matmul.", "cudnn.conv.", "cudnn.rnn.", "mkldnn.matmul.", "mkldnn.conv.")
 ]
+_ALLOW_TF32 = ("cuda.matmul.allow_tf32", "cudnn.allow_tf32")  # the older ones
 _REDUCED = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
 _CUDNN = ("benchmark", "deterministic", "enabled")
 _ATTENTION = {  # how to ask -> how to say
@@ -64,25 +67,40 @@ def _cuda_matmul() -> dict[str, Any]:
 
 
 def _fp32() -> dict[str, Any]:
-    """Take those of float32.
+    """Take those of float32, the older ones and, where torch has them, the newer ones.
 
-    From torch 2.9 on there are settings of each kind of layer; once they were used, the older ones cannot be read any more.
+    Once only the newer ones were set, torch refuses to tell the older ones: such code as its own compiler then fails. So a rank
+    is given both. Where this process is in that state itself, the older ones are left out, and the rank gets into it, too.
     """
-    if hasattr(torch.backends, "fp32_precision"):
-        return {name: operator.attrgetter(name)(torch.backends) for name in _FP32}
-    return {
-        "matmul_precision": torch.get_float32_matmul_precision(),
-        "matmul": torch.backends.cuda.matmul.allow_tf32,
-        "cudnn": torch.backends.cudnn.allow_tf32,
-    }
+    older = {name: _get(name) for name in _ALLOW_TF32 if _known(partial(_get, name))}
+    if _known(torch.get_float32_matmul_precision):
+        older["precision"] = torch.get_float32_matmul_precision()
+    return {"older": older, "newer": {name: _get(name) for name in _FP32} if hasattr(torch.backends, "fp32_precision") else {}}
 
 
 def _restore_fp32(settings: dict[str, Any]) -> None:
-    if hasattr(torch.backends, "fp32_precision"):
-        for name, value in settings.items():
-            owner, _, attribute = name.rpartition(".")
-            setattr(operator.attrgetter(owner)(torch.backends) if owner else torch.backends, attribute, value)
-        return
-    torch.set_float32_matmul_precision(settings["matmul_precision"])
-    torch.backends.cuda.matmul.allow_tf32 = settings["matmul"]
-    torch.backends.cudnn.allow_tf32 = settings["cudnn"]
+    older = dict(settings["older"])
+    precision = older.pop("precision", None)
+    for name, value in older.items():
+        _set(name, value)
+    if precision is not None:  # after allow_tf32, which sets it to one of two of its three values
+        torch.set_float32_matmul_precision(precision)
+    for name, value in settings["newer"].items():
+        _set(name, value)
+
+
+def _known(ask: Callable[[], Any]) -> bool:
+    try:
+        ask()
+    except RuntimeError:  # it contradicts what was set by the other interface
+        return False
+    return True
+
+
+def _get(name: str) -> Any:
+    return operator.attrgetter(name)(torch.backends)
+
+
+def _set(name: str, value: Any) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(operator.attrgetter(owner)(torch.backends) if owner else torch.backends, attribute, value)

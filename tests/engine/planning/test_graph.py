@@ -191,3 +191,52 @@ def test_block_that_runs_twice_is_refused():
 def test_model_without_a_block_list_is_refused_by_name():
     with pytest.raises(UnsupportedModelError, match=r"no block list for a .*ToyNet; supported: .*UNet2DConditionModel"):
         find_family(toys.random_net(0))
+
+
+class Video(torch.nn.Module):
+    """Two 3D convolutions, as ``convolve`` does them."""
+
+    def __init__(self, convolve):
+        super().__init__()
+        self.convolve = convolve
+        self.blocks = torch.nn.ModuleList(torch.nn.Conv3d(4, 4, 3, padding=1, bias=False) for _ in range(2))
+        for block in self.blocks:
+            block.forward = lambda x, block=block: self.convolve(x, block)
+
+    def forward(self, x, t):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def graph_of_video(convolve):
+    family = Family("Video", lambda net: ["blocks.0", "blocks.1"], timestep=(1, "t"), example_inputs=None, sample=(0, "x"))
+    with torch.device("meta"):
+        return trace(Video(convolve), family, (torch.empty(1, 4, 5, 8, 8), 0), {})
+
+
+def cudnn(x, block):
+    return torch.cudnn_convolution(x, block.weight, (1, 1, 1), (1, 1, 1), (1, 1, 1), 1, False, False, allow_tf32=True)
+
+
+def test_cudnns_convolution_is_traced_as_the_usual_one():
+    usual = graph_of_video(lambda x, block: torch.nn.Conv3d.forward(block, x))
+    assert graph_of_video(cudnn) == usual and usual.blocks[0].macs == 4 * 4 * 27 * 5 * 8 * 8
+
+
+@pytest.fixture
+def opaque():
+    """An operator of somebody else's that says nothing of its result's shape."""
+    library = torch.library.Library("asyncdiff_test", "FRAGMENT")
+    library.define("opaque(Tensor x) -> Tensor")
+    library.impl("opaque", torch.clone, "CPU")
+    yield torch.ops.asyncdiff_test.opaque
+    library._destroy()
+
+
+def test_an_operator_without_a_meta_kernel_is_named(opaque):
+    with pytest.raises(UnsupportedModelError, match="asyncdiff_test::opaque, an operator of which PyTorch cannot tell"):
+        graph_of_video(lambda x, block: opaque(x))
+    mine = torch.library.custom_op("asyncdiff_test::mine", lambda x: x.clone(), mutates_args=(), schema="(Tensor x) -> Tensor")
+    with pytest.raises(UnsupportedModelError, match="asyncdiff_test::mine, an operator"):
+        graph_of_video(lambda x, block: mine(x))
