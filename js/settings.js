@@ -31,6 +31,17 @@ export const SETTINGS = [
     defaultValue: 0,
   },
   {
+    id: "AsyncDiff.Links",
+    category: ["AsyncDiff", "Workers", "Links"],
+    name: "Links between GPUs",
+    tooltip:
+      "auto: GPUs exchange values directly where that works. host memory: always through the memory of the computer, for " +
+      "machines whose direct links are known not to work, so that no start has to find that out. For workers that start from now on.",
+    type: "combo",
+    options: ["auto", "host memory"],
+    defaultValue: "auto",
+  },
+  {
     id: "AsyncDiff.Verify",
     category: ["AsyncDiff", "Sampling", "Verify"],
     name: "Verify",

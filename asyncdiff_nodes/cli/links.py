@@ -15,7 +15,8 @@ import torch.multiprocessing as mp
 
 from asyncdiff_nodes.engine import Plan, RankOptions, WorkerError, WorkerGroup, accelerator, wire
 from asyncdiff_nodes.engine.planning.run_times import Link
-from asyncdiff_nodes.engine.rank.transport import RankLocation, Transport
+from asyncdiff_nodes.engine.rank.links import RankLocation
+from asyncdiff_nodes.engine.rank.transport import Transport
 from asyncdiff_nodes.engine.rendezvous import PipeStore
 from asyncdiff_nodes.engine.tensors import TensorMeta
 

@@ -13,8 +13,8 @@ import ray
 import torch
 import torch.distributed as dist
 
+from asyncdiff_nodes.engine.rank.links import RankLocation
 from asyncdiff_nodes.engine.rank.message_loop import Rank, last_words
-from asyncdiff_nodes.engine.rank.transport import RankLocation
 
 from .parcel import Parcel
 

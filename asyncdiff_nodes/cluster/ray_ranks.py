@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from asyncdiff_nodes.engine.errors import WorkerError
 from asyncdiff_nodes.engine.parent.rank_set import POLL, Message, RankSet
-from asyncdiff_nodes.engine.rank.transport import RankLocation
+from asyncdiff_nodes.engine.rank.links import RankLocation
 
 from .device_names import connect, on_cpu
 from .parcel import Parcel

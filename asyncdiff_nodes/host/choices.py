@@ -84,6 +84,7 @@ SETTINGS: dict[str, Any] = {
     "Preset": OptionValues.preset,
     "Devices": OptionValues.devices,
     "KeepMinutes": 0,
+    "Links": "auto",
     "Verify": OptionValues.verify,
 }
-SETTING_CHOICES = {"Preset": tuple(PRESETS), "Verify": CHOICES["verify"]}
+SETTING_CHOICES = {"Preset": tuple(PRESETS), "Verify": CHOICES["verify"], "Links": ("auto", "host memory")}

@@ -11,7 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from asyncdiff_nodes.engine import wire
-from asyncdiff_nodes.engine.rank.transport import RankLocation, Transport
+from asyncdiff_nodes.engine.rank.links import RankLocation
+from asyncdiff_nodes.engine.rank.transport import Transport
 from asyncdiff_nodes.engine.rendezvous import PipeStore, open_store
 
 

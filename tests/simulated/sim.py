@@ -63,6 +63,7 @@ class _Ledger:
             weakref.finalize(self, _remove, path, os.getpid())
         else:
             file = os.open(path, os.O_RDWR)
+        self._lock, self._given = threading.Lock(), deque()
         self._file, self._map = file, mmap.mmap(file, self._ROWS * self._ROW.size)
 
     def used(self, device, by_others=False):
@@ -73,9 +74,27 @@ class _Ledger:
         """Bytes of this process."""
         return self.used(device) - self.used(device, by_others=True)
 
-    def add(self, device, nbytes):
-        """Take so many bytes, or give them back."""
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+    def take(self, device, nbytes):
+        """Take so many bytes."""
+        with self._lock:
+            self._add(device, nbytes)
+        self._settle()
+
+    def give(self, device, nbytes):
+        """Give them back: called wherever a thread happens to free something, even in the midst of :meth:`take`."""
+        self._given.append((device, nbytes))
+        self._settle()
+
+    def _settle(self):
+        while self._given and self._lock.acquire(blocking=False):
+            try:
+                device, nbytes = self._given.popleft()
+                self._add(device, -nbytes)
+            finally:
+                self._lock.release()
+
+    def _add(self, device, nbytes):
+        fcntl.lockf(self._file, fcntl.LOCK_EX)  # of a process: those that were forked share the file
         try:
             rows = list(self._rows())
             mine = next((number for number, row in rows if row[0] == os.getpid()), None)
@@ -91,7 +110,7 @@ class _Ledger:
             own[1 + device] += more
             self._ROW.pack_into(self._map, mine * self._ROW.size, *own)
         finally:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
+            fcntl.lockf(self._file, fcntl.LOCK_UN)
 
     def _rows(self):
         for number in range(self._ROWS):
@@ -346,9 +365,9 @@ def _count(raw, index):
     storage = _storage(raw)
     if storage in _counted:
         return
-    _ledger.add(index, storage.nbytes())
+    _ledger.take(index, storage.nbytes())
     _counted.add(storage)
-    weakref.finalize(storage, _ledger.add, index, -storage.nbytes())
+    weakref.finalize(storage, _ledger.give, index, storage.nbytes())
 
 
 def _counts(tensor):

@@ -1,5 +1,8 @@
 """Transfers between devices wait on these, and the devices wait for them: in no order that could stop two ranks for good."""
 
+import functools
+import time
+
 import direct_links
 import pytest
 import torch
@@ -55,3 +58,38 @@ def test_no_order_of_waiting_stops_the_ranks(plan, idle):
         released = group.release()
     assert len(released._workers) == plan.world_size, "every process is there for another group"
     idle.absorb(released)
+
+
+FAULTS = {
+    "fails": "no shared memory",
+    "hangs": "nothing arrived within 1 s",
+    "garbles": "other values arrived than were sent",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@torch.no_grad()
+def test_links_that_do_not_work_lead_through_the_hosts_memory(fault, idle):
+    """This is found out in a second, named, and need not be found out again."""
+    net, plan = toys.random_net(3), ROUND[0]  # with links both ways
+    with Simulator(net, plan, family=toys.TOY) as simulator:
+        simulator.begin(TIMESTEPS)
+        expected = toys.denoise(simulator, TIMESTEPS)
+
+    def run(**more):
+        prepare = functools.partial(direct_links.prepare, fault, trial_seconds=1)
+        options = RankOptions(threads_per_rank=1, prepare=prepare, call_timeout=20, idle=idle, **more)
+        begin = time.monotonic()
+        with WorkerGroup(net, plan, DEVICES[: plan.world_size], family=toys.TOY, ranks=options) as group:
+            started = time.monotonic() - begin
+            group.begin(TIMESTEPS)
+            torch.testing.assert_close(toys.denoise(group, TIMESTEPS), expected, atol=1e-5, rtol=1e-5)
+            idle.absorb(group.release())
+            return group.refusals, started
+
+    refusals, first = run()
+    assert refusals == {frozenset(DEVICES[:2]): FAULTS[fault]}
+    refusals, second = run(staged=list(refusals))
+    assert refusals == {}
+    if fault == "hangs":
+        assert second < 1 < first < 2.5  # each pair of devices is tried once

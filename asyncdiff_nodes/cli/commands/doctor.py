@@ -15,7 +15,7 @@ from asyncdiff_nodes.cli.comfyui import find_comfyui
 from asyncdiff_nodes.cli.machine import machine, memory
 from asyncdiff_nodes.cli.packages import EXTRAS, how_to_install, version
 from asyncdiff_nodes.engine import accelerator
-from asyncdiff_nodes.engine.rank.transport import LOOPBACK
+from asyncdiff_nodes.engine.rank.links import LOOPBACK
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

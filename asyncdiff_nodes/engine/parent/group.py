@@ -339,6 +339,14 @@ class WorkerGroup:
         return self._placed.bandwidth
 
     @property
+    def refusals(self) -> dict[frozenset[str], str]:
+        """Why devices exchange values through the host's memory that could have done so directly, by the names of the two.
+
+        They were tried when the group started or moved. Those of ``RankOptions.staged`` were not.
+        """
+        return {frozenset((self.devices[a], self.devices[b])): why for (a, b), why in self._placed.refusals.items()}
+
+    @property
     def closed(self) -> bool:
         """Whether the group was closed or has failed."""
         return self._ranks.closed
@@ -373,6 +381,7 @@ class WorkerGroup:
                 sample=self.family.sample,
                 divide=self.family.divide,
                 timeout=self._call_timeout,
+                staged=options.staged,
                 replicated_bytes=self.placement.graph.glue_bytes,
             )
 

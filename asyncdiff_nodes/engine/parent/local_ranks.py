@@ -17,7 +17,7 @@ import torch
 
 from asyncdiff_nodes.engine import wire
 from asyncdiff_nodes.engine.errors import AsyncDiffError, WorkerError
-from asyncdiff_nodes.engine.rank.transport import RankLocation
+from asyncdiff_nodes.engine.rank.links import RankLocation
 
 from .outbox import Outbox
 from .rank_set import POLL, Message, RankSet
@@ -91,17 +91,20 @@ class LocalRanks(RankSet):
 
     def _explain(self, rank: int, header: Any) -> WorkerError:
         if header[0] == "failure":
-            # when one rank dies, its peers fail on their broken links: look for the one that began it
             time.sleep(0.2)
-            dead = [r for r, worker in enumerate(self._workers) if worker.process.exitcode not in (None, 1)]
-            if not dead:
-                self._read(0)
-                said = [(rank, header), *((r, h) for r, h, _ in self._inbox if h[0] == "failure")]
-                rank, (_, cause, trace, _) = min(said, key=lambda words: words[1][3])
-                return WorkerError(f"rank {rank} failed ({cause})", rank, trace)
+        else:
+            self._workers[rank].process.join(timeout=1)
+        # when one rank dies, its peers fail on their broken links: look for the one that began it
+        dead = [r for r, worker in enumerate(self._workers) if worker.process.exitcode not in (None, 1)]
+        self._read(0)
+        last = [(r, words) for r, words, _ in ((rank, header, []), *self._inbox) if words[0] == "failure"]
+        # a device's error may end a process that is still saying what it was
+        if said := [(r, words) for r, words in last if r in dead] or (not dead and last):
+            rank, (_, cause, trace, _) = min(said, key=lambda words: words[1][3])
+            return WorkerError(f"rank {rank} failed ({cause})", rank, trace)
+        if dead:
             rank = dead[0]
         process = self._workers[rank].process
-        process.join(timeout=1)
         code = process.exitcode
         if code is not None and code < 0:
             how = f"was killed by signal {-code}"

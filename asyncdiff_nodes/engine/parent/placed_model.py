@@ -29,6 +29,7 @@ class PlacedModel:
         placement: where the blocks are.
         unloaded: the ranks that have no weights now.
         bandwidth: bytes per second of the slowest link between two machines, measured when it was opened; infinite on one.
+        refusals: why links are not direct that could have been, by sender and receiver.
     """
 
     def __init__(self, ranks: RankSet, placement: Placement, names: Sequence[str], accept: Callable[[Message], None]) -> None:
@@ -37,6 +38,7 @@ class PlacedModel:
         self.placement = placement
         self.unloaded: set[int] = set()
         self.bandwidth = math.inf
+        self.refusals: dict[tuple[int, int], str] = {}
 
     def boot(self, boots: Iterable[Boot], weights: Weights, greeting: Any, deadline: float) -> None:
         """Start every rank's model, send it ``greeting`` and its weights, and open the links."""
@@ -132,6 +134,7 @@ class PlacedModel:
             if header[0] == "ready":
                 ready.add(rank)
                 self.bandwidth = min(self.bandwidth, header[1])
+                self.refusals.update(header[2])
             elif header[0] == "meet":
                 self.send(((other, header, ()) for other in range(world) if other != rank), deadline)
             else:

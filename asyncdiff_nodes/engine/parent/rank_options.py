@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ class RankOptions:
         compile: arguments of ``torch.compile`` for the blocks of each rank, which are then compiled in its first calls, each for
             itself; without CUDA graphs, whose outputs the next call overwrites. Results then differ by rounding.
         start_timeout, call_timeout: seconds until all ranks must be ready, and until a call must be answered.
+        staged: pairs of devices, by name, that exchange values through the host's memory even if they could do so directly.
         idle: processes that other groups released; those for the group's devices are taken.
         poll: called again and again while waiting; what it raises interrupts the call, after which ``begin`` starts afresh.
 
@@ -33,6 +34,7 @@ class RankOptions:
     compile: Mapping[str, Any] | None = None
     start_timeout: float = 300.0
     call_timeout: float = 300.0
+    staged: Collection[frozenset[str]] = ()
     idle: IdleWorkers | None = None
     poll: Callable[[], None] | None = None
 

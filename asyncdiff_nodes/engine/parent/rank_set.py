@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from asyncdiff_nodes.engine.errors import DeadlineError, GroupClosedError, WorkerError
-from asyncdiff_nodes.engine.rank.transport import RankLocation
+from asyncdiff_nodes.engine.rank.links import RankLocation
 from asyncdiff_nodes.engine.rendezvous import Rendezvous
 
 from .worker_processes import IdleWorkers

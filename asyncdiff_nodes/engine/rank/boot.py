@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from asyncdiff_nodes.engine.batch import Arguments
 from asyncdiff_nodes.engine.rendezvous import Rendezvous
 
+from .links import RankLocation
 from .share import Share
-from .transport import RankLocation
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Boot:
         threads: intra-op threads of PyTorch.
         divide: as in :class:`~.family.Family`.
         timeout: seconds until a link whose other end says nothing fails.
+        staged: as of the group.
         replicated_bytes: bytes of the weights that every rank holds.
     """
 
@@ -40,4 +41,5 @@ class Boot:
     sample: tuple[int, str]
     divide: Callable[[tuple[Any, ...], dict[str, Any], int, int], list[Arguments]]
     timeout: float
+    staged: Collection[frozenset[str]]
     replicated_bytes: int

@@ -102,7 +102,7 @@ class Rank:
             boot.prepare()
         gc.freeze()  # what is imported by now stays: whoever looks for what nobody holds need not look there
         self._store = open_store(boot.rendezvous, boot.timeout, send, receive)
-        self._transport = Transport(boot.share.rank, boot.locations, self._store, boot.timeout)
+        self._transport = Transport(boot.share.rank, boot.locations, self._store, boot.timeout, boot.staged)
         self._share = boot.share
         self._model = SplitModel(pickle.loads(boot.skeleton), boot.share, self.device, self._transport)
         self._known: dict[Hashable, tuple[Opening, list[Any]]] = {}  # of each stream, with the leaves of its last call
@@ -178,7 +178,7 @@ class Rank:
         if self._boot.compile is not None:
             self._model.compile(self._boot.compile)
         self._transport.open(pairs)
-        self._send(("ready", self._transport.bandwidth))
+        self._send(("ready", self._transport.bandwidth, self._transport.refusals))
 
     def _call(self, message: CallMessage, tensors: list[torch.Tensor]) -> None:
         opening, known = self._known.get(message.stream, (None, []))

@@ -2,8 +2,8 @@
 
 Each link is a process group of two with its own stream of messages, so that values arrive in the order in which their
 producer sends them, and opposite directions never wait for each other (on NCCL they would share a stream otherwise).
-NCCL serves ranks on two different CUDA devices; gloo everything else, bound to the address of the rank's machine (loopback, where
-all ranks are on one), CUDA tensors staged through pinned memory.
+NCCL serves ranks on two different CUDA devices, where it works (see :mod:`.links`); gloo everything else, bound to the address of
+the rank's machine (loopback, where all ranks are on one), CUDA tensors staged through pinned memory.
 
 A transfer of NCCL's is a kernel that waits on the GPU for its counterpart on the other one, and until that is there, whatever
 synchronises the device waits as well: the first launch of a kernel, which has to be loaded ("Lazy Loading" in NVIDIA's CUDA
@@ -17,9 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,31 +26,10 @@ import torch.distributed as dist
 from asyncdiff_nodes.engine import accelerator
 from asyncdiff_nodes.engine.tensors import TensorMeta, empty, flat
 
+from .links import Link, RankLocation, may_be_direct, open_link
 from .staging import Stager
 
-LOOPBACK = "127.0.0.1"
 _PROBE = 2**23  # bytes that links between machines are measured with
-
-
-@dataclass(frozen=True)
-class RankLocation:
-    """Location of a rank.
-
-    Attributes:
-        name: of its device, the same for all processes of the group; ranks that share a name share a device.
-        device: the same, as torch calls it in the rank's process.
-        host: address of its machine, which its links are bound to.
-    """
-
-    name: str
-    device: str
-    host: str = LOOPBACK
-
-
-def uses_nccl(a: RankLocation, b: RankLocation) -> bool:
-    """Whether two ranks at these locations talk through NCCL."""
-    (kind, other) = (torch.device(location.device).type for location in (a, b))
-    return kind == other and a.name != b.name and accelerator.links_directly(kind)
 
 
 class Incoming:
@@ -100,24 +77,34 @@ class Transport:
         rank, locations: which of these locations is this rank's.
         store: in which the ranks find each other; see :mod:`.rendezvous`.
         timeout: seconds until a link whose other end says nothing fails.
+        staged: pairs of devices, by name, whose links go through the host's memory.
 
     Attributes:
         bytes_sent: payload bytes handed to the links so far, counted at each send.
         bandwidth: bytes per second of the slowest link from another machine to this rank; infinite if there is none.
+        refusals: why links go through the host's memory that could have been direct, by sender and receiver.
     """
 
-    def __init__(self, rank: int, locations: Sequence[RankLocation], store: dist.Store, timeout: float) -> None:
+    def __init__(
+        self,
+        rank: int,
+        locations: Sequence[RankLocation],
+        store: dist.Store,
+        timeout: float,
+        staged: Collection[frozenset[str]] = (),
+    ) -> None:
         self.bytes_sent, self.bandwidth = 0, math.inf
+        self.refusals: dict[tuple[int, int], str] = {}
+        self._staged = staged
         self._rank, self._locations, self._store, self._timeout = rank, locations, store, timeout
         self._device = torch.device(locations[rank].device)
-        self._links: dict[tuple[int, int], Any] = {}
+        self._links: dict[tuple[int, int], Link] = {}
         # sends of this call and of the one before, with their buffers
         self._sending: list[tuple[Any, torch.Tensor]] = []
         self._sent: list[tuple[Any, torch.Tensor]] = []
         self._synchronous = True
         self._later: deque[_Later] = deque()
         self._stager = Stager(self._device)
-        self._nccl_peers = {r for r, location in enumerate(locations) if uses_nccl(location, locations[rank])}
 
     def open(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Open this rank's links among ``pairs`` (sender, receiver), but for those that it has.
@@ -129,17 +116,15 @@ class Transport:
         for sender, receiver in sorted(pairs):
             if rank not in (sender, receiver) or (sender, receiver) in self._links:
                 continue
-            name = f"{sender}->{receiver}"
-            nccl = uses_nccl(locations[sender], locations[receiver])
-            store = dist.PrefixStore(name, self._store)
-            link = _open_link(store, int(rank == receiver), None if nccl else locations[rank].host, self._timeout)
+            ends = locations[sender], locations[receiver]
+            store = dist.PrefixStore(f"{sender}->{receiver}", self._store)
+            direct = may_be_direct(*ends, self._staged) and (receiver, sender) not in self.refusals
+            link = open_link(store, *ends, rank == sender, direct, self._timeout)
             self._links[sender, receiver] = link
-            hello = torch.full((1,), sender if rank == sender else -1, device=self._device if nccl else "cpu")
-            (link.send([hello], 1, 0) if rank == sender else link.recv([hello], 0, 0)).wait()
-            if int(hello) != sender:
-                raise RuntimeError(f"link {name} carries foreign data")
-            if locations[sender].host != locations[receiver].host:
-                self._measure(link, rank == sender, hello.device)
+            if link.refusal:
+                self.refusals[sender, receiver] = link.refusal
+            if ends[0].host != ends[1].host:
+                self._measure(link.group, rank == sender, self._device if link.direct else torch.device("cpu"))
 
     def _measure(self, link: Any, sends: bool, device: torch.device) -> None:
         """Note the bandwidth of a new link, if this is its receiver: of the second try, since the first one also warms it up."""
@@ -172,25 +157,23 @@ class Transport:
         """Start sending ``value`` in layout ``meta``. Its memory may be changed as soon as this returns."""
         link = self._links[self._rank, receiver]
         self.bytes_sent += meta.nbytes
-        nccl = receiver in self._nccl_peers
-        if nccl or self._device.type == "cpu":
+        if link.direct or self._device.type == "cpu":
             copy = empty(meta, self._device).copy_(value)
-            later = nccl and not self._synchronous
-            work = _Later(link.send, copy, 1, self._later) if later else link.send([flat(copy)], 1, 0)
+            later = link.direct and not self._synchronous
+            work = _Later(link.group.send, copy, 1, self._later) if later else link.group.send([flat(copy)], 1, 0)
             self._sending.append((work, copy))
             return
-        self._stager.send(link, value, meta)
+        self._stager.send(link.group, value, meta)
 
     def receive(self, sender: int, meta: TensorMeta) -> Incoming:
         """Expect the next value that ``sender`` sends to this rank; to be called for a call's values in the blocks' order."""
         link = self._links[sender, self._rank]
-        nccl = sender in self._nccl_peers
-        if nccl or self._device.type == "cpu":
+        if link.direct or self._device.type == "cpu":
             value = empty(meta, self._device)
-            work = _Later(link.recv, value, 0, self._later) if nccl else link.recv([flat(value)], 0, 0)
+            work = _Later(link.group.recv, value, 0, self._later) if link.direct else link.group.recv([flat(value)], 0, 0)
         else:
             value = accelerator.staging(meta)
-            work = link.recv([flat(value)], 0, 0)
+            work = link.group.recv([flat(value)], 0, 0)
         return Incoming(work, value, self._device)
 
     def flush(self) -> None:
@@ -199,21 +182,10 @@ class Transport:
         for work, _ in (*self._sent, *self._sending):
             work.wait()
         self._sent, self._sending = [], []
-        if self._nccl_peers:  # whose works make a stream wait
+        if any(link.direct for link in self._links.values()):  # whose works make a stream wait
             accelerator.synchronize(self._device)
 
     def close(self) -> None:
         """Close all links, once what was sent has arrived. Those of the other ranks must be closed, too."""
         self.flush()
         self._links.clear()
-
-
-def _open_link(store: Any, side: int, host: str | None, timeout: float) -> Any:
-    """Make a process group of two, of gloo bound to ``host``, or of NCCL: side 0 sends, side 1 receives."""
-    if host is None:
-        return accelerator.direct_link(store, side, timeout)
-    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # PyTorch's stubs lack it
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-    options._threads = 1
-    options._timeout = timedelta(seconds=timeout)
-    return dist.ProcessGroupGloo(store, side, 2, options)

@@ -30,6 +30,7 @@ from asyncdiff_nodes.host.page.settings import setting
 from asyncdiff_nodes.host.patches.foreign_code import Watched
 from asyncdiff_nodes.host.patches.obstacles import call_obstacle, obstacle, shippable, surroundings
 from asyncdiff_nodes.host.patches.protocol import RoutedCall
+from asyncdiff_nodes.host.workers import links
 from asyncdiff_nodes.host.workers.block_times import Balance
 from asyncdiff_nodes.host.workers.pool import POOL, BusyError
 from asyncdiff_nodes.host.workers.repeated import RepeatedFailureError
@@ -108,7 +109,7 @@ class Sampling:
             return self._do_without(f"this model cannot be split: {error}")
         except FAILURES as error:
             return self._do_without(brief(error))
-        for note in ready.nets.notes:
+        for note in (*ready.nets.notes, *links.notes(ready.request.devices)):
             self._note(note)
         self._changes.enter_context(ready.nets.recorded())
         for patch in ready.patches:

@@ -24,7 +24,7 @@ from asyncdiff_nodes.host.page.settings import setting
 from asyncdiff_nodes.host.patches.compiled import compile_arguments
 from asyncdiff_nodes.host.patches.registry import models_of
 
-from . import repeated
+from . import links, repeated
 from .block_times import Balance
 from .host_settings import HostSettings
 from .memory import RankMemory, kept_from_host
@@ -217,6 +217,7 @@ class Pool:
         """Move the blocks of ``group``, which computes ``patcher``'s diffusion model. Raises as ``WorkerGroup.move``."""
         held = self._holder(group)
         group.move(placement, lambda names: held.weights(patcher, names))
+        links.remember(group.refusals)
         comfy.model_management.soft_empty_cache()  # as when they were sent first
         for rank, memory in enumerate(held.memory):
             memory.resize(placement.weight_bytes(placement.plan.segment_of_rank(rank)))
@@ -238,6 +239,7 @@ class Pool:
         try:
             ranks = sum(held.group.plan.world_size for held in self._held if not held.group.closed)
             self.release()
+            links.forget()
             repeated.forget()
             return ranks
         finally:
@@ -315,6 +317,7 @@ class Pool:
                     compile=compiled,
                     start_timeout=_START_TIMEOUT,
                     call_timeout=_START_TIMEOUT if compiled else _CALL_TIMEOUT,  # the first calls compile
+                    staged=links.staged(devices),
                     idle=idle,
                     poll=request.poll,
                 ),
@@ -324,6 +327,7 @@ class Pool:
                 rank.forget()
             raise
         comfy.model_management.soft_empty_cache()  # patches were computed on the host's device, which may be a rank's
+        links.remember(group.refusals)
         sent.take(sources)
         refs = list(map(weakref.ref, nets))
         model, network = weakref.ref(patcher.model), (description_of(patcher), fingerprint_of(patcher), skeleton)

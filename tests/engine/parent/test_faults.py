@@ -88,6 +88,22 @@ def test_killed_rank_is_named_within_two_seconds_and_a_new_group_works(victim, f
             assert torch.equal(call(new), call(toys.slow_net(0)))
 
 
+def abort_at_the_end():
+    """In a rank: as a device's driver does after an error, which the rank has just told."""
+    os._exit = lambda code: os.abort()
+
+
+@needs_posix
+def test_an_error_is_told_though_the_process_is_aborted_then(folder):
+    net = toys.chain(toys.ToyBlock, toys.Trap)
+    options = RankOptions(threads_per_rank=1, prepare=abort_at_the_end)
+    g = WorkerGroup(net, Plan(), ["cpu"] * 2, family=toys.TOY, ranks=options)
+    x, given = toys.inputs(0)
+    with pytest.raises(WorkerError, match=r"rank 1 failed \(ArithmeticError: the trap has sprung\)"):
+        g(x, 900, **{**given, "context": torch.full_like(given["context"], 101.0)})
+    assert_gone(g.pids, within=0.5)
+
+
 @pytest.mark.timing
 @needs_posix
 def test_rank_killed_between_calls_is_noticed_by_the_next_call(folder):

@@ -284,8 +284,8 @@ def test_an_error_is_a_toast_that_names_the_cure(frontend):
 
 
 def test_the_settings_are_there(frontend):
-    found = {name: frontend.setting(f"AsyncDiff.{name}") for name in ("Preset", "Devices", "KeepMinutes", "Verify", "Refresh")}
-    assert found == {"Preset": "Balanced", "Devices": "auto", "KeepMinutes": 0, "Verify": "auto", "Refresh": 0.25}
+    expected = {"Preset": "Balanced", "Devices": "auto", "KeepMinutes": 0, "Links": "auto", "Verify": "auto", "Refresh": 0.25}
+    assert {name: frontend.setting(f"AsyncDiff.{name}") for name in expected} == expected
 
 
 def test_it_speaks_chinese(chinese):

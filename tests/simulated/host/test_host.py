@@ -5,6 +5,7 @@ import itertools
 
 import comfy.model_management
 import comfy.sd
+import direct_links
 import pytest
 import sim
 import torch
@@ -75,6 +76,27 @@ def test_asynchronous_steps_are_the_simulators(kind, request):
     with simulator:
         expected = run(oracle)
     assert (found - stock).abs().max() > 0 and (found - expected).abs().max() <= 1e-3 * (found - stock).abs().max()
+
+
+def test_direct_links_that_hang_are_tried_once_and_the_report_says_so(model, sample, monkeypatch):
+    POOL.release_idle()
+    prepare = functools.partial(direct_links.prepare_beside, pool.HostSettings.current(), fault="hangs", trial_seconds=1)
+    monkeypatch.setattr(pool.HostSettings, "current", lambda: prepare)
+    stock = sample(model)
+    note = (
+        "mlu:0 and mlu:1 exchange values through the host's memory, which is slower: a direct link did not work (nothing arrived"
+    )
+    for _ in range(2):
+        found = sample(attach(model, Options("Exact", "mlu:0,mlu:1")))
+        assert torch.equal(found, stock) and note in last_run().line
+        refusals = POOL._held[-1].group.refusals
+        POOL.release()
+    assert refusals == {}, "the second group did not try them"
+    monkeypatch.setattr("asyncdiff_nodes.host.workers.links.setting", {"Links": "host memory"}.get)
+    POOL.release_idle()  # Stop workers: try again
+    assert torch.equal(sample(attach(model, Options("Exact", "mlu:0,mlu:1"))), stock)
+    assert not last_run().notes and not POOL._held[-1].group.refusals
+    POOL.release_idle()
 
 
 def test_a_lora_changes_weights_and_no_process(model, sample):
