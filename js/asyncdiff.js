@@ -4,6 +4,7 @@ import { Client } from "./client.js";
 import { commands } from "./commands.js";
 import { translate } from "./messages.js";
 import { Panel } from "./panel.js";
+import { selfTest } from "./selftest.js";
 import { SETTINGS, refreshSeconds } from "./settings.js";
 import { showErrors } from "./toasts.js";
 
@@ -15,17 +16,17 @@ const PANEL = {
   function: () => app.extensionManager.command.execute("Workspace.ToggleBottomPanelTab.asyncdiff"),
 };
 const replacing = commands(app);
-const panel = new Panel({
-  client: new Client(api, () => refreshSeconds(app.extensionManager.setting.get("AsyncDiff.Refresh"))),
-  copy: (text) => navigator.clipboard.writeText(text),
-});
+const client = new Client(api, () => refreshSeconds(app.extensionManager.setting.get("AsyncDiff.Refresh")));
+const copy = async (text) => navigator.clipboard.writeText(text);
+const panel = new Panel({ client, copy });
+const SELF_TEST = selfTest(app, client, copy);
 
 app.registerExtension({
   name: "AsyncDiff",
   settings: SETTINGS,
   ...replacing,
-  commands: [...replacing.commands, PANEL],
-  menuCommands: [...replacing.menuCommands, { path: ["Extensions", "AsyncDiff"], commands: [PANEL.id] }],
+  commands: [...replacing.commands, PANEL, SELF_TEST],
+  menuCommands: [...replacing.menuCommands, { path: ["Extensions", "AsyncDiff"], commands: [PANEL.id, SELF_TEST.id] }],
   bottomPanelTabs: [
     {
       id: "asyncdiff",

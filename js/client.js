@@ -56,13 +56,18 @@ export class Client {
 
   /** End the idle workers; the answer is `{ stopped }`, `{ error }`, or undefined where the server is away. */
   async stop() {
-    const answer = await this._fetch("/asyncdiff/stop", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: "{}",
-    });
+    const answer = await this._post("/asyncdiff/stop");
     await this.refresh();
     return answer;
+  }
+
+  /** Try out the devices, which takes minutes; the answer is `{ text }`, `{ error }`, or undefined as above. */
+  selfTest() {
+    return this._post("/asyncdiff/selftest");
+  }
+
+  _post(path) {
+    return this._fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: "{}" });
   }
 
   async _fetch(path, options) {

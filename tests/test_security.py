@@ -12,8 +12,8 @@ SHIPPED = [ROOT / "__init__.py", *sorted((ROOT / "asyncdiff_nodes").rglob("*.py"
 UNPICKLES = {"engine/wire.py", "engine/rank/message_loop.py"}
 # where objects become bytes only: a model's skeleton, and what is handed to Ray, which unpickles on its own channels
 PICKLES = {"engine/parent/group.py", "cluster/parcel.py"}
-# the command line starts ComfyUI, asks its Python for its version, and asks git for the commit
-STARTS = {"cli/comfyui.py", "cli/report.py"}
+# the command line starts ComfyUI, asks its Python for its version, and asks git for the commit; the page's self-test is a command
+STARTS = {"cli/comfyui.py", "cli/report.py", "host/page/selftest.py"}
 
 
 def name_of(path):
@@ -51,7 +51,7 @@ def test_nothing_is_executed_downloaded_or_unpickled(path):
     if name_of(path) not in UNPICKLES:
         assert "pickle" not in modules or (name_of(path) in PICKLES and "pickle.loads" not in found)
     if name_of(path) not in STARTS:
-        assert "subprocess" not in modules
+        assert "subprocess" not in modules and not any("create_subprocess" in call for call in found)
     if name_of(path) != "cli/comfyui.py":  # which asks the ComfyUI that it has started itself, on loopback
         assert not modules & {"urllib.request", "http.client", "ftplib", "socketserver", "http.server"}
 
@@ -81,7 +81,8 @@ def test_routes_open_no_file():
     assert not [
         call for call in calls(path) if call.rpartition(".")[2] in ("open", "Path", "read_text", "read_bytes", "FileResponse")
     ]
-    assert re.findall(r"routes\.(\w+)\(\"([^\"]*)\"", text) == [("get", "/asyncdiff/state"), ("post", "/asyncdiff/stop")]
+    ours = [("get", "/asyncdiff/state"), ("post", "/asyncdiff/stop"), ("post", "/asyncdiff/selftest")]
+    assert re.findall(r"routes\.(\w+)\(\"([^\"]*)\"", text) == ours
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "js").glob("*.js")), ids=lambda path: path.name)

@@ -15,6 +15,7 @@ COMMANDS = {
     "bench": "measure plans with real processes against the unrouted model",
     "compare": "measure what asynchrony does to the pictures, beside fewer steps at equal cost",
     "similarity": "show how alike each block's output is from step to step",
+    "selftest": "try out whether this machine's devices work together exactly, and how fast",
     "doctor": "check this machine and say what is wrong and how to cure it",
 }
 
@@ -45,7 +46,8 @@ def _main(words: Sequence[str], asked: str | None) -> int:
         if name == asked:  # no other: each needs packages of its own
             module = importlib.import_module(f"{__name__}.commands.{name.replace('-', '_')}")
             module.add_arguments(command)
-            command.add_argument("--json", metavar="FILE", default=None, help="also write the numbers to FILE")
+            file = getattr(module, "JSON", None)
+            command.add_argument("--json", metavar="FILE", default=file, help="also write the numbers to FILE")
             command.set_defaults(run=module.run)
     arguments = parser.parse_args(words)
     arguments.invocation = " ".join(["asyncdiff", *words])

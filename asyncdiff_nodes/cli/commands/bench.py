@@ -16,14 +16,15 @@ from rich.progress import Progress
 from rich.table import Table
 
 from asyncdiff_nodes.cli.arguments import parse_plans, positive
-from asyncdiff_nodes.cli.links import measure_link, measure_round_trip
 from asyncdiff_nodes.cli.machine import cores
 from asyncdiff_nodes.cli.measure import Setting
+from asyncdiff_nodes.cli.round_trip import measure_round_trip
 from asyncdiff_nodes.cli.suite import Results, Subject, suite
 from asyncdiff_nodes.cli.tables import console, number
 from asyncdiff_nodes.cli.zoo import NAMES, find_model
 from asyncdiff_nodes.engine import PlanError, accelerator
 from asyncdiff_nodes.engine.devices import parse_devices
+from asyncdiff_nodes.selftest.link_trial import try_link
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with Progress(console=out, transient=True) as progress:
         todo = progress.add_task("links", total=len(subjects) + 1)
         pair = (devices * 2)[:2]
-        link, round_trip = measure_link(pair), measure_round_trip(pair)
+        link, round_trip = try_link(pair).link, measure_round_trip(pair)
         setting = Setting(arguments.batch, getattr(torch, arguments.dtype), devices, arguments.threads, link, round_trip)
         found = Results(setting)
         for subject in subjects:

@@ -1,4 +1,4 @@
-"""The routes for the page: a read-only one for the state, and one that stops idle workers."""
+"""The routes for the page: a read-only one for the state, one that stops idle workers, and one that tries out the devices."""
 
 from __future__ import annotations
 
@@ -39,12 +39,31 @@ def register(server: Any) -> None:
         """End the worker processes that wait for the next prompt."""
         from asyncdiff_nodes.host.workers.pool import POOL
 
-        if request.content_type != "application/json":  # a form on another site cannot send this
-            return _refused(415, f"Content-Type={request.content_type!r}: send application/json")
+        if refusal := _unless_json(request):
+            return refusal
         stopped = await asyncio.to_thread(POOL.release_idle)
         if stopped is None:
             return _refused(409, "The workers are sampling: cancel the run first.")
         return web.json_response({"stopped": stopped})
+
+    @server.routes.post("/asyncdiff/selftest")
+    async def selftest(request: web.Request) -> web.Response:
+        """Try out the devices for two minutes; sends the result as text."""
+        from . import selftest
+
+        if refusal := _unless_json(request):
+            return refusal
+        try:
+            return web.json_response({"text": await selftest.run()})
+        except selftest.BusyError as error:
+            return _refused(409, str(error))
+
+
+def _unless_json(request: web.Request) -> web.Response | None:
+    """Refuse what a form on another site can send."""
+    if request.content_type == "application/json":
+        return None
+    return _refused(415, f"Content-Type={request.content_type!r}: send application/json")
 
 
 def _refused(status: int, reason: str) -> web.Response:

@@ -51,6 +51,22 @@ def stock(prompt):
     }
 
 
+@pytest.mark.slow
+def test_the_self_test_shows_its_result(frontend):
+    """It takes more than a minute on CPUs."""
+    frontend.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    frontend.execute("AsyncDiff.SelfTest")
+    dialog = frontend.page.get_by_role("dialog").and_(frontend.page.locator(".asyncdiff-selftest"))
+    dialog.wait_for(timeout=300_000)
+    text = dialog.get_by_role("textbox").input_value()
+    assert text.startswith("Self-test on cpu, cpu") and "| exact | FLUX-like, bfloat16 | bit for bit | good |" in text
+    dialog.get_by_role("button", name="Copy").click()
+    dialog.get_by_role("button", name="Copied").wait_for()
+    assert frontend.page.evaluate("() => navigator.clipboard.readText()") == text
+    dialog.get_by_role("button", name="Close").click()
+    assert dialog.count() == 0
+
+
 def press(frontend, keys, expected):
     """Press keys, and wait until there are such samplers."""
     assert types(frontend.serialize()) != expected

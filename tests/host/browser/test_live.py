@@ -136,6 +136,18 @@ def test_workers_are_stopped_only_when_they_are_idle(watcher):
     assert watcher.run(routed_only(chosen=SEGMENTS)).done
 
 
+def test_the_self_test_waits_for_the_run_and_runs_once_at_a_time(watcher):
+    answers = []
+
+    def ask(start):
+        watcher.wait_for(lambda kind, data: kind == "progress" and data["value"] >= 4, start)
+        answers.append(refusal(watcher.server, "/asyncdiff/selftest", b"{}"))
+
+    assert watcher.run(routed_only(pixels=256, steps=12, chosen=SEGMENTS), meanwhile=ask).done
+    assert answers == [(409, "The workers are sampling: cancel the run first.")]
+    assert refusal(watcher.server, "/asyncdiff/selftest", b"a=b", "application/x-www-form-urlencoded")[0] == 415
+
+
 def test_settings_are_the_defaults_of_samplers_without_options(watcher, settings):
     prompt = routed_only()
     del prompt["routed"]["inputs"]["options"]

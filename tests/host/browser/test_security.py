@@ -66,7 +66,8 @@ def test_another_site_is_refused(server, headers):
     """By ComfyUI's own rule, which our routes are under."""
     if headers.get("Sec_Fetch_Site") and status(server, "/queue", **headers) != 403:
         pytest.skip("this ComfyUI does not look at fetch metadata")
-    assert status(server, "/asyncdiff/stop", b"{}", Content_Type="application/json", **headers) == 403
+    for path in ("/asyncdiff/stop", "/asyncdiff/selftest"):
+        assert status(server, path, b"{}", Content_Type="application/json", **headers) == 403
     assert status(server, "/asyncdiff/state", **headers) == 403
 
 
@@ -81,6 +82,6 @@ def test_block_times_are_not_served(server, block_times):
         assert status(server, f"/userdata/{path}") in (400, 403, 404)
 
 
-@pytest.mark.parametrize("path", ["/asyncdiff/stop", "/asyncdiff/", "/asyncdiff/state/../../etc/passwd"])
+@pytest.mark.parametrize("path", ["/asyncdiff/stop", "/asyncdiff/selftest", "/asyncdiff/", "/asyncdiff/state/../../etc/passwd"])
 def test_there_is_nothing_else_to_get(server, path):
     assert status(server, path) in (404, 405)

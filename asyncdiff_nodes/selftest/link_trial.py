@@ -1,38 +1,65 @@
-"""What talking costs on this machine, measured with real processes: ranks with each other, and the caller with its ranks."""
+"""A link between two ranks, tried out and measured with real processes."""
 
 from __future__ import annotations
 
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from multiprocessing.connection import Connection
 
 import torch
 import torch.multiprocessing as mp
 
-from asyncdiff_nodes.engine import Plan, RankOptions, WorkerError, WorkerGroup, accelerator, wire
+from asyncdiff_nodes.engine import WorkerError, accelerator, wire
 from asyncdiff_nodes.engine.planning.run_times import Link
-from asyncdiff_nodes.engine.rank.links import RankLocation
+from asyncdiff_nodes.engine.rank.links import RankLocation, may_be_direct
 from asyncdiff_nodes.engine.rank.transport import Transport
 from asyncdiff_nodes.engine.rendezvous import PipeStore
 from asyncdiff_nodes.engine.tensors import TensorMeta
-
-from .zoo import find_model
 
 _REPEATS = 15
 _SIZES = (1, 4 * 2**20)  # elements of 4 bytes: nothing but latency, and as much as a few boundary tensors
 
 
-def measure_link(devices: Sequence[str]) -> Link:
-    """Measure the link between two ranks on ``devices``: half of what a value takes there and back."""
+@dataclass(frozen=True)
+class LinkTrial:
+    """A link as it was found.
+
+    Attributes:
+        latency: seconds for next to nothing.
+        bandwidth: bytes per second.
+        direct: whether it goes from device to device; else through the host's memory.
+        refusal: why it is not direct where it could have been; "" otherwise.
+    """
+
+    latency: float
+    bandwidth: float
+    direct: bool
+    refusal: str
+
+    @property
+    def link(self) -> Link:
+        """What the engine's clock needs to know of it."""
+        return Link(self.latency, self.bandwidth)
+
+
+def try_link(devices: Sequence[str], prepare: Callable[[], None] | None = None) -> LinkTrial:
+    """Open a link between two ranks on ``devices`` and measure it: half of what a value takes there and back.
+
+    Args:
+        prepare: as of :class:`~asyncdiff_nodes.engine.RankOptions`.
+
+    Raises:
+        WorkerError: a rank has died of it.
+    """
     context = mp.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     ends = context.Pipe()
     ranks = [
-        context.Process(target=_ping, args=(rank, tuple(devices), ends[rank], there), daemon=True, name="asyncdiff-link")
+        context.Process(target=_ping, args=(rank, tuple(devices), ends[rank], there, prepare), daemon=True, name="asyncdiff-link")
         for rank in range(2)
     ]
     for rank in ranks:
@@ -40,7 +67,7 @@ def measure_link(devices: Sequence[str]) -> Link:
     for end in (there, *ends):
         end.close()
     try:
-        small, large = here.recv()
+        (small, large), direct, refusal = here.recv()
     except EOFError:
         raise WorkerError(f"the link between {' and '.join(devices)} could not be measured", rank=-1) from None
     finally:
@@ -48,17 +75,22 @@ def measure_link(devices: Sequence[str]) -> Link:
             rank.join(10)
             rank.kill()
     nbytes = 4 * (_SIZES[1] - _SIZES[0])
-    return Link(latency=small, bandwidth=nbytes / max(large - small, 1e-9))
+    return LinkTrial(small, nbytes / max(large - small, 1e-9), direct, refusal)
 
 
 @torch.inference_mode()
-def _ping(rank: int, devices: tuple[str, ...], other: Connection, results: Connection) -> None:
+def _ping(
+    rank: int, devices: tuple[str, ...], other: Connection, results: Connection, prepare: Callable[[], None] | None
+) -> None:
     torch.set_num_threads(1)
     device = torch.device(devices[rank])
     accelerator.before_direct_links(one_machine=True)
     accelerator.enter(device)
+    if prepare is not None:
+        prepare()
     store = PipeStore(partial(wire.send, other), partial(wire.receive, other))
-    transport = Transport(rank, [RankLocation(name, name) for name in devices], store, timeout=60)
+    locations = [RankLocation(name, name) for name in devices]
+    transport = Transport(rank, locations, store, timeout=60)
     transport.open([(0, 1), (1, 0)])
     found = []
     for size in _SIZES:
@@ -77,28 +109,7 @@ def _ping(rank: int, devices: tuple[str, ...], other: Connection, results: Conne
             times.append((time.perf_counter() - begin) / 2)
         found.append(statistics.median(times))
     if rank == 0:
-        results.send(found)
+        refusal = next(iter(transport.refusals.values()), "")
+        results.send((found, may_be_direct(*locations) and not refusal, refusal))
     transport.flush()
     os._exit(0)  # not by return: links with a dead peer would hang in their destructors
-
-
-def measure_round_trip(devices: Sequence[str]) -> float:
-    """Seconds from a result, on its rank, to the start of the next call: of a small model in two ranks on ``devices``.
-
-    The latent [2, 12, 40, 40] is a little larger than that of SD at 512 px, with CFG.
-    """
-    model, calls = find_model("demo"), 40
-    skeleton = model.skeleton(torch.float32)
-    plan = Plan(forecast=0)
-    weights, ranks = model.random_weights(torch.float32), RankOptions(threads_per_rank=1)
-    with WorkerGroup(skeleton, plan, devices, weights=weights, ranks=ranks) as group:
-        args, kwargs = group.family.example_inputs(skeleton, 40, 2)
-        args, kwargs = torch.utils._pytree.tree_map(_zeros, (args, kwargs))
-        for _ in range(calls):
-            group(*args, **kwargs)
-        last = [record for record in group.stats().records if record.rank == 1]
-    return statistics.median(after.start - before.end for before, after in pairwise(last[calls // 4 :]))
-
-
-def _zeros(leaf: object) -> object:
-    return torch.zeros(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
