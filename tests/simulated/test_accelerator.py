@@ -1,5 +1,6 @@
 """What ``auto`` stands for, and which devices ranks can use at all."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -70,3 +71,23 @@ def test_a_number_too_large_is_named():
     with pytest.raises(DeviceError, match="the last one is sim:2"):
         parse_devices(["sim:3"])
     assert parse_devices(["sim", "sim:2", "cpu"]) == [torch.device("sim:0"), torch.device("sim:2"), torch.device("cpu")]
+
+
+@pytest.mark.parametrize(("hip", "expected"), [(None, 8), ("6.4", None)])
+def test_compute_capability_is_nvidias(hip, expected, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert accelerator._capability("cuda:0") == expected and accelerator._capability("sim:0") is None
+
+
+@pytest.mark.parametrize("one_machine", [True, False])
+def test_direct_links_find_each_other_on_loopback_where_one_machine_has_them_all(one_machine, monkeypatch):
+    monkeypatch.setattr("os.environ", {"CUDA_LAUNCH_BLOCKING": "1"})
+    accelerator.before_direct_links(one_machine)
+    assert os.environ.get("NCCL_SOCKET_IFNAME") == ("=lo" if one_machine else None)
+    assert "CUDA_LAUNCH_BLOCKING" not in os.environ and os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+
+
+def test_there_is_nothing_to_wait_for_on_a_cpu():
+    for wait in (accelerator.synchronize, accelerator.synchronize_stream, accelerator.empty_cache, accelerator.enter):
+        wait(torch.device("cpu"))

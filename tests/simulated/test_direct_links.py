@@ -1,14 +1,18 @@
 """Transfers between devices wait on these, and the devices wait for them: in no order that could stop two ranks for good."""
 
+import concurrent.futures
 import functools
 import time
 
 import direct_links
 import pytest
 import torch
+import torch.distributed as dist
 
 import toys
 from asyncdiff_nodes.engine import IdleWorkers, Plan, RankOptions, Simulator, WorkerGroup
+from asyncdiff_nodes.engine.rank import links
+from asyncdiff_nodes.engine.rank.links import RankLocation
 
 TIMESTEPS = [900, 700, 500, 300, 200, 100]
 DEVICES = ["sim:0", "sim:1", "sim:2", "sim:0", "sim:1"]
@@ -93,3 +97,17 @@ def test_links_that_do_not_work_lead_through_the_hosts_memory(fault, idle):
     assert refusals == {}
     if fault == "hangs":
         assert second < 1 < first < 2.5  # each pair of devices is tried once
+
+
+def test_a_link_to_somebody_else_is_refused():
+    store, here = dist.HashStore(), RankLocation("cpu", "cpu")
+
+    def stranger():
+        group = links._host_link(dist.PrefixStore("host", store), 0, here.host, 10)
+        group.send([torch.full((1,), 7)], 1, 0).wait()
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        other = threads.submit(stranger)
+        with pytest.raises(RuntimeError, match="the link from cpu to cpu carries foreign data"):
+            links.open_link(store, here, here, sends=False, direct=False, timeout=10)
+        other.result(10)
