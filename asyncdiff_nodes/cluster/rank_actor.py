@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch.distributed as dist
 
 from asyncdiff_nodes.engine.rank.links import RankLocation
 from asyncdiff_nodes.engine.rank.message_loop import Rank, last_words
+from asyncdiff_nodes.engine.telemetry import clock
 
 from .parcel import Parcel
 
@@ -41,8 +41,8 @@ class RankActor:
         return RankLocation(f"{host} {name}", device, host), os.getpid()
 
     def clock(self) -> float:
-        """Seconds on this machine's monotonic clock."""
-        return time.monotonic()
+        """Seconds on this machine's clock."""
+        return clock()
 
     def host_store(self) -> tuple[str, int]:
         """Open the store in which the ranks find each other, on this machine's address alone; returns host and port."""

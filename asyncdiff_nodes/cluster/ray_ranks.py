@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from asyncdiff_nodes.engine.errors import WorkerError
 from asyncdiff_nodes.engine.parent.rank_set import POLL, Message, RankSet
 from asyncdiff_nodes.engine.rank.links import RankLocation
+from asyncdiff_nodes.engine.telemetry import clock
 
 from .device_names import connect, on_cpu
 from .parcel import Parcel
@@ -76,12 +77,12 @@ class RayRanks(RankSet):
         return self._locations, rendezvous
 
     def _clock(self, actor: Any, deadline: float) -> float:
-        """Measure seconds from the monotonic clock of an actor's machine to this one's: by the answer that took the shortest."""
+        """Measure seconds from the clock of an actor's machine to this one's: by the answer that took the shortest."""
         asked: list[tuple[float, float]] = []
         for _ in range(_CLOCKS):
-            begin = time.monotonic()
+            begin = clock()
             (there,) = self._ask([actor.clock.remote()], deadline, "the time of a rank")
-            end = time.monotonic()
+            end = clock()
             asked.append((end - begin, (begin + end) / 2 - there))
         return min(asked)[1]
 

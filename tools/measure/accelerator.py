@@ -2,8 +2,8 @@
 
 python tools/measure/accelerator.py [FILE]
 
-It installs coverage.py into out/coverage, and has it look at what runs: tests of the engine on simulated GPUs, those of ComfyUI on
-them, and some on the CPU, since a branch has two ways.
+It installs coverage.py into out/coverage, and has it look at tests of the engine on simulated GPUs, at tests of ComfyUI on these, and
+at some on the CPU, since a branch has two ways.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BESIDE = (
     "host/workers/memory.py",
     "host/workers/pool.py",
 )
-ON_DEVICES = re.compile(r"\bdevice|accelerator|\bdirect\b|\.kind\b")
+ON_DEVICES = re.compile(r"device|accelerator|\bdirect\b|\.kind\b")
 SETTINGS = f"""[run]
 branch = true
 parallel = true

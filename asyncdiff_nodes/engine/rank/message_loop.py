@@ -6,7 +6,6 @@ import contextlib
 import gc
 import os
 import pickle
-import time
 import traceback
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
@@ -20,7 +19,7 @@ from asyncdiff_nodes.engine.batch import Arguments, sample_of
 from asyncdiff_nodes.engine.inputs import join
 from asyncdiff_nodes.engine.messages import CallMessage, Opening
 from asyncdiff_nodes.engine.rendezvous import PipeStore, open_store
-from asyncdiff_nodes.engine.telemetry import RankReport
+from asyncdiff_nodes.engine.telemetry import RankReport, clock
 from asyncdiff_nodes.engine.tensors import dense_on_cpu
 
 from . import numerics
@@ -76,7 +75,7 @@ def _free(device: torch.device) -> None:
 def last_words(error: BaseException) -> tuple[str, str, str, float]:
     """Say what a rank failed with: the error's first line, the traceback, and when, on its machine's clock."""
     cause = "".join(traceback.format_exception_only(error)).splitlines()[0]
-    return "failure", cause, "".join(traceback.format_exception(error)), time.monotonic()
+    return "failure", cause, "".join(traceback.format_exception(error)), clock()
 
 
 class Rank:

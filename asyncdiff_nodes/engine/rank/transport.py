@@ -130,10 +130,10 @@ class Transport:
         """Note the bandwidth of a new link, if this is its receiver: of the second try, since the first one also warms it up."""
         probe = torch.empty(_PROBE, dtype=torch.uint8, device=device)
         for _ in range(2):
-            begin = time.monotonic()
+            begin = time.perf_counter()
             (link.send([probe], 1, 0) if sends else link.recv([probe], 0, 0)).wait()
             int(probe[-1])  # until it is really there
-            seconds = time.monotonic() - begin
+            seconds = time.perf_counter() - begin
         if not sends:
             self.bandwidth = min(self.bandwidth, _PROBE / max(seconds, 1e-9))
 
