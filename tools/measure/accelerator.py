@@ -2,8 +2,8 @@
 
 python tools/measure/accelerator.py [FILE]
 
-It installs coverage.py into out/coverage, and has it look at tests of the engine on simulated GPUs, at tests of ComfyUI on these, and
-at some on the CPU, since a branch has two ways.
+It installs coverage.py into out/coverage. Looked at are tests of the engine and of ComfyUI on simulated GPUs, and some on a CPU,
+since a branch has two ways.
 """
 
 from __future__ import annotations

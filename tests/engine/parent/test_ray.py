@@ -294,6 +294,7 @@ def test_a_program_outside_the_cluster_comes_in_through_ray_client(by_environmen
     program = f"""
 import torch, toys
 from asyncdiff_nodes.engine import *
+torch.set_num_threads(1)  # as the ranks
 x, kwargs = toys.inputs(0)
 ranks = RankOptions(threads_per_rank=1)
 with WorkerGroup(toys.random_net(3), Plan(), [{device!r}], family=toys.TOY, ranks=ranks) as group, torch.no_grad():

@@ -19,6 +19,7 @@ from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
 from asyncdiff_nodes.host.workers import pool
+from asyncdiff_nodes.host.workers.memory import room_for_weights
 from asyncdiff_nodes.host.workers.pool import POOL
 from helpers import small
 from helpers.sampling import ksampler, prompts_for
@@ -189,3 +190,12 @@ def test_a_card_that_is_full_is_named_and_not_tried_again_before_something_chang
     assert any("mlu:2 is out of memory" in note for note in last_run().notes), "Stop workers has it tried again"
     del taken
     assert torch.equal(sample(attach(model, Options("Exact", "mlu:1,mlu:2"))), stock) and not last_run().notes
+
+
+def test_models_that_the_host_keeps_on_a_card_take_room_from_its_ranks(large):
+    """As with --highvram and --gpu-only."""
+    devices = ["mlu:0", "mlu:0", "mlu:1"]
+    free = room_for_weights(devices, 2**20, [large])
+    large.offload_device = torch.device("mlu:0")
+    first, second, other = room_for_weights(devices, 2**20, [large])
+    assert first == second == free[0] - large.model_size() / 2 and other == free[2]
