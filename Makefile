@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo demo-comfy test test-engine test-host test-beside-engine test-beside-commands test-beside-sampling test-beside-host test-simulated test-slow screenshots docs lint format clean
+.PHONY: demo demo-comfy test test-engine test-host test-beside-engine test-beside-commands test-beside-sampling test-beside-workers test-beside-host test-simulated test-slow screenshots docs lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m asyncdiff_nodes demo
@@ -13,9 +13,9 @@ demo: $(VENV)/installed
 demo-comfy: $(VENV)/installed
 	$(BIN)/python -m asyncdiff_nodes demo-comfy
 
-# parts side by side, since most tests wait for one process or another; then, alone, what looks at times
+# parts side by side, four at a time, since most tests wait for one process or another; then, alone, what looks at times
 test: lint
-	$(MAKE) --no-print-directory -j4 test-beside-engine test-beside-sampling test-beside-host test-beside-commands test-simulated
+	$(MAKE) --no-print-directory -j4 test-beside-engine test-beside-sampling test-beside-host test-beside-workers test-simulated test-beside-commands
 	$(BIN)/python -m pytest -m "timing and not slow"
 	$(BIN)/python tests/host/run.py -m "timing and not slow"
 
@@ -28,8 +28,11 @@ test-beside-commands: $(VENV)/installed
 test-beside-sampling: $(VENV)/installed
 	$(BIN)/python tests/host/run.py -m "not timing and not slow" tests/host/routing tests/host/patches
 
+test-beside-workers: $(VENV)/installed
+	$(BIN)/python tests/host/run.py -m "not timing and not slow" tests/host/workers tests/host/controlnet tests/host/page
+
 test-beside-host: $(VENV)/installed
-	$(BIN)/python tests/host/run.py -m "not timing and not slow" --ignore tests/host/routing --ignore tests/host/patches
+	$(BIN)/python tests/host/run.py -m "not timing and not slow" $(addprefix --ignore tests/host/,routing patches workers controlnet page)
 
 # on simulated GPUs, of which PyTorch takes one kind for good: in a process of its own
 test-simulated: $(VENV)/installed

@@ -17,6 +17,7 @@ LOOPBACK = "127.0.0.1"
 TRIAL_SECONDS = 20.0  # a direct link that has not carried its first values by then never will
 _TRIAL_VALUES = 2**20  # 8 MiB: more than what some broken links carry well
 _POLL = 0.005  # seconds
+_HELLO = 1406  # what a link between hosts carries first
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,9 @@ def open_link(store: dist.Store, sender: RankLocation, receiver: RankLocation, s
             accelerator.abandon(group)
     group = _host_link(dist.PrefixStore("host", store), side, here.host, timeout)
     name = f"{sender.name} to {receiver.name}"
-    hello = torch.full((1,), ord("a") if sends else 0)
+    hello = torch.full((1,), _HELLO if sends else 0)
     (group.send([hello], 1, 0) if sends else group.recv([hello], 0, 0)).wait()
-    if int(hello) != ord("a"):
+    if int(hello) != _HELLO:
         raise RuntimeError(f"the link from {name} carries foreign data")
     return Link(group, False, refusal)
 
@@ -109,6 +110,8 @@ def _tried(store: dist.Store, side: int, device: torch.device, timeout: float) -
                 return group, f"nothing arrived within {TRIAL_SECONDS:.0f} s"
             time.sleep(_POLL)
         return group, "" if torch.equal(values.cpu(), pattern) else "other values arrived than were sent"
+    except torch.OutOfMemoryError:  # no fault of the link
+        raise
     except RuntimeError as error:  # the backend's own, all of which are
         return group, (str(error).splitlines() or [type(error).__name__])[0]
 

@@ -88,6 +88,7 @@ class Ranks:
             return
         POOL.give_back(self.group)
         if not self.group.closed:
+            repeated.succeeded(self._request)
             with contextlib.suppress(AsyncDiffError):  # the next run then starts other ranks
                 self.group.tidy()
 

@@ -1,4 +1,4 @@
-"""Failures that repeat: what failed twice in one sampling, in the same way, is not tried again until something changes.
+"""Failures that repeat: what failed twice in a row, in the same way, is not tried again until something changes.
 
 Otherwise a model that does not fit, or a link that hangs, would cost each prompt two starts of ranks before the host samples.
 """
@@ -34,7 +34,9 @@ class _Failure:
     free: Sequence[float] | None
 
 
-_failed: weakref.WeakKeyDictionary[Any, dict[Any, _Failure]] = weakref.WeakKeyDictionary()  # of each model, by circumstances
+# of each model, by circumstances: what is not tried again; and how the last sampling failed, which may be the first of two
+_failed: weakref.WeakKeyDictionary[Any, dict[Any, _Failure]] = weakref.WeakKeyDictionary()
+_last: weakref.WeakKeyDictionary[Any, dict[Any, str | None]] = weakref.WeakKeyDictionary()
 
 
 def check(request: GroupRequest) -> None:
@@ -52,17 +54,25 @@ def remember(request: GroupRequest, first: str | None, second: AsyncDiffError) -
     """Note how two groups for this request failed, if that was alike and their own doing.
 
     Args:
-        first: the :func:`kind` of the first failure.
+        first: the :func:`kind` of the first failure; None if there was none in this sampling.
     """
+    last = _last.setdefault(request.patcher.model, {})
+    first, last[_circumstances(request)] = first or last.get(_circumstances(request)), kind(second)
     if first is not None and first == kind(second):
         free = _free(request.devices) if "OutOfMemory" in first else None
         failure = _Failure(str(second).partition("\n")[0], free)
         _failed.setdefault(request.patcher.model, {})[_circumstances(request)] = failure
 
 
+def succeeded(request: GroupRequest) -> None:
+    """Note that ranks for this request have just finished a sampling."""
+    _last.get(request.patcher.model, {}).pop(_circumstances(request), None)
+
+
 def forget() -> None:
     """Have everything tried again."""
     _failed.clear()
+    _last.clear()
 
 
 def kind(error: AsyncDiffError) -> str | None:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import time
 
 import comfy.model_management
 import comfy.sd
@@ -190,6 +191,35 @@ def test_a_card_that_is_full_is_named_and_not_tried_again_before_something_chang
     assert any("mlu:2 is out of memory" in note for note in last_run().notes), "Stop workers has it tried again"
     del taken
     assert torch.equal(sample(attach(model, Options("Exact", "mlu:1,mlu:2"))), stock) and not last_run().notes
+
+
+def test_a_failure_in_each_of_two_prompts_is_remembered_unless_one_in_between_succeeds(model, sample):
+    """As with on_failure = finish, where no other ranks take over."""
+    POOL.release_idle()
+    routed = attach(model, Options("Exact", "mlu:1,mlu:2", on_failure="finish"))
+
+    def fill():
+        while of_ranks()[2]:  # processes that have ended are there for a moment
+            time.sleep(0.05)
+        left = sim.CONTEXT_BYTES + 2**19  # for a rank, or for this process if it has none there yet
+        return torch.empty(sim.BUDGET - sim._ledger.used(2) - left, dtype=torch.uint8, device="mlu:2")
+
+    def run():
+        sample(routed)
+        return last_run().line
+
+    taken = fill()
+    assert "mlu:2 is out of memory" in run()
+    del taken
+    assert "out of memory" not in run()
+    POOL.release()
+    taken = fill()
+    for _ in range(2):
+        line = run()
+        assert "mlu:2 is out of memory" in line and "failed twice" not in line
+    assert "failed twice in the same way" in run()
+    del taken
+    assert "out of memory" not in run()
 
 
 def test_models_that_the_host_keeps_on_a_card_take_room_from_its_ranks(large):
