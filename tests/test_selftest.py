@@ -18,12 +18,13 @@ SMALL = 1 / 8
 
 def test_a_machine_that_works(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checks, "_CPU_SCALE", SMALL)
+    monkeypatch.setattr(checks, "SUBJECTS", SUBJECTS[::2])
     monkeypatch.setattr(checks, "_DTYPES", (torch.bfloat16,))  # float16 takes CPUs ten times as long
     file = tmp_path / "found.json"
     assert main(["selftest", "--devices", "cpu,cpu", "--json", str(file)]) == 0
     printed, found = capsys.readouterr().out, json.loads(file.read_text())
     rows = [(row["check"], row["subject"]) for row in found["findings"]]
-    titles = [f"{subject.name}, {dtype}" for subject in SUBJECTS for dtype in ("bfloat16",)]
+    titles = [f"{subject.name}, {dtype}" for subject in SUBJECTS[::2] for dtype in ("bfloat16",)]
     expected = [("link", "cpu and cpu"), *((check, title) for title in titles for check in ("exact", "asynchronous", "speed"))]
     assert rows[: len(expected)] == expected
     assert [check for check, _ in rows[len(expected) :]] == ["start", "cancel", "exact", "death", "restart"]

@@ -81,8 +81,7 @@ def test_every_numerical_setting_survives_the_way_to_a_worker():
 @pytest.mark.parametrize(
     "change",
     [
-        "backends.cuda.matmul.allow_tf32 = True",
-        "backends.cudnn.allow_tf32 = False",
+        "backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = True, False",
         "set_float32_matmul_precision('medium')",
     ],
 )

@@ -31,6 +31,7 @@ def test_gpus_that_work(small):
     assert [each.value for each in found if each.check == "exact"] == ["bit for bit"] * 3
 
 
+@pytest.mark.slow
 def test_links_that_hang_are_slow_and_there_is_a_cure(small, monkeypatch):
     monkeypatch.setattr(Checks, "_lives", lambda _: iter(()))
     prepare = functools.partial(direct_links.prepare, "hangs", trial_seconds=1)

@@ -89,8 +89,10 @@ def test_exact_and_as_small_as_in_the_file(load, loaders, form):
     assert held == [group.placement.weight_bytes(segment) for segment in (0, 1)]
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_asynchronous_steps_are_the_simulators(load, ranks):
+    """Of other formats a faster test shows it, in test_quantised.py."""
     model, devices = load("Q4_0"), ", ".join(["cpu"] * ranks)
     stock = assert_exact(model, devices, 8)
     found = sampled(attach(model, Options("Custom", devices, segments=ranks, branches=1, warmup=3)), 8)
