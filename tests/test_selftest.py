@@ -49,6 +49,14 @@ def test_ranks_that_compute_something_else_are_wrong(compared):
     assert [each.verdict for each in found] == ["wrong", "wrong"] and "please send it" in found[0].cure
 
 
+def test_nan_is_wrong_wherever_it_is(compared):
+    made, group = compared
+    expected = made.denoise(group)
+    spoilt = [*expected[:-1], expected[-1] * float("nan")]
+    made.denoise = lambda model: spoilt if model is group else expected
+    assert (made.exactness(group).verdict, made.asynchrony(group).verdict) == ("wrong", "wrong")
+
+
 def test_a_gain_that_is_not_worth_it_is_slow(compared, monkeypatch):
     made, group = compared
     monkeypatch.setattr(comparison, "_SLOW", 1e9)

@@ -10,7 +10,7 @@ from itertools import combinations
 
 import torch
 
-from asyncdiff_nodes.engine import AsyncDiffError, IdleWorkers, RankOptions, WorkerError
+from asyncdiff_nodes.engine import AsyncDiffError, IdleWorkers, RankOptions, WorkerError, WorkerGroup
 
 from .comparison import Comparison, free_memory
 from .finding import SEND, Finding
@@ -125,11 +125,12 @@ class Checks:
             comparison.call(group, 0)
             yield _seconds("restart", "new processes, to the first result", begin)
 
-    def _cancelled(self, comparison: Comparison, group: object) -> Finding:
+    def _cancelled(self, comparison: Comparison, group: WorkerGroup) -> Finding:
         self._cancel, begin = True, time.monotonic()
         try:
-            for step in range(1, len(comparison.timesteps)):
-                comparison.call(group, step)
+            while time.monotonic() < begin + 2 * _PROMPT:  # a group looks now and then, and fast devices do many calls meanwhile
+                group.begin(comparison.timesteps)
+                comparison.denoise(group)
         except _Cancelled:
             return _seconds("cancel", "in a call: answered", begin, _PROMPT)
         finally:

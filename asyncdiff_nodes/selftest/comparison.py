@@ -127,5 +127,5 @@ def free_memory(devices: Sequence[str]) -> dict[str, int]:
 
 def _apart(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
     """Return the largest difference, as a share of the expected values' spread."""
-    differences = [float((a.float() - b.float()).abs().max() / b.float().std()) for a, b in zip(found, expected, strict=True)]
-    return max(differences)
+    apart = [(a.float() - b.float()).abs().max() / b.float().std() for a, b in zip(found, expected, strict=True)]
+    return float(torch.stack(apart).max())  # NaN if one of them is
