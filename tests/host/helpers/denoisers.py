@@ -9,11 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-import comfy.ldm.minimax_music.dit
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
-import comfy.nested_tensor
 import comfy.ops
 import comfy.supported_models
 import torch
@@ -85,7 +83,9 @@ class Denoiser:
         if self.name in FROM_NOTHING:
             return {"samples": torch.zeros(1, *self.latents)}
         if isinstance(self.latents[0], tuple):
-            return {"samples": comfy.nested_tensor.NestedTensor([draw(1, *shape) for shape in self.latents])}
+            from comfy.nested_tensor import NestedTensor  # not in older hosts, which have no such network
+
+            return {"samples": NestedTensor([draw(1, *shape) for shape in self.latents])}
         frames = 3 if self.base in FRAMES_AS_BATCH else 1
         return {"samples": draw(frames, *self.latents)}
 
@@ -104,7 +104,8 @@ DENOISERS = {
 
 def _smaller_music(network: torch.nn.Module) -> None:
     """Three narrow blocks in place of 36 of 67 million weights: no argument of the class says how large it is."""
-    transformer, block = network.diffusion_transformer.transformer, comfy.ldm.minimax_music.dit.TransformerBlock
+    transformer = network.diffusion_transformer.transformer
+    block = type(transformer.layers[0])
     blocks = [block(2048, 64, 256, network.dtype, torch.device("meta"), comfy.ops.manual_cast) for _ in range(3)]
     transformer.layers = torch.nn.ModuleList(blocks)
     network.to_empty(device="cpu")
@@ -168,6 +169,8 @@ def fill(network: torch.nn.Module, seed: int) -> None:
     draw = Draw(seed)
     for name, weight in network.named_parameters():
         scale = weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.1
+        if weight.ndim > 1 and name.startswith("motion_encoder.enc."):
+            scale = 1.0  # its layers scale their weights themselves
         centre = 1.0 if weight.ndim == 1 and name.endswith(("weight", "scale", "gamma")) else 0.0
         weight.data.copy_(centre + draw(*weight.shape) * scale)
     for name, buffer in network.named_buffers():

@@ -26,8 +26,8 @@ _CHROMA |= {
 }
 _RADIANCE = {
     **_CHROMA, "in_channels": 3, "out_channels": 3, "patch_size": 16, "nerf_hidden_size": 64, "nerf_mlp_ratio": 4,
-    "nerf_depth": 2, "nerf_max_freqs": 8, "nerf_tile_size": 512, "nerf_final_head_type": "conv", "nerf_embedder_dtype": torch.float32,
-    "use_x0": False, "use_sequential_txt_ids": False,
+    "nerf_depth": 2, "nerf_max_freqs": 8, "nerf_tile_size": 512, "nerf_final_head_type": "conv",
+    "nerf_embedder_dtype": torch.float32, "use_x0": False, "use_sequential_txt_ids": False,
 }  # fmt: skip
 _LENS = {"num_layers": 5, "num_attention_heads": 2, "axes_dims_rope": (8, 28, 28), "enc_hidden_dim": 16}
 _Z_IMAGE = {**small.unet_config("z_image"), "patch_size": 2}
@@ -185,7 +185,8 @@ ROWS = {
     "joy_image_reference": ("JoyImage", "JoyImage", _JOY, (16, 1, 16, 16), (40, 64), _with_reference(16, 1, 16, 16)),
     "ideogram4": ("Ideogram4", "Ideogram4", _IDEOGRAM, (128, 8, 8), (40, 64)),
     "krea2": ("Krea2", "Krea2", _KREA2, (16, 16, 16), (40, 192)),
-    "krea2_reference": ("Krea2", "Krea2", _KREA2, (16, 16, 16), (40, 192), _with_reference(16, 1, 16, 16)),
+    "krea2_reference": ("Krea2", "Krea2", _KREA2, (16, 16, 16), (40, 192),
+                        _with_reference(16, 1, 16, 16, reference_latents_method="index")),
     "ernie_image": ("ErnieImage", "ErnieImage", {**_ERNIE, "rope_axes_dim": (8, 12, 12)}, (128, 8, 8), (40, 48)),
     "hunyuan_image": ("HunyuanImage21", "HunyuanImage21", _HUNYUAN_IMAGE, (64, 16, 16), (40, 64),
                       lambda draw: {"conditioning_byt5small": draw(1, 12, 1472)}),

@@ -14,7 +14,8 @@ _MOCHI = {
     "depth": 3, "patch_size": 2, "num_heads": 2, "hidden_size_x": 64, "hidden_size_y": 64, "mlp_ratio_x": 192.0,
     "mlp_ratio_y": 2.0, "learn_sigma": False, "in_channels": 12, "qk_norm": True, "qkv_bias": False, "out_bias": True,
     "attn_drop": 0.0, "patch_embed_bias": True, "posenc_preserve_area": True, "timestep_mlp_bias": True,
-    "attend_to_padding": False, "timestep_scale": 1000.0, "use_t5": True, "t5_feat_dim": 64, "t5_token_length": 256, "rope_theta": 10000.0,
+    "attend_to_padding": False, "timestep_scale": 1000.0, "use_t5": True, "t5_feat_dim": 64, "t5_token_length": 256,
+    "rope_theta": 10000.0,
 }  # fmt: skip
 _LTXV = {**small.unet_config("ltxv"), "in_channels": 128}
 _LTX2 = {
@@ -37,8 +38,8 @@ _COSMOS = {
 _COSMOS2 = {
     "max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16, "out_channels": 16, "patch_spatial": 2,
     "patch_temporal": 1, "model_channels": 128, "concat_padding_mask": True, "crossattn_emb_channels": 64,
-    "pos_emb_cls": "rope3d", "pos_emb_learnable": True, "use_adaln_lora": True, "adaln_lora_dim": 16, "num_blocks": 4, "num_heads": 2,
-    "rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0, "rope_enable_fps_modulation": False,
+    "pos_emb_cls": "rope3d", "pos_emb_learnable": True, "use_adaln_lora": True, "adaln_lora_dim": 16, "num_blocks": 4,
+    "num_heads": 2, "rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0, "rope_enable_fps_modulation": False,
 }  # fmt: skip
 _KANDINSKY = {
     "in_text_dim": 64, "in_text_dim2": 48, "time_dim": 64, "model_dim": 128, "ff_dim": 192, "num_visual_blocks": 4,
