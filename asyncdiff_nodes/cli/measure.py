@@ -204,8 +204,9 @@ class Bench:
     def _call(self, group: WorkerGroup, index: int, steps: int) -> None:
         """With inputs that can be foreseen, as those of a sampler: nobody works ahead on others."""
         given = Inputs.take(*self._inputs, self._family.timestep)
-        leaves, sample = list(given.leaves), given.position(self._family.sample)
-        leaves[sample] = leaves[sample] * (1 - index / steps)
+        leaves = list(given.leaves)
+        for sample in given.samples(self._family.sample):
+            leaves[sample] = leaves[sample] * (1 - index / steps)
         args, kwargs = replace(given, leaves=leaves, timestep=given.timestep_like(_schedule(steps)[index])).arguments()
         group(*args, **kwargs)
 

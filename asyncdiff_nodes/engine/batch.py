@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # (args, kwargs) of one call
 
@@ -15,6 +15,15 @@ def sample_of(args: tuple[Any, ...], kwargs: dict[str, Any], place: tuple[int, s
     """Find the noisy sample among a call's arguments, at ``place``: (position, keyword); None if it is not there."""
     position, keyword = place
     return args[position] if len(args) > position else kwargs.get(keyword)
+
+
+def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any], place: tuple[int, str]) -> int:
+    """Return how many items the sample at ``place`` has, which may be several tensors [B, ...].
+
+    >>> batch_of(([torch.zeros(2, 4), torch.zeros(2, 8)], 0.5), {}, (0, "x"))
+    2
+    """
+    return next(len(leaf) for leaf in tree_leaves(sample_of(args, kwargs, place)) if isinstance(leaf, torch.Tensor))
 
 
 def divide(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, parts: int) -> list[Arguments]:

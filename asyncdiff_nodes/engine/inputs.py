@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,6 +57,7 @@ class Inputs:
         timestep: a number or a tensor, as the model's forward takes it.
         place: (position, keyword) of the timestep in the model's forward.
         positional: whether the timestep was passed by position.
+        echoes: positions among ``leaves`` of the same tensor as the timestep, passed once more: of another part of the sample.
     """
 
     leaves: list[Any]
@@ -64,18 +65,22 @@ class Inputs:
     timestep: Any
     place: tuple[int, str]
     positional: bool
+    echoes: tuple[int, ...] = ()
 
     @classmethod
     def take(cls, args: tuple[Any, ...], kwargs: dict[str, Any], place: tuple[int, str]) -> Inputs:
         """Take a call's arguments apart. Raises TypeError if there is no timestep."""
         position, keyword = place
         if len(args) > position:
-            rest = args[:position] + args[position + 1 :]
-            return cls(*_flat((rest, kwargs)), args[position], place, True)
-        if keyword not in kwargs:
+            timestep, rest, positional = args[position], (args[:position] + args[position + 1 :], kwargs), True
+        elif keyword in kwargs:
+            others = {name: value for name, value in kwargs.items() if name != keyword}
+            timestep, rest, positional = kwargs[keyword], (args, others), False
+        else:
             raise TypeError(f"missing argument {keyword!r}: pass the timestep as the model's forward takes it")
-        others = {name: value for name, value in kwargs.items() if name != keyword}
-        return cls(*_flat((args, others)), kwargs[keyword], place, False)
+        leaves, structure = _flat(rest)
+        echoes = [index for index, leaf in enumerate(leaves) if leaf is timestep and isinstance(leaf, torch.Tensor)]
+        return cls(leaves, structure, timestep, place, positional, tuple(echoes))
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return ``(args, kwargs)`` as they were."""
@@ -86,12 +91,12 @@ class Inputs:
         read = {id(leaf) for position, leaf in enumerate(flatten(self.arguments())[0]) if position in reads}
         return frozenset(position for position, leaf in enumerate(self.leaves) if id(leaf) in read)
 
-    def position(self, place: tuple[int, str]) -> int:
-        """Find the tensor at ``place``, (position, keyword), among ``leaves``. Raises TypeError if there is none."""
-        value = sample_of(*self.arguments(), place)
-        if not isinstance(value, torch.Tensor):
+    def samples(self, place: tuple[int, str]) -> tuple[int, ...]:
+        """Find the tensors at ``place``, (position, keyword), among ``leaves``: the sample. Raises TypeError if there is none."""
+        values = [leaf for leaf in flatten(sample_of(*self.arguments(), place))[0] if isinstance(leaf, torch.Tensor)]
+        if not values:
             raise TypeError(f"missing argument {place[1]!r}: pass the sample as the model's forward takes it")
-        return next(position for position, leaf in enumerate(self.leaves) if leaf is value)
+        return tuple(position for position, leaf in enumerate(self.leaves) if any(leaf is value for value in values))
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -105,19 +110,23 @@ class Inputs:
 
     def timestep_number(self) -> float:
         """Return the timestep as a number; the largest of several: of batch items, or of tokens, some of which may be at rest."""
-        return float(self.timestep.max()) if isinstance(self.timestep, torch.Tensor) else float(self.timestep)
+        return max(float(leaf.max() if isinstance(leaf, torch.Tensor) else leaf) for leaf in flatten(self.timestep)[0])
 
     def timestep_like(self, value: float) -> Any:
         """Return ``value`` in the form of this call's timestep; where that has several, all in the same proportion."""
-        if not isinstance(self.timestep, torch.Tensor):
-            return type(self.timestep)(value)
-        largest = self.timestep.max()
-        if bool((self.timestep == largest).all()):
-            return torch.full_like(self.timestep, value)
-        return (self.timestep * (value / largest)).to(self.timestep.dtype)
+        largest = self.timestep_number()
 
-    def pack(self, sent: list[Any] | None, always: int) -> tuple[list[Packed], list[torch.Tensor], list[Any]]:
-        """Pack what to send, given the leaves that the ranks have (``None``: nothing yet); the one at ``always`` in any case.
+        def like(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return type(leaf)(value if leaf == largest else leaf * (value / largest))
+            if bool((leaf == largest).all()):
+                return torch.full_like(leaf, value)
+            return (leaf * (value / largest)).to(leaf.dtype)
+
+        return _each(like, self.timestep)
+
+    def pack(self, sent: list[Any] | None, always: Collection[int]) -> tuple[list[Packed], list[torch.Tensor], list[Any]]:
+        """Pack what to send, given the leaves that the ranks have (``None``: nothing yet); those at ``always`` in any case.
 
         Returns:
             One :data:`Packed` per leaf, the tensors that these name (on the CPU, but for parameters), and the leaves that the
@@ -134,7 +143,7 @@ class Inputs:
             constant = isinstance(leaf, nn.Parameter)
             # others by value: a caller may build the same conditioning anew each step, or change a tensor in place
             same = operator.is_ if constant else _equal
-            if sent is not None and position != always and same(leaf, sent[position]):
+            if sent is not None and position not in always and same(leaf, sent[position]):
                 packed.append(("same", None))
                 known.append(sent[position])
             else:
@@ -160,10 +169,15 @@ def on_cpu(calls: Sequence[Inputs]) -> list[Inputs]:
         devices.add(leaf.device)
         return leaf.to("cpu", non_blocking=True)
 
-    copies = [replace(call, leaves=[*map(copy, call.leaves)], timestep=copy(call.timestep)) for call in calls]
+    copies = [replace(call, leaves=[*map(copy, call.leaves)], timestep=_each(copy, call.timestep)) for call in calls]
     for device in devices:
         accelerator.synchronize_stream(device)
     return copies
+
+
+def _each(function: Callable[[Any], Any], tree: Any) -> Any:
+    leaves, structure = flatten(tree)
+    return unflatten([function(leaf) for leaf in leaves], structure)
 
 
 def only(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 from .inputs import Packed
@@ -37,7 +37,7 @@ class CallMessage(NamedTuple):  # which pickles without the names
         timed: its record is to say how long each block took.
         checked: its record is to say which blocks NaN or infinity come from.
         leaves: as in :class:`~.inputs.Inputs`.
-        timestep: this rank's.
+        timestep, timestep_structure: this rank's, as leaves and what they make up.
         opening: on a stream's first call only, and on the first one after a move.
         result: index of the call whose result this rank returns, or None.
     """
@@ -56,7 +56,8 @@ class CallMessage(NamedTuple):  # which pickles without the names
     targets: tuple[int, ...]
     reads: int | None
     leaves: tuple[Packed, ...]
-    timestep: Packed
+    timestep: Sequence[Packed]
+    timestep_structure: Any
     opening: Opening | None
     result: int | None
 

@@ -36,8 +36,9 @@ class EarlierCall:
 class SimulatedBlocks:
     """``module`` with its blocks wrapped, until :meth:`close`: run as a whole, or as the rank of one segment runs it."""
 
-    def __init__(self, module: nn.Module, placement: Placement) -> None:
+    def __init__(self, module: nn.Module, placement: Placement, entry: str) -> None:
         self._module, self._placement = module, placement
+        self._run = getattr(module, entry)
         self._hidden = placement.hidden
         self._carriers = self._hidden.carriers if self._hidden else {}
         self._segment: int | None = None  # the one that runs; None runs all
@@ -57,7 +58,7 @@ class SimulatedBlocks:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Run the whole model; returns its output, and that of each block."""
         self._segment, self._made = None, {}
-        return self._module(*args, **kwargs), self._made
+        return self._run(*args, **kwargs), self._made
 
     def run_segment(
         self, segment: int, reads: int | None, history: Sequence[EarlierCall], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -73,7 +74,7 @@ class SimulatedBlocks:
             segment makes, how these changed.
         """
         self._segment, self._reads, self._history, self._made = segment, reads, history, {}
-        output = self._module(*args, **kwargs)
+        output = self._run(*args, **kwargs)
         own = {name: value for name, value in self._made.items() if self._placement[name] == segment}
         for name in own.keys() & self._carriers.keys():
             own[name] = _mapped(torch.clone, own[name])  # its output may be read as well

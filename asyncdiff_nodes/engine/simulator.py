@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from asyncdiff_nodes.engine.planning.family import Family, find_family
-from asyncdiff_nodes.engine.planning.lookahead import NoiseLevels, Outlook
+from asyncdiff_nodes.engine.planning.discovery import discover
+from asyncdiff_nodes.engine.planning.family import UNKNOWN, Family, example_of, listed_family
+from asyncdiff_nodes.engine.planning.lookahead import NoiseLevels, Outlooks
 from asyncdiff_nodes.engine.planning.placement import Placement, place
 from asyncdiff_nodes.engine.planning.plan import Plan
 from asyncdiff_nodes.engine.planning.schedule import Call, Kind, call_at, calls_ahead
@@ -24,6 +25,7 @@ from asyncdiff_nodes.engine.planning.trace import trace
 
 from .batch import concatenated
 from .compression import Decoder, Encoder
+from .errors import PlanError
 from .inputs import Inputs, join
 from .simulated_blocks import EarlierCall, SimulatedBlocks
 from .tensors import TensorMeta, meta_copy
@@ -41,7 +43,7 @@ class _Stream:
         last_timestep: of the call before.
     """
 
-    def __init__(self, outlook: Outlook | None) -> None:
+    def __init__(self, outlook: Outlooks | None) -> None:
         self.next = 0
         self.history: list[EarlierCall] = []
         self.results: dict[int, Any] = {}
@@ -99,26 +101,46 @@ class Simulator:
         example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
     ) -> None:
         self.plan = plan
-        self.family = family or find_family(module)
-        skeleton = meta_copy(module)
-        args, kwargs = example_inputs or self.family.example_inputs(skeleton, None, 2)
-        args, kwargs = self.family.parts(args, kwargs, plan.branches)[0]
-        self.placement: Placement = place(trace(skeleton, self.family, args, kwargs), plan)
-        self._blocks = SimulatedBlocks(module, self.placement)
+        self._module, self._family = module, family or listed_family(module)
+        self._simulated: SimulatedBlocks | None = None
+        example_inputs = example_inputs or example_of(self._family, module)
+        if example_inputs is not None:
+            self._place(*example_inputs)
         self._run_plan = plan
         self._timesteps: list[float] | None = None
         self._levels: NoiseLevels | None = None
         self._streams: dict[tuple[int, Hashable], _Stream] = {}
 
+    def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        skeleton = meta_copy(self._module)
+        if self._family is None:
+            self._family, _ = discover(skeleton, args, kwargs)
+        part = self._family.parts(args, kwargs, self.plan.branches)[0]
+        self.placement: Placement = place(trace(skeleton, self._family, *part), self.plan)
+        self._simulated = SimulatedBlocks(self._module, self.placement, self._family.entry)
+
     def close(self) -> None:
         """Restore the module."""
-        self._blocks.close()
+        if self._simulated is not None:
+            self._simulated.close()
 
     def __enter__(self) -> Simulator:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def family(self) -> Family:
+        """How the module is split. Raises PlanError before that is found out in its first call."""
+        if self._family is None:
+            raise PlanError(UNKNOWN)
+        return self._family
+
+    @property
+    def _blocks(self) -> SimulatedBlocks:
+        assert self._simulated is not None, "placed by the first call"
+        return self._simulated
 
     def begin(self, timesteps: Sequence[float] | torch.Tensor | None = None, levels: NoiseLevels | None = None) -> None:
         """Start a new run, all of whose streams begin with its first call; see ``WorkerGroup.begin``."""
@@ -130,6 +152,8 @@ class Simulator:
     @torch.no_grad()
     def __call__(self, *args: Any, stream: Hashable = None, **kwargs: Any) -> Any:
         """Compute one call; see ``WorkerGroup.__call__``."""
+        if self._simulated is None:
+            self._place(args, kwargs)
         parts = self.family.parts(args, kwargs, self.plan.branches)
         results = [self._call((branch, stream), *part) for branch, part in enumerate(parts)]
         leaves, (structure, *_) = zip(*map(flatten, results), strict=True)
@@ -143,7 +167,7 @@ class Simulator:
         """Compute one branch's part of a call."""
         if key not in self._streams:
             levels = self._levels if self._run_plan.forecast and self._run_plan.segments > 1 else None
-            self._streams[key] = _Stream(None if levels is None else Outlook(levels))
+            self._streams[key] = _Stream(None if levels is None else Outlooks(levels))
         stream, inputs = self._streams[key], Inputs.take(args, kwargs, self.family.timestep)
         plan = self._plan_of(stream, inputs)
         call = call_at(plan, stream.next, self._total)
@@ -163,7 +187,7 @@ class Simulator:
         """Return the run's plan, as far as the stream's inputs can be foreseen: nobody works ahead on others."""
         if stream.outlook is None:
             return self._run_plan
-        stream.outlook.see(stream.next, inputs.leaves[inputs.position(self.family.sample)])
+        stream.outlook.see(stream.next, [inputs.leaves[position] for position in inputs.samples(self.family.sample)])
         return self._run_plan if stream.outlook.steady else replace(self._run_plan, forecast=0)
 
     def _whole(self, inputs: Inputs) -> tuple[Any, dict[str, Any]]:
@@ -204,8 +228,12 @@ class Simulator:
         leaves, timestep = list(inputs.leaves), inputs.timestep
         target, index = job.targets[rank], job.timestep_indices[rank]
         if stream.outlook is not None and target != call.index:
-            leaves[inputs.position(self.family.sample)] = stream.outlook.expected(target)
+            samples = stream.outlook.expected(target)
+            for position, sample in zip(inputs.samples(self.family.sample), samples, strict=True):
+                leaves[position] = sample
         if index != call.index:  # unscheduled, this is a time shift
             timestep = stream.last_timestep if self._timesteps is None else inputs.timestep_like(self._timesteps[index])
+        for position in inputs.echoes:
+            leaves[position] = timestep
         args, kwargs = join(leaves, inputs.structure, timestep, inputs.place, inputs.positional)
         return self._blocks.run_segment(self._run_plan.segment_of_rank(rank), reads, stream.history, args, kwargs)

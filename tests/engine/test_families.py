@@ -87,7 +87,7 @@ def denoise(call, model, batch=2, noise=0.0):
         return torch.rand(leaf.shape, generator=generator) if isinstance(leaf, torch.Tensor) else leaf
 
     first = Inputs.take(*tree_map(real, family.example_inputs(model, 8, batch)), family.timestep)
-    sample, found = first.position(family.sample), []
+    (sample,), found = first.samples(family.sample), []
     for k, t in enumerate(TIMESTEPS):
         leaves = list(first.leaves)
         leaves[sample] = leaves[sample] * (1 - k / 7) + noise * torch.randn(leaves[sample].shape, generator=generator)

@@ -40,9 +40,9 @@ def test_what_has_the_same_values_is_not_sent_again(before, now, same):
     def take(tensor):
         return Inputs.take((torch.zeros(1), 10, tensor), {}, (1, "timestep"))
 
-    _, tensors, known = take(before).pack(None, always=0)
+    _, tensors, known = take(before).pack(None, always=[0])
     assert len(tensors) == 2
-    packed, tensors, _ = take(now).pack(known, always=0)
+    packed, tensors, _ = take(now).pack(known, always=[0])
     assert packed[1] == (("same", None) if same else ("tensor", 1)) and len(tensors) == 2 - same
 
 
@@ -88,8 +88,8 @@ def test_the_caller_wakes_no_threads():
         tensors = torch.frombuffer(bytearray(2**22), dtype=torch.float32), torch.frombuffer(bytearray(2**22), dtype=torch.float32)
         before = threads()
         calls = [Inputs.take((torch.zeros(1), 10, tensor), {}, (1, "timestep")) for tensor in tensors]
-        _, _, known = calls[0].pack(None, always=0)
-        packed, _, _ = calls[1].pack(known, always=0)
+        _, _, known = calls[0].pack(None, always=[0])
+        packed, _, _ = calls[1].pack(known, always=[0])
         assert packed[1] == ("same", None)
         alone = threads()
         torch.equal(*tensors)

@@ -10,9 +10,10 @@ import torch
 
 from asyncdiff_nodes.engine.errors import ScheduleError
 from asyncdiff_nodes.engine.inputs import Inputs
-from asyncdiff_nodes.engine.planning.lookahead import NoiseLevels, Outlook
+from asyncdiff_nodes.engine.planning.lookahead import NoiseLevels, Outlooks
 from asyncdiff_nodes.engine.planning.plan import Plan
 from asyncdiff_nodes.engine.planning.schedule import Call, Kind, call_at, calls_ahead
+from asyncdiff_nodes.engine.trees import flatten
 
 from .run import Run
 
@@ -40,7 +41,7 @@ class Course:
     >>> for t in inputs:
     ...     if t == 300:
     ...         course.move()
-    ...     call = course.next(inputs[t], sample)
+    ...     call = course.next(inputs[t], [sample])
     ...     print((call.index, call.kind.value, course.why(call)))
     ...     course.made(call, inputs[t])
     (0, 'synchronous', 'warm-up')
@@ -65,7 +66,7 @@ class Course:
             self._timesteps = run.timesteps[first:]
             if run.plan.forecast:
                 levels = run.levels or NoiseLevels.unknown(len(run.timesteps))
-                self._outlook = Outlook(NoiseLevels(levels.sigmas[first:], levels.scales[first:]))
+                self._outlook = Outlooks(NoiseLevels(levels.sigmas[first:], levels.scales[first:]))
         self._warm_up_to(run.plan)
 
     def _warm_up_to(self, plan: Plan) -> None:
@@ -81,8 +82,8 @@ class Course:
     def _total(self) -> int | None:
         return None if self._timesteps is None else len(self._timesteps)
 
-    def next(self, inputs: Inputs, sample: torch.Tensor) -> Call:
-        """Say which call comes now, with these inputs, of which ``sample`` is one.
+    def next(self, inputs: Inputs, samples: Sequence[torch.Tensor]) -> Call:
+        """Say which call comes now, with these inputs, of which ``samples`` are some.
 
         Raises:
             ScheduleError: its timestep is not the one that was announced, or there is no further one.
@@ -93,7 +94,7 @@ class Course:
         call = call_at(self._foreseeing, index, self._total)
         if self._outlook is None:
             return call
-        self._outlook.see(index, sample)
+        self._outlook.see(index, samples)
         return call if self._outlook.steady else call_at(self._blind, index, self._total)
 
     def jobs(self, call: Call) -> Iterator[Call]:
@@ -127,9 +128,9 @@ class Course:
             )
         return self._next + skipped
 
-    def expected_sample(self, call: Call, target: int) -> torch.Tensor | None:
-        """Return the sample that a rank that computes for call ``target`` is given; None for the one of ``call`` itself."""
-        return None if self._outlook is None or target == call.index else self._outlook.expected(target)
+    def expected_samples(self, call: Call, target: int) -> Sequence[torch.Tensor]:
+        """Return the samples that a rank that computes for call ``target`` is given; none for those of ``call`` itself."""
+        return () if self._outlook is None or target == call.index else self._outlook.expected(target)
 
     def timestep(self, call: Call, index: int, inputs: Inputs) -> Any:
         """Return the timestep of call ``index``, in the form of that of ``call``, which has these inputs."""
@@ -164,7 +165,8 @@ def _find(inputs: Inputs, timesteps: Sequence[float]) -> int | None:
     >>> _find(Inputs.take((0, torch.tensor([600.0])), {}, (1, "timestep")), (900.0, 600.0, 300.0))
     1
     """
-    given, timestep = inputs.timestep_number(), inputs.timestep  # once: it may be on a GPU
+    given = inputs.timestep_number()  # once: it may be on a GPU
+    timestep = flatten(inputs.timestep)[0][0]
     rounded = isinstance(timestep, torch.Tensor) and timestep.is_floating_point()  # as bfloat16, to three digits
     exact = max(1e-3, torch.finfo(timestep.dtype).eps if rounded else 0.0)
     near = (index for index, expected in enumerate(timesteps) if abs(given - expected) <= exact * max(1.0, abs(expected)))

@@ -7,17 +7,18 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from asyncdiff_nodes.engine.batch import concatenated, sample_of
+from asyncdiff_nodes.engine.batch import batch_of, concatenated
 from asyncdiff_nodes.engine.devices import resolve_devices
-from asyncdiff_nodes.engine.errors import DeviceError, UnsupportedModelError
+from asyncdiff_nodes.engine.errors import DeviceError, PlanError, UnsupportedModelError
 from asyncdiff_nodes.engine.inputs import Inputs, SentParameters, on_cpu
-from asyncdiff_nodes.engine.planning.family import Family, find_family
+from asyncdiff_nodes.engine.planning.discovery import discover
+from asyncdiff_nodes.engine.planning.family import UNKNOWN, Family, example_of, listed_family
 from asyncdiff_nodes.engine.planning.graph import BlockGraph
 from asyncdiff_nodes.engine.planning.lookahead import NoiseLevels
 from asyncdiff_nodes.engine.planning.placement import Placement, place
@@ -41,6 +42,17 @@ from .stream import Stream
 from .worker_processes import IdleWorkers
 
 
+@dataclass(frozen=True)
+class _ToPlace:
+    """What is kept until the blocks are placed; see :class:`WorkerGroup`."""
+
+    weights: Weights
+    estimate: Callable[[BlockGraph], tuple[Sequence[float], Sequence[float], float] | None] | None
+    room: Sequence[float] | None
+    on_placed: Callable[[Placement], None] | None
+    options: RankOptions
+
+
 class WorkerGroup:
     """``module`` split over worker processes as ``plan`` says; call it with the arguments of ``module.forward``.
 
@@ -50,8 +62,9 @@ class WorkerGroup:
         plan: how to split; ``Plan()`` is two segments at automatic cuts.
         devices: one device string per rank, ``plan.world_size`` of them, one branch after the other; a device may be named
             repeatedly. Those of a Ray cluster are named as in :mod:`asyncdiff_nodes.cluster`.
-        family: how to split this kind of model; found by its class if ``None``.
-        example_inputs: ``(args, kwargs)`` of a typical call, for automatic cuts; the family's own if ``None``.
+        family: how to split this kind of model; if ``None``, that of its class, or what is found out by :func:`.discover`.
+        example_inputs: ``(args, kwargs)`` of a typical call, for automatic cuts; the family's own if ``None``. Where there are
+            none, blocks are placed at the first call, as is best for that.
         weights: name and value of every parameter and buffer, in place of the module's own; each is read once, when it is sent.
         estimate: called with the block graph; returns what is known for automatic cuts: ``costs`` of blocks, ``speeds`` of
             devices and the caller's ``pause``, as for :func:`~.placement.place`; or None.
@@ -93,9 +106,9 @@ class WorkerGroup:
             if empty := next((name for name, tensor in tensors_of(module) if tensor.is_meta), None):
                 raise UnsupportedModelError(f"weight {empty} is on the meta device: load the model before splitting it")
         self.plan = plan
-        self.family = family or find_family(module)
+        self._family = family or listed_family(module)
         self._skeleton = meta_copy(module)
-        skeleton = _pickled(self._skeleton)
+        self._pickled = _pickled(self._skeleton)
         self._graphs: dict[Any, BlockGraph] = {}
         self._run = Run(0, plan)
         self._parameters = [SentParameters() for _ in range(plan.world_size)]
@@ -107,22 +120,14 @@ class WorkerGroup:
         self._records: deque[CallRecord] = deque(maxlen=20_000)
         self._on_record: Callable[[CallRecord], None] | None = None
         self._call_timeout = options.call_timeout
+        self._model: PlacedModel | None = None
 
         self._ranks = _start(self.devices, options)  # they import for seconds, during what follows
         self._finalizer = weakref.finalize(self, self._ranks.close)
-        try:
-            args, kwargs = example_inputs or self.family.example_inputs(self._skeleton, None, 2)
-            graph = trace(self._skeleton, self.family, *self.family.parts(args, kwargs, plan.branches)[0])
-            costs, speeds, pause = (estimate and estimate(graph)) or (None, None, 0.0)
-            placement = place(graph, plan, speeds, costs, pause, room)
-            if on_placed is not None:
-                on_placed(placement)
-            self._placed = PlacedModel(self._ranks, placement, [name for name, _ in tensors_of(self._skeleton)], self._accept)
-            deadline = time.monotonic() + options.start_timeout
-            self._placed.boot(self._boots(skeleton, options, deadline), weights, self._greeting(), deadline)
-        except BaseException:
-            self._ranks.close(grace=0)  # ranks that are still importing would not hear a polite word
-            raise
+        self._to_place: _ToPlace | None = _ToPlace(weights, estimate, room, on_placed, options)
+        example_inputs = example_inputs or example_of(self._family, self._skeleton)
+        if example_inputs is not None:
+            self.place(*example_inputs)
 
     # -- use ---------------------------------------------------------------------------------------------------------
 
@@ -152,6 +157,51 @@ class WorkerGroup:
         self._on_record = on_record
         self._start_run()
 
+    def place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Place the blocks as for a call with these arguments, and start the ranks; nothing if that is done.
+
+        Raises:
+            as the class.
+        """
+        if self._to_place is None:
+            return
+        how, self._to_place = self._to_place, None
+        try:
+            graph = self._graph_of(args, kwargs)
+            costs, speeds, pause = (how.estimate and how.estimate(graph)) or (None, None, 0.0)
+            placement = place(graph, self.plan, speeds, costs, pause, how.room)
+            if how.on_placed is not None:
+                how.on_placed(placement)
+            names = [name for name, _ in tensors_of(self._skeleton)]
+            self._model = PlacedModel(self._ranks, placement, names, self._accept)
+            deadline = time.monotonic() + how.options.start_timeout
+            self._model.boot(self._boots(how.options, deadline), how.weights, self._greeting(), deadline)
+        except BaseException:
+            self._ranks.close(grace=0)  # ranks that are still importing would not hear a polite word
+            raise
+
+    def _graph_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockGraph:
+        """Trace one branch's part of a call; with a model that no table has, find out first how to split it."""
+        if self._family is None:
+            self._family, graph = discover(self._skeleton, args, kwargs)
+            if self.plan.branches == 1:
+                return graph
+        return trace(self._skeleton, self.family, *self.family.parts(args, kwargs, self.plan.branches)[0])
+
+    @property
+    def family(self) -> Family:
+        """How the model is split. Raises PlanError before that is found out, at the first call or by :meth:`place`."""
+        if self._family is None:
+            raise PlanError(UNKNOWN)
+        return self._family
+
+    @property
+    def _placed(self) -> PlacedModel:
+        """The model in the ranks. Raises PlanError before it is placed."""
+        if self._model is None:
+            raise PlanError("blocks are placed at the first call, or by place(): this group has had neither")
+        return self._model
+
     def _start_run(self) -> None:
         self._streams.clear()
         for parameters in self._parameters:
@@ -160,7 +210,8 @@ class WorkerGroup:
         self._results.clear()
         self._records.clear()
         self.finite = True
-        self._placed.send_all(self._greeting(), self._deadline())
+        if self._model is not None:
+            self._model.send_all(self._greeting(), self._deadline())
 
     def _greeting(self) -> tuple[Any, ...]:
         """Say what a rank is told when a run begins."""
@@ -187,6 +238,7 @@ class WorkerGroup:
             GroupClosedError, WeightsUnloadedError: the group cannot be used, or not before :meth:`reload`.
             UnsupportedModelError: within ``torch.autocast``, or a forward that cannot be traced with these arguments.
         """
+        self.place(args, kwargs)
         self._placed.check_loaded()
         parts = [Inputs.take(*part, self.family.timestep) for part in self.family.parts(args, kwargs, self.plan.branches)]
         device = parts[0].device
@@ -364,7 +416,7 @@ class WorkerGroup:
 
     # -- start -------------------------------------------------------------------------------------------------------
 
-    def _boots(self, skeleton: bytes, options: RankOptions, deadline: float) -> Iterator[Boot]:
+    def _boots(self, options: RankOptions, deadline: float) -> Iterator[Boot]:
         """Yield what each rank begins with."""
         locations, rendezvous = self._ranks.meet(deadline)
         threads = options.threads_per_rank or max(1, torch.get_num_threads() // self.plan.world_size)
@@ -373,12 +425,13 @@ class WorkerGroup:
                 share=share,
                 locations=locations,
                 rendezvous=rendezvous,
-                skeleton=skeleton,
+                skeleton=self._pickled,
                 compile=options.compile,
                 prepare=options.prepare,
                 threads=threads,
                 timestep=self.family.timestep,
                 sample=self.family.sample,
+                entry=self.family.entry,
                 divide=self.family.divide,
                 timeout=self._call_timeout,
                 staged=options.staged,
@@ -403,7 +456,7 @@ class WorkerGroup:
         if count == 1 or not self.placement.pipelines:
             return 1
         args, kwargs = inputs.arguments()
-        batch = len(sample_of(args, kwargs, self.family.sample))
+        batch = batch_of(args, kwargs, self.family.sample)
         alike = all(meta.divides(batch) for block in graph.blocks for meta in block.outputs)
         return len(self.family.parts(args, kwargs, count)) if alike else 1
 

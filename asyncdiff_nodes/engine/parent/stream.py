@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from asyncdiff_nodes.engine.planning.graph import BlockGraph
 from asyncdiff_nodes.engine.planning.placement import Placement
 from asyncdiff_nodes.engine.planning.schedule import Call, Kind
 from asyncdiff_nodes.engine.tensors import copied, dense_on_cpu
+from asyncdiff_nodes.engine.trees import flatten
 
 from .course import Course
 from .run import Run
@@ -48,7 +50,7 @@ class Stream:
         self.graph = graph
         self._key, self._run, self._parameters, self._parts = key, run, parameters, parts
         self._signature = inputs.signature
-        self._sample = inputs.position(sample)
+        self._samples = inputs.samples(sample)
         self._reads = [inputs.positions(block.reads) for block in graph.blocks]
         self._hidden = inputs.positions(graph.hidden.reads) if graph.hidden else frozenset()
         self._needs = self._needed(placement)
@@ -66,12 +68,12 @@ class Stream:
                 f"the inputs of stream {self._key!r} changed within a run ({difference(self._signature, inputs.signature)}): "
                 "keep shapes and dtypes, use another stream, or call begin() for a new run"
             )
-        return self._course.next(inputs, inputs.leaves[self._sample])
+        return self._course.next(inputs, [inputs.leaves[position] for position in self._samples])
 
     def messages(self, call: Call, inputs: Inputs, ranks: int) -> Iterator[tuple[int, CallMessage, list[torch.Tensor]]]:
         """Yield what to send for ``call``, in order: rank of the branch, message, tensors; each rank several times or never."""
         for job in self._course.jobs(call):
-            packed, tensors, known = inputs.pack(self._sent, always=self._sample)
+            packed, tensors, known = inputs.pack(self._sent, always=(*self._samples, *inputs.echoes))
             opening = self._opening(inputs) if self._sent is None else None
             # whose result is waited for comes first: what the others get ahead with is still to be reckoned
             order = range(ranks) if job.kind is Kind.SYNCHRONOUS else reversed(range(ranks))
@@ -108,13 +110,21 @@ class Stream:
         computes = call.works(rank, plan.segments)
         needed = self._needs[min(rank, plan.segments - 1)]
         target = call.targets[rank] if computes else call.index
-        if self._sample in needed and (expected := course.expected_sample(call, target)) is not None:
+        expected = course.expected_samples(call, target) if needed.intersection(self._samples) else ()
+        if expected:
             tensors = list(tensors)
-            tensors[packed[self._sample][1]] = dense_on_cpu(expected)
-        leaves, sent = only(packed, tensors, needed, self._parameters[rank])
+            for position, sample in zip(self._samples, expected, strict=True):
+                tensors[packed[position][1]] = dense_on_cpu(sample)
         timestep = course.timestep(call, call.timestep_indices[rank] if computes else call.index, inputs)
+        if inputs.echoes:
+            tensors = list(tensors)
+            for position in inputs.echoes:
+                tensors[packed[position][1]] = timestep
+        leaves, sent = only(packed, tensors, needed, self._parameters[rank])
         parts = self._parts if call.kind is Kind.SYNCHRONOUS else 1
-        is_tensor = isinstance(timestep, torch.Tensor)
+        times, structure = flatten(timestep)
+        places = itertools.count(len(sent))
+        sent += [copied(leaf) for leaf in times if isinstance(leaf, torch.Tensor)]
         message = CallMessage(
             run=self._run.number,
             stream=self._key,
@@ -130,8 +140,9 @@ class Stream:
             targets=call.targets,
             reads=call.reads[rank] if computes else None,
             leaves=tuple(leaves),
-            timestep=("tensor", len(sent)) if is_tensor else ("value", timestep),
+            timestep=[("tensor", next(places)) if isinstance(leaf, torch.Tensor) else ("value", leaf) for leaf in times],
+            timestep_structure=structure,
             opening=opening,
             result=dict(call.results).get(rank),
         )
-        return message, [*sent, copied(timestep)] if is_tensor else sent
+        return message, sent

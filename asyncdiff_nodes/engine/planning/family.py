@@ -13,6 +13,8 @@ from asyncdiff_nodes.engine.batch import Arguments, divide, sample_of
 from asyncdiff_nodes.engine.errors import UnsupportedModelError
 from asyncdiff_nodes.extensions import families
 
+UNKNOWN = "how to split this model is found out in its first call, which it has not had"
+
 
 @dataclass(frozen=True)
 class HiddenStates:
@@ -31,6 +33,19 @@ class HiddenStates:
 
 
 @dataclass(frozen=True)
+class Findings:
+    """What a model was seen to do, on meta, when its blocks were found.
+
+    Attributes:
+        share: part of its multiply-accumulates that is in blocks.
+        read_values: whether it takes its path by values of its inputs.
+    """
+
+    share: float
+    read_values: bool
+
+
+@dataclass(frozen=True)
 class Family:
     """A family of module trees that are split in the same way.
 
@@ -40,42 +55,59 @@ class Family:
         timestep: position and keyword of the timestep in the model's ``forward``.
         sample: position and keyword of the noisy sample.
         example_inputs: ``(module, latent_size, batch) -> (args, kwargs)``, tensors on the meta device; ``None`` for the
-            size means the model's own. Used to plan before the first call.
+            size means the model's own. Used to plan before the first call; without, it is planned then.
         trace_inputs: ``(args, kwargs) -> (args, kwargs)``, what a trace passes instead of a call's own inputs, where the
             forward cannot run on the meta device with these; ``None`` changes nothing.
         divide: ``(args, kwargs, batch, parts)`` -> the same call for each part of the batch; see :func:`~.batch.divide`.
         hidden: of a transformer; ``None`` where nothing is known of its hidden states, or there are none.
+        entry: the method of the model that a call is of.
+        keep_shape: modules within blocks that look at values, but return what is like their largest argument.
+        found: what the model was seen to do when this was found out automatically; ``None`` where it was written by hand.
     """
 
     name: str
     block_names: Callable[[nn.Module], list[str]]
     timestep: tuple[int, str]
-    example_inputs: Callable[[nn.Module, int | None, int], tuple[tuple[Any, ...], dict[str, Any]]]
+    example_inputs: Callable[[nn.Module, int | None, int], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     trace_inputs: Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     sample: tuple[int, str] = (0, "sample")
     divide: Callable[[tuple[Any, ...], dict[str, Any], int, int], list[Arguments]] = divide
     hidden: HiddenStates | None = None
+    entry: str = "forward"
+    keep_shape: tuple[str, ...] = ()
+    found: Findings | None = None
 
     def parts(self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> list[Arguments]:
         """Divide the call into at most ``count`` parts of its batch."""
         sample = sample_of(args, kwargs, self.sample)
-        if count == 1 or not isinstance(sample, torch.Tensor):
+        if count == 1 or not isinstance(sample, torch.Tensor):  # a sample of several tensors is not divided
             return [(args, kwargs)]
         return self.divide(args, kwargs, sample.shape[0], count)
 
 
-def find_family(module: nn.Module) -> Family:
-    """Find the family of ``module``, by the names of its class and of the package that this is from.
+def listed_family(module: nn.Module) -> Family | None:
+    """Find the family of ``module``, by the names of its class and of the package that this is from; None if no table has it.
 
     A class that is built on a listed one is another: blocks that it adds would be computed by every rank.
+    """
+    cls = type(module)
+    return families().get(f"{cls.__module__.partition('.')[0]}.{cls.__name__}")
+
+
+def example_of(family: Family | None, skeleton: nn.Module) -> Arguments | None:
+    """Return inputs of a typical call, if ``family`` knows any."""
+    return None if family is None or family.example_inputs is None else family.example_inputs(skeleton, None, 2)
+
+
+def find_family(module: nn.Module) -> Family:
+    """Find the family of ``module``, where it has to be known before any call; see :func:`listed_family`.
 
     Raises:
-        UnsupportedModelError: no registered table lists this class; see :mod:`asyncdiff_nodes.extensions`.
+        UnsupportedModelError: no registered table lists its class; see :mod:`asyncdiff_nodes.extensions`.
     """
-    cls, known = type(module), families()
-    if family := known.get(f"{cls.__module__.partition('.')[0]}.{cls.__name__}"):
+    if family := listed_family(module):
         return family
     raise UnsupportedModelError(
-        f"no block list for a {type(module).__module__}.{type(module).__qualname__}; "
-        f"supported: {', '.join(sorted(known))}. Pass family=Family(...) to split another model."
+        f"no block list for a {type(module).__module__}.{type(module).__qualname__}; listed: {', '.join(sorted(families()))}. "
+        "Its blocks are found out in its first call, or from example_inputs"
     )

@@ -115,3 +115,26 @@ class Outlook:
         predicted = predicted.masked_fill(self._still, 0)
         factor = (predicted * happened).flatten(1).sum(1) / predicted.square().flatten(1).sum(1).clamp_min(1e-30)
         return factor.clamp(0, 1).reshape(-1, *[1] * (c.ndim - 1))
+
+
+class Outlooks:
+    """The outlook of a sample that may be several tensors, such as a video and its sound."""
+
+    def __init__(self, levels: NoiseLevels) -> None:
+        self._levels = levels
+        self._each: list[Outlook] = []
+
+    def see(self, call: int, samples: Sequence[torch.Tensor]) -> None:
+        """Note the inputs of ``call``; see :meth:`Outlook.see`."""
+        self._each = self._each or [Outlook(self._levels) for _ in samples]
+        for outlook, sample in zip(self._each, samples, strict=True):
+            outlook.see(call, sample)
+
+    @property
+    def steady(self) -> bool:
+        """Whether all of them can be foreseen."""
+        return all(outlook.steady for outlook in self._each)
+
+    def expected(self, call: int) -> list[torch.Tensor]:
+        """Make the inputs expected in ``call``; see :meth:`Outlook.expected`."""
+        return [outlook.expected(call) for outlook in self._each]

@@ -1,16 +1,16 @@
-"""What every tensor of a forward was made from: which blocks' outputs, and which of the model's own inputs."""
+"""What every tensor of a recorded forward was made from: which blocks' outputs, and which of the model's own inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
+
+from .recording import ModuleCall, Operation, Recording
 
 Sources = frozenset[int]  # block i as i, the model's own input i as ~i
+
+_NOTHING: Sources = frozenset()
 
 
 def blocks_of(sources: Iterable[int]) -> frozenset[int]:
@@ -31,85 +31,73 @@ def inputs_of(sources: Iterable[int]) -> frozenset[int]:
     return frozenset(~source for source in sources if source < 0)
 
 
-class Provenance(TorchDispatchMode):
-    """Remembers the sources of every tensor while it is entered.
+def made_of(
+    recording: Recording, blocks: Sequence[ModuleCall], inputs: Sequence[object]
+) -> tuple[list[Sources], Sources, Sources]:
+    """Find what each of ``blocks``, which follow each other, looks at; what the result is made of; and what decided the path.
 
-    Outside of blocks, what an operation returns is made from what it was given. A block's output is made from that block alone;
-    what the block was given, or looked at, is noted on the way.
+    Args:
+        inputs: the model's own.
 
-    >>> a, b = torch.ones(2), torch.ones(2)
-    >>> with Provenance() as provenance:
-    ...     provenance.mark(a, frozenset({~0}))  # the model's first input
-    ...     given = provenance.enter(5, a)  # block 5 begins, is given it, ...
-    ...     out = a + b
-    ...     looked_at = provenance.leave(out)  # ... and returns ``out``
-    ...     glue = out * a  # no part of any block
-    >>> inputs_of(looked_at), sorted(provenance.sources(out)), sorted(provenance.sources(glue))
-    (frozenset({0}), [5], [-1, 5])
+    Outside of blocks, what an operation returns is made from what it was given. A block's output is made from that block alone,
+    whatever was written to its memory before.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._inside: int | None = None  # index of the running block
-        self._looked_at: set[int] = set()  # by it
-        self._sources: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        # of what was written in place, which others see through views; by its storage, kept so that no other takes its address
-        self._written: dict[int, tuple[Sources, Any]] = {}
-
-    def mark(self, tree: Any, sources: Sources) -> None:
-        """Note that the tensors of ``tree`` are made from ``sources``."""
-        for tensor in _tensors(tree):
-            self._sources[tensor] = sources
-
-    def sources(self, tree: Any) -> Sources:
-        """Return what the tensors of ``tree`` are made from."""
-        tensors = _tensors(tree)
-        own = (self._sources.get(tensor, frozenset()) for tensor in tensors)
-        written = (self._written[key][0] for tensor in tensors if (key := _storage_of(tensor)) in self._written)
-        return frozenset().union(*own, *written)
-
-    def enter(self, block: int, arguments: Any) -> Sources:
-        """Note that ``block`` begins; returns what its arguments are made from."""
-        sources = self.sources(arguments)
-        self._inside, self._looked_at = block, set(sources)
-        return sources
-
-    def leave(self, output: Any) -> Sources:
-        """Note that the running block returns ``output``, whatever was written to its memory before.
-
-        Returns:
-            What the block's arguments, and whatever else it looked at, are made from.
-        """
-        assert self._inside is not None, "no block has begun"
-        self.mark(output, frozenset({self._inside}))
-        for tensor in _tensors(output):
-            self._written.pop(_storage_of(tensor), None)
-        self._inside = None
-        return frozenset(self._looked_at)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        sources = self.sources((args, kwargs))
-        if self._inside is not None:
-            self._looked_at |= sources
-        elif sources:
-            self.mark(out, sources)
-            if func._schema.is_mutable:
-                self._write(func, args, sources)
-        return out
-
-    def _write(self, func: Any, args: Any, sources: Sources) -> None:
-        """Note what an operation that writes in place leaves in the memory of its arguments."""
-        for leaf, argument in zip(args, func._schema.arguments, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                self._written[_storage_of(leaf)] = sources, leaf.untyped_storage()
+    provenance = _Provenance(inputs)
+    looked_at, done = [], 0
+    for index, call in enumerate(blocks):
+        provenance.follow(recording.operations[done : call.begins])
+        done = call.ends
+        inside = (operation.reads for operation in recording.operations[call.begins : call.ends])
+        looked_at.append(_NOTHING.union(provenance.of(call.given), *map(provenance.of, inside)))
+        provenance.returned(index, [leaf for leaf in call.returned if isinstance(leaf, torch.Tensor)])
+    provenance.follow(recording.operations[done:])
+    result = provenance.of(leaf for leaf in recording.root.returned if isinstance(leaf, torch.Tensor))
+    return looked_at, result, provenance.of(recording.decisive)
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+def sources_at(
+    recording: Recording, blocks: Sequence[ModuleCall], inputs: Sequence[object], index: int, tensor: torch.Tensor
+) -> Sources:
+    """Find what ``tensor`` is made of when the block ``index`` begins; see :func:`made_of`."""
+    provenance, done = _Provenance(inputs), 0
+    for number, call in enumerate(blocks[:index]):
+        provenance.follow(recording.operations[done : call.begins])
+        done = call.ends
+        provenance.returned(number, [leaf for leaf in call.returned if isinstance(leaf, torch.Tensor)])
+    provenance.follow(recording.operations[done : blocks[index].begins])
+    return provenance.of([tensor])
 
 
-def _storage_of(tensor: torch.Tensor) -> int:
-    """Address of what holds the memory of a tensor, the same for all views of it."""
+def memory_of(tensor: torch.Tensor) -> int:
+    """Return an address that all views of a tensor share."""
     address: int = tensor.untyped_storage()._cdata
     return address
+
+
+class _Provenance:
+    """The sources of every tensor, as far as operations were followed."""
+
+    def __init__(self, inputs: Sequence[object]) -> None:
+        # by identity: the recording keeps every tensor, so that none takes another's
+        self._sources = {id(leaf): frozenset({~position}) for position, leaf in enumerate(inputs)}
+        self._written: dict[int, Sources] = {}  # of what was written in place, which others see through views, by its memory
+
+    def of(self, tensors: Iterable[torch.Tensor]) -> Sources:
+        """Return what any of these tensors is made from."""
+        found: list[Iterable[int]] = []
+        for tensor in tensors:
+            found += self._sources.get(id(tensor), ()), self._written.get(memory_of(tensor), ()) if self._written else ()
+        return _NOTHING.union(*found)
+
+    def follow(self, operations: Iterable[Operation]) -> None:
+        """Follow operations that are in no block."""
+        for operation in operations:
+            if sources := self.of(operation.reads):
+                self._sources.update((id(tensor), sources) for tensor in operation.makes)
+                self._written.update((memory_of(tensor), sources) for tensor in operation.writes)
+
+    def returned(self, block: int, tensors: Iterable[torch.Tensor]) -> None:
+        """Note what a block has returned."""
+        for tensor in tensors:
+            self._sources[id(tensor)] = frozenset({block})
+            self._written.pop(memory_of(tensor), None)

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch._prims_common import suggest_memory_format
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 from asyncdiff_nodes.engine.batch import sample_of
 from asyncdiff_nodes.engine.errors import UnsupportedModelError
@@ -23,11 +17,9 @@ from asyncdiff_nodes.engine.trees import flatten
 
 from .family import Family, HiddenStates
 from .graph import Block, BlockGraph, Hidden
-from .provenance import Provenance, Sources, blocks_of, inputs_of
-
-_NO_META_KERNEL = re.compile(  # in PyTorch's words: for its own operators, and for those of others
-    r"(\w+::\w+): attempted to run this operator with Meta|no fake impl registered for <CustomOpDef\((\S+)\)>"
-)
+from .on_meta import on_meta, shapes_kept, to_meta
+from .provenance import blocks_of, inputs_of, made_of, sources_at
+from .recording import ModuleCall, Recording, record
 
 
 def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockGraph:
@@ -62,132 +54,69 @@ def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: di
     for name in names:
         if any(other != name and name.startswith(other + ".") for other in names):
             raise UnsupportedModelError(f"family {family.name}: block {name} lies within another block")
-    args, kwargs = tree_map(_to_meta, (args, kwargs))
-    recorder = _Recorder(family)
-    for position, leaf in enumerate(flatten((args, kwargs))[0]):
-        recorder.provenance.mark(leaf, frozenset({~position}))
+    (args, kwargs), known = to_meta((args, kwargs))
+    given = flatten((args, kwargs))[0]
     if family.trace_inputs is not None:
         args, kwargs = family.trace_inputs(args, kwargs)
-    # the last one sees an operation first
-    try:
-        with (
-            recorder.listening(skeleton, names),
-            torch.no_grad(),
-            _ConvolutionLayouts(),
-            recorder.flops,
-            recorder.provenance,
-            _CudnnConvolution(),  # the first one to see an operation
-        ):
-            result = skeleton(*args, **kwargs)
-    except (NotImplementedError, RuntimeError) as error:
-        if missing := _NO_META_KERNEL.search(str(error)):
-            raise UnsupportedModelError(
-                f"it uses {missing[1] or missing[2]}, an operator of which PyTorch cannot tell the result's shape without "
-                "computing it (it has no meta kernel). The model may be split where another one does its work"
-            ) from error
-        if "meta" not in str(error).lower():
-            raise
-        raise UnsupportedModelError(f"with these inputs its forward depends on values, not shapes alone ({error})") from error
-    return recorder.graph(skeleton, result)
+    with on_meta(known) as values, shapes_kept(skeleton, family.keep_shape):
+        recording = record(skeleton, args, kwargs, family.entry)
+    recording = replace(recording, decisive=values.decisive)
+    return graph_of(recording, names, family, given)
 
 
-class _Recorder:
-    """Notes what each block does while a skeleton runs, and makes a block graph of it.
+def graph_of(recording: Recording, names: Iterable[str], family: Family, given: list[Any]) -> BlockGraph:
+    """Return the block graph of a model that has run on meta.
 
-    Attributes:
-        provenance, flops: to be entered while the skeleton runs.
+    Args:
+        given: the leaves of ``(args, kwargs)`` that count as the model's inputs.
+
+    Raises:
+        UnsupportedModelError: a block ran more than once.
     """
-
-    def __init__(self, family: Family) -> None:
-        self.provenance, self.flops = Provenance(), FlopCounterMode(display=False)
-        self._family = family
-        self._blocks: dict[str, Block | None] = {}  # in the order in which they begin; None until they end
-        self._edges: set[tuple[int, int]] = set()
-        self._flops_before = 0  # the running block
-        # the hidden states that the first block of a transformer takes, and what they are made of
-        self._taken: tuple[TensorMeta, Sources] | None = None
-
-    @contextlib.contextmanager
-    def listening(self, skeleton: nn.Module, names: Iterable[str]) -> Iterator[None]:
-        """Listen, while it lasts, to when the blocks ``names`` begin and end."""
-        with contextlib.ExitStack() as hooks:
-            for name in names:
-                block = skeleton.get_submodule(name)
-                hooks.callback(block.register_forward_pre_hook(partial(self._begins, name), with_kwargs=True).remove)
-                hooks.callback(block.register_forward_hook(partial(self._ends, name)).remove)
-            yield
-
-    def _begins(self, name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
-        if name in self._blocks:
-            raise UnsupportedModelError(f"family {self._family.name}: block {name} runs more than once per call")
-        index = len(self._blocks)
-        self._blocks[name] = None
-        sources = self.provenance.enter(index, (args, kwargs))
-        self._edges.update((producer, index) for producer in blocks_of(sources))
-        hidden = self._family.hidden
-        if hidden is not None and name == hidden.block:
-            states = sample_of(args, kwargs, hidden.argument)
-            if isinstance(states, torch.Tensor):  # else this version of the model calls it otherwise
-                self._taken = TensorMeta.of(states), self.provenance.sources(states)
-        self._flops_before = self.flops.get_total_flops()
-
-    def _ends(self, name: str, block: nn.Module, _: Any, output: Any) -> None:
-        macs = (self.flops.get_total_flops() - self._flops_before) // 2
-        leaves, structure = flatten(output)
-        reads = inputs_of(self.provenance.leave(output))
-        self._blocks[name] = Block(name, tuple(map(TensorMeta.of, leaves)), structure, macs, _nbytes(block), reads)
-
-    def graph(self, skeleton: nn.Module, result: Any) -> BlockGraph:
-        """Return the block graph of ``skeleton``, which has just returned ``result``."""
-        *before, end = (block for block in self._blocks.values() if block is not None)  # all have ended
-        last, sources = len(before), self.provenance.sources(result)
-        blocks = (*before, replace(end, reads=end.reads | inputs_of(sources)))
-        read_by_result = {(producer, last) for producer in blocks_of(sources) if producer < last}
-        graph = BlockGraph(
-            blocks=blocks,
-            edges=frozenset(self._edges | read_by_result),
-            glue_macs=self.flops.get_total_flops() // 2 - sum(block.macs for block in blocks),
-            glue_bytes=_nbytes(skeleton) - sum(block.weight_bytes for block in blocks),
-        )
-        if self._family.hidden is None or self._taken is None:
-            return graph
-        return replace(graph, hidden=_hidden(graph, self._family.hidden, *self._taken))
+    calls = _calls_of(recording, frozenset(names), family)
+    looked_at, result, decisive = made_of(recording, calls, given)
+    last = len(calls) - 1
+    looked_at[last] |= frozenset(source for source in result if source < 0)  # its rank returns the result
+    looked_at = [sources | decisive for sources in looked_at]  # all ranks must take the same path
+    blocks = tuple(_block(call, inputs_of(sources)) for call, sources in zip(calls, looked_at, strict=True))
+    edges = {(producer, index) for index, sources in enumerate(looked_at) for producer in blocks_of(sources)}
+    graph = BlockGraph(
+        blocks=blocks,
+        edges=frozenset(edges | {(producer, last) for producer in blocks_of(result) if producer < last}),
+        glue_macs=recording.root.macs - sum(block.macs for block in blocks),
+        glue_bytes=_nbytes(recording.root.module) - sum(block.weight_bytes for block in blocks),
+    )
+    return replace(graph, hidden=_hidden(graph, family.hidden, recording, calls, given)) if family.hidden else graph
 
 
-class _CudnnConvolution(TorchDispatchMode):
-    """Runs cuDNN's convolution as the usual one: it has no meta kernel.
-
-    ComfyUI calls it for 3D convolutions on NVIDIA's GPUs, since the usual one takes too much memory in some versions of PyTorch.
-    """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.ops.aten.cudnn_convolution.default:
-            return func(*args, **(kwargs or {}))
-        value, weight, padding, stride, dilation, groups = args[:6]
-        return torch.ops.aten.convolution(value, weight, None, stride, padding, dilation, False, [0] * len(padding), groups)
+def _calls_of(recording: Recording, names: frozenset[str], family: Family) -> list[ModuleCall]:
+    """Return the calls of the blocks ``names``, in order."""
+    calls = [call for call in recording.calls if call.name in names]
+    times = Counter(call.name for call in calls)
+    if twice := next((name for name, count in times.items() if count > 1), None):
+        raise UnsupportedModelError(f"family {family.name}: block {twice} runs more than once per call")
+    return calls
 
 
-class _ConvolutionLayouts(TorchDispatchMode):
-    """Gives the results of 2D convolutions the memory format that devices give them, which torch's meta kernel leaves open.
-
-    Values cross in the traced layouts, and other kernels serve another layout, with other rounding.
-    """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is not torch.ops.aten.convolution.default or out.ndim != 4:
-            return out
-        last = torch.channels_last in map(suggest_memory_format, args[:2])
-        return torch.empty_like(out, memory_format=torch.channels_last) if last else out
+def _block(call: ModuleCall, reads: frozenset[int]) -> Block:
+    leaves, structure = flatten(call.output)
+    return Block(call.name, tuple(map(TensorMeta.of, leaves)), structure, call.macs, _nbytes(call.module), reads)
 
 
-def _hidden(graph: BlockGraph, known: HiddenStates, taken: TensorMeta, sources: Sources) -> Hidden:
-    """Say which blocks hand on the hidden states ``taken``, which are made of ``sources``."""
+def _hidden(
+    graph: BlockGraph, known: HiddenStates, recording: Recording, calls: Sequence[ModuleCall], given: list[Any]
+) -> Hidden | None:
+    """Say which blocks hand on the hidden states, and what these are made of; None if this call of the model has none."""
+    index = next((index for index, call in enumerate(calls) if call.name == known.block), None)
+    states = None if index is None else sample_of(*calls[index].arguments, known.argument)
+    if index is None or not isinstance(states, torch.Tensor):  # this version of the model calls it otherwise
+        return None
+    sources, taken = sources_at(recording, calls, given, index, states), TensorMeta.of(states)
     carriers = {}
     for block in graph.blocks:
-        index = known.lists.get(block.name.rpartition(".")[0])
-        if index is not None and index < len(block.outputs) and _holds(block.outputs[index].shape, taken.shape):
-            carriers[block.name] = index
+        at = known.lists.get(block.name.rpartition(".")[0])
+        if at is not None and at < len(block.outputs) and _holds(block.outputs[at].shape, taken.shape):
+            carriers[block.name] = at
     return Hidden(known.block, known.argument, frozenset(graph.made_of(blocks_of(sources))), inputs_of(sources), carriers)
 
 
@@ -202,7 +131,3 @@ def _holds(shape: tuple[int, ...], states: tuple[int, ...]) -> bool:
 
 def _nbytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for _, tensor in tensors_of(module))
-
-
-def _to_meta(leaf: Any) -> Any:
-    return torch.empty_like(leaf, device="meta") if isinstance(leaf, torch.Tensor) else leaf

@@ -22,7 +22,8 @@ class Boot:
         skeleton: the pickled module tree on the meta device.
         compile: as of the group.
         prepare: called before the skeleton is unpickled.
-        timestep, sample: position and keyword of each in its forward.
+        timestep, sample: position and keyword of each in a call.
+        entry: the method of the model that a call is of.
         threads: intra-op threads of PyTorch.
         divide: as in :class:`~.family.Family`.
         timeout: seconds until a link whose other end says nothing fails.
@@ -39,6 +40,7 @@ class Boot:
     threads: int
     timestep: tuple[int, str]
     sample: tuple[int, str]
+    entry: str
     divide: Callable[[tuple[Any, ...], dict[str, Any], int, int], list[Arguments]]
     timeout: float
     staged: Collection[frozenset[str]]

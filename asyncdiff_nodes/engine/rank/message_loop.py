@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from asyncdiff_nodes.engine import accelerator, wire
-from asyncdiff_nodes.engine.batch import Arguments, sample_of
+from asyncdiff_nodes.engine.batch import Arguments, batch_of
 from asyncdiff_nodes.engine.inputs import join
 from asyncdiff_nodes.engine.messages import CallMessage, Opening
 from asyncdiff_nodes.engine.rendezvous import PipeStore, open_store
 from asyncdiff_nodes.engine.telemetry import RankReport, clock
 from asyncdiff_nodes.engine.tensors import dense_on_cpu
+from asyncdiff_nodes.engine.trees import unflatten
 
 from . import numerics
 from .boot import Boot
@@ -103,7 +104,7 @@ class Rank:
         self._store = open_store(boot.rendezvous, boot.timeout, send, receive)
         self._transport = Transport(boot.share.rank, boot.locations, self._store, boot.timeout, boot.staged)
         self._share = boot.share
-        self._model = SplitModel(pickle.loads(boot.skeleton), boot.share, self.device, self._transport)
+        self._model = SplitModel(pickle.loads(boot.skeleton), boot.share, self.device, self._transport, boot.entry)
         self._known: dict[Hashable, tuple[Opening, list[Any]]] = {}  # of each stream, with the leaves of its last call
         self._parameters: dict[int, torch.Tensor] = {}  # by the parent's numbers
         self._used: set[int] = set()
@@ -165,7 +166,7 @@ class Rank:
         self._send_records(wait=True)
         self._model.reset()
         self._known.clear()
-        model = SplitModel(pickle.loads(self._boot.skeleton), share, self.device, self._transport)
+        model = SplitModel(pickle.loads(self._boot.skeleton), share, self.device, self._transport, self._boot.entry)
         model.take_over(self._model)
         self._share, self._model = share, model
         _free(self.device)
@@ -189,7 +190,8 @@ class Rank:
             known[i] if kind == "same" else self._leaf(kind, what, tensors) for i, (kind, what) in enumerate(message.leaves)
         ]
         self._known[message.stream] = opening, leaves
-        timestep = self._leaf(*message.timestep, tensors)
+        times = [self._leaf(*packed, tensors) for packed in message.timestep]
+        timestep = unflatten(times, message.timestep_structure)
         args, kwargs = join(leaves, opening.structure, timestep, self._boot.timestep, opening.positional)
         result = self._model.call(message, self._parts(args, kwargs, message.parts))
         if result is not None:
@@ -200,13 +202,13 @@ class Rank:
 
     def _parts(self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> list[tuple[int, Arguments]]:
         """Divide the call into ``count`` parts: items of the batch, and arguments, of each."""
-        sample, batch = self._boot.sample, len(sample_of(args, kwargs, self._boot.sample))
+        sample, batch = self._boot.sample, batch_of(args, kwargs, self._boot.sample)
         if count == 1:
             return [(batch, (args, kwargs))]
         parts = self._boot.divide(args, kwargs, batch, count)
         if len(parts) != count:
             raise RuntimeError(f"the batch was to be divided into {count} parts, not {len(parts)}")
-        return [(len(sample_of(*part, sample)), part) for part in parts]
+        return [(batch_of(*part, sample), part) for part in parts]
 
     def _send_records(self, wait: bool = False) -> None:
         for record in self._model.records(wait):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from asyncdiff_nodes.engine.batch import Arguments, concatenated, sample_of
 from asyncdiff_nodes.engine.messages import CallMessage, Layout
 from asyncdiff_nodes.engine.planning.profile import block_marks
+from asyncdiff_nodes.engine.stub import make_stub
 from asyncdiff_nodes.engine.telemetry import CallRecord, Stopwatch
 from asyncdiff_nodes.engine.tensors import TensorMeta, tensors_of
 from asyncdiff_nodes.engine.trees import flatten, unflatten
@@ -34,9 +35,10 @@ class SplitModel:
     one. ``c`` and ``d`` compute. What another rank reads of them is sent as soon as it is there.
     """
 
-    def __init__(self, module: nn.Module, share: Share, device: torch.device, transport: Transport) -> None:
-        """Put stubs into ``module`` (on the meta device); weights follow with :meth:`load`."""
+    def __init__(self, module: nn.Module, share: Share, device: torch.device, transport: Transport, entry: str) -> None:
+        """Put stubs into ``module`` (on the meta device), which runs by its method ``entry``; for weights see :meth:`load`."""
         self._module = module.eval()
+        self._run = getattr(self._module, entry)
         self._share = share
         self._device = device
         self._transport = transport
@@ -179,7 +181,7 @@ class SplitModel:
             not_finite = stack.enter_context(origins(self._module, own)) if message.checked else []
             for part, (args, kwargs) in zip(passes, arguments, strict=True):
                 self._running = part
-                outputs.append(flatten(self._module(*args, **kwargs)))
+                outputs.append(flatten(self._run(*args, **kwargs)))
         self._running = None
         for part in passes:
             part.states = None  # a video's hidden states are large
@@ -254,18 +256,3 @@ class SplitModel:
             value, layout = running.stream.encoders[name, number](leaf, meta, running.message.compression)
             for receiver in self._share.sinks[name]:
                 self._transport.send(self._share.first + receiver, value, layout)
-
-
-def make_stub(block: nn.Module, handed_back: Callable[[], Any]) -> None:
-    """Make a stub of ``block``, which another rank owns: it returns what ``handed_back`` does, whatever its arguments.
-
-    It loses its weights and children but keeps its class, since a model's forward may choose arguments by class.
-
-    >>> block = nn.Linear(2, 2)
-    >>> make_stub(block, lambda: "what its owner has sent")
-    >>> block(torch.zeros(2)), list(block.parameters())
-    ('what its owner has sent', [])
-    """
-    for members in (block._parameters, block._buffers, block._modules):
-        members.clear()
-    block.forward = lambda *args, **kwargs: handed_back()

@@ -36,6 +36,7 @@ def _controlled(
         return [*family.block_names(network), *own]
 
     def example_inputs(network: Network, *args: Any) -> Arguments:
+        assert family.example_inputs is not None, "these families are listed with some"
         (x, timestep), kwargs = family.example_inputs(network, *args)
         common = {"merge": {"strength": 1.0}, "context": kwargs["context"]}
         nets = {slot: {**common, **call(net, x, kwargs)} for slot, net in enumerate(network.control_nets)}

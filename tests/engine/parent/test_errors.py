@@ -78,8 +78,14 @@ def test_impossible_number_of_threads(threads):
     refused(DeviceError, r"threads_per_rank=.*whole number of 1 or more", threads=threads)
 
 
-def test_model_without_a_block_list():
-    refused(UnsupportedModelError, r"no block list for a .*Linear; supported: ", torch.nn.Linear(2, 2), family=None)
+class OneLayer(torch.nn.Linear):
+    def forward(self, sample, timestep):
+        return super().forward(sample) * timestep
+
+
+def test_model_without_parts():
+    inputs = (torch.zeros(2, 2), 0.5), {}
+    refused(UnsupportedModelError, r"OneLayer has no parts", OneLayer(2, 2), family=None, example_inputs=inputs)
 
 
 def test_more_segments_than_blocks():
@@ -216,5 +222,5 @@ def test_autocast(toy_group):
 
 
 def test_find_family_names_what_is_supported():
-    with pytest.raises(UnsupportedModelError, match=r"supported: .*UNet2DConditionModel.*Pass family="):
+    with pytest.raises(UnsupportedModelError, match=r"listed: .*UNet2DConditionModel.*found out in its first call"):
         find_family(torch.nn.Linear(1, 1))
