@@ -98,9 +98,8 @@ class _Discovery:
         chosen = self._runnable(recording, samples)
         if len(chosen.names) < 2:
             raise UnsupportedModelError(f"{self._name} has no parts with a notable share of its work that run once per call")
-        if outside := [
-            name for name in self._keep_shape if not any(f"{name}.".startswith(f"{block}.") for block in chosen.names)
-        ]:
+        blocks = tuple(f"{name}." for name in chosen.names)
+        if outside := [name for name in self._keep_shape if not f"{name}.".startswith(blocks)]:
             raise UnsupportedModelError(f"{self._name} takes its path by values, in {outside[0]}")
         covered = sum(call.macs for call in chosen.calls) / max(1, recording.root.macs)
         if covered < _LEAST:
@@ -135,7 +134,7 @@ class _Discovery:
         return replace(recording, decisive=values.decisive)
 
     def _look_past(self, error: UnsupportedModelError, working: nn.Module) -> bool:
-        """Take the modules of the class that an error is from to keep their largest argument's shape; whether that is another try."""
+        """Take it that modules of the class that an error is from keep their largest argument's shape; whether that is new."""
         names, found = {id(module): name for name, module in working.named_modules()}, ""
         trace = error.__cause__.__traceback__ if error.__cause__ is not None else None
         while trace is not None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from comfy.model_base import BaseModel
 
 from asyncdiff_nodes.engine import NoiseLevels, Placement, Plan, PlanError
+from asyncdiff_nodes.engine.trees import flatten
 from asyncdiff_nodes.host.choices import ALWAYS, CUSTOM
 
 from .options import Options
@@ -23,6 +25,7 @@ class Announced:
         sampler, sigmas: the host's SAMPLER, and its schedule [steps + 1].
         plan: a plan with the warm-up in steps.
         placement: the ranks' placement.
+        evaluation: the sampling's first one.
         note: called with a text for the user.
 
     Attributes:
@@ -41,6 +44,7 @@ class Announced:
         sigmas: torch.Tensor,
         plan: Plan,
         placement: Placement,
+        evaluation: Evaluation | None,
         note: Callable[[str], None],
     ) -> None:
         sampling, steps = patcher.get_model_object("model_sampling"), len(sigmas) - 1
@@ -48,6 +52,8 @@ class Announced:
         calls = len(self.sigmas)
         self.levels = _levels(sampling, self.sigmas, rest=float(sigmas[-1]))
         self.timesteps = sampling.timestep(self.sigmas)
+        if evaluation is not None:
+            self.timesteps = evaluation.as_network_sees(self.timesteps)
         plan = _in_calls(plan, calls / steps)
         wanted = options.preset == CUSTOM and options.speedup
         if wanted:
@@ -73,6 +79,35 @@ class Announced:
     def left(self, posted: int) -> int:
         """Number of calls that may still be asynchronous after ``posted`` calls."""
         return len(self.sigmas) - self._cooldown - posted
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of the host's model, whose network may see its timestep otherwise than the sampler.
+
+    Attributes:
+        rest: further arguments of ``apply_model``.
+    """
+
+    model: Any
+    x: torch.Tensor
+    rest: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Evaluation:
+        """Describe an evaluation by the arguments of ``apply_model``."""
+        named = {"c_concat", "c_crossattn", "control", "transformer_options", "x", "t"}
+        return cls(model, args[0] if args else kwargs["x"], {name: value for name, value in kwargs.items() if name not in named})
+
+    def as_network_sees(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Timesteps [calls] as numbers that the network gets: of several the largest, as other tokens may be at rest."""
+        if type(self.model).process_timestep is BaseModel.process_timestep:
+            return timesteps
+        seen = [
+            flatten(self.model.process_timestep(step.float().expand(len(self.x)), x=self.x, **self.rest))[0]
+            for step in timesteps.to(self.x.device)
+        ]
+        return torch.tensor([max(float(leaf.max()) for leaf in leaves) for leaves in seen])
 
 
 def _levels(sampling: Any, sigmas: torch.Tensor, rest: float) -> NoiseLevels | None:

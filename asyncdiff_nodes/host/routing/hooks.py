@@ -6,8 +6,6 @@ The host's own sampler loop runs as always; see docs/architecture.md for what ea
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 from typing import Any
 
 import torch
@@ -19,10 +17,9 @@ from asyncdiff_nodes.host.attributes import replaced, without
 from asyncdiff_nodes.host.page.settings import setting
 from asyncdiff_nodes.host.workers.pool import POOL
 
+from .network_call import NetworkCall, has_hook
 from .options import OneDeviceError, Options
 from .sampling import Sampling
-
-_WITHOUT_HOOK = frozenset({"OpenAISignatureMMDITWrapper"})  # networks whose forward calls no DIFFUSION_MODEL wrappers
 
 
 def attach(patcher: ModelPatcher, options: Options | None = None) -> ModelPatcher:
@@ -91,50 +88,39 @@ class Route:
         if not self._ranks_are_ready:
             return executor(*args, **kwargs)
         if not self._sampling.computes(network):
-            self._sampling.pass_by(network, _by_name(network, args, kwargs))
+            self._sampling.pass_by(NetworkCall.of(network, executor.original, args, kwargs))
             return executor(*args, **kwargs)
         # the hooks of other nodes after ours still apply; only the network at the end of the chain is replaced
         inner = executor.wrappers[executor.idx + 1 :]
 
         def routed(*args: Any, **kwargs: Any) -> Any:
-            given = _by_name(network, args, kwargs)
-            return self._sampling.call(given, lambda: executor.original(*args, **kwargs))
+            return self._sampling.call(NetworkCall.of(network, executor.original, args, kwargs))
 
         return WrapperExecutor.new_class_executor(routed, network, inner).execute(*args, **kwargs)
 
     def apply_model(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
-        """Route one evaluation of the model, if its network has no hook of its own."""
-        network = executor.class_obj.diffusion_model
-        if not self._ranks_are_ready or type(network).__name__ not in _WITHOUT_HOOK:
+        """Route one evaluation of the model, if its network calls no DIFFUSION_MODEL wrappers."""
+        if not self._ranks_are_ready:
+            return executor(*args, **kwargs)
+        model = executor.class_obj
+        self._sampling.evaluating(model, args, kwargs)
+        network = model.diffusion_model
+        if has_hook(type(network)):
             return executor(*args, **kwargs)
         forward, replacement = network.forward, vars(network).get("forward")
 
         def routed(*args: Any, **kwargs: Any) -> Any:
-            given = _by_name(network, args, kwargs)
+            call = NetworkCall.of(network, forward, args, kwargs)
             # each call looks for replacements by other nodes; ours must not count as one
             with without(network, "forward") if replacement is None else replaced(network, "forward", replacement):
                 if self._sampling.computes(network):
-                    return self._sampling.call(given, lambda: forward(*args, **kwargs))
-                self._sampling.pass_by(network, given)
-                return forward(*args, **kwargs)
+                    return self._sampling.call(call)
+                self._sampling.pass_by(call)
+                return call.compute()
 
         with replaced(network, "forward", routed):
             return executor(*args, **kwargs)
 
     @property
     def _ranks_are_ready(self) -> bool:
-        return self._sampling is not None and self._sampling.group is not None
-
-
-_signature = functools.cache(inspect.signature)  # it takes longer than all other overhead of a call
-
-
-def _by_name(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call, by their names in the ``forward`` of ``network``'s class and in that order."""
-    signature = _signature(type(network).forward)
-    given = signature.bind(network, *args, **kwargs).arguments
-    del given[next(iter(signature.parameters))]  # self
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            given |= given.pop(name, {})
-    return given
+        return self._sampling is not None and self._sampling.routes

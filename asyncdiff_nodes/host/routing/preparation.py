@@ -9,6 +9,7 @@ import comfy.model_management
 import comfy.sampler_helpers
 from comfy.model_patcher import ModelPatcher
 
+from asyncdiff_nodes.engine import Placement
 from asyncdiff_nodes.host.controlnet.calls import ControlNets
 from asyncdiff_nodes.host.patches.registry import begun, models_of
 from asyncdiff_nodes.host.workers.block_times import Balance
@@ -82,8 +83,11 @@ class Preparation:
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         self.request = GroupRequest(patcher, self.nets.networks, plan, devices, self.shape, load, poll, self.balance)
 
-    def room_for_calls(self, placement: Any) -> float:
-        """Bytes that ranks have left for the calls of all branches, beside the weights of ``placement``."""
-        plan, room = placement.plan, room_for_weights(self._devices, 0.0, self.networks)
-        weights = (placement.weight_bytes(plan.segment_of_rank(rank)) for rank in range(len(room)))
+    def room_for_calls(self, placement: Placement | None) -> float:
+        """Bytes that ranks have left for the calls of all branches, beside the weights of ``placement``, or of equal parts."""
+        plan, room = self.plan, room_for_weights(self._devices, 0.0, self.networks)
+        if placement is None:
+            weights = [self.request.expected_bytes] * len(room)
+        else:
+            weights = [placement.weight_bytes(plan.segment_of_rank(rank)) for rank in range(len(room))]
         return plan.branches * min(space - size for space, size in zip(room, weights, strict=True))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from asyncdiff_nodes.engine import AsyncDiffError, DeadlineError, GroupClosedError, Placement, WorkerError, WorkerGroup
 from asyncdiff_nodes.host.workers import repeated
-from asyncdiff_nodes.host.workers.pool import POOL, GroupRequest
+from asyncdiff_nodes.host.workers.pool import POOL, GroupRequest, Places
 
 log = logging.getLogger(__name__)
 
@@ -41,15 +42,26 @@ class Ranks:
         self._have_computed = False
         self._failed: str | None = None  # how the group did that was replaced
 
-    def start(self) -> None:
-        """Get the first group. Raises as :meth:`.pool.Pool.acquire`, and where such a group has failed repeatedly."""
+    def prepare(self) -> None:
+        """Get a group that is there already; else make room for one. Raises as :meth:`start`."""
         repeated.check(self._request)
+        self.group = POOL.prepare(self._request)
+        if self.group is not None:
+            self.slots = POOL.slots(self.group, self._request.nets)
+
+    def start(self, entry: str, places: Places, arguments: dict[str, Any]) -> None:
+        """Get the first group, unless it is there, for a call with these ``arguments``; see :class:`.pool.GroupRequest`.
+
+        Raises:
+            as :meth:`.pool.Pool.acquire`, and where such a group has failed repeatedly.
+        """
+        self._request = replace(self._request, entry=entry, places=places, arguments=arguments)
         self._try(lambda: None)
 
     def begin(self, first: Callable[[], None], begin: Callable[[WorkerGroup], None]) -> None:
         """Begin the sampling with ``first``; a group that replaces another one begins with ``begin``."""
-        self._begin = begin
         self._try(first)
+        self._begin = begin
 
     def begin_anew(self, begin: Callable[[WorkerGroup], None]) -> None:
         """Begin the sampling in another way, from the current call on."""

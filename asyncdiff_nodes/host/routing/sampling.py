@@ -35,7 +35,8 @@ from asyncdiff_nodes.host.workers.block_times import Balance
 from asyncdiff_nodes.host.workers.pool import POOL, BusyError
 from asyncdiff_nodes.host.workers.repeated import RepeatedFailureError
 
-from .announced import Announced
+from .announced import Announced, Evaluation
+from .network_call import NetworkCall
 from .options import OneDeviceError, Options
 from .own_network import OwnNetwork
 from .preparation import Preparation
@@ -71,12 +72,19 @@ class Sampling:
         self._watched: list[Watched]  # the network, and those of ControlNets
         self._audit: Audit
         self._own: OwnNetwork
+        self._routes = False
+        self._evaluation: Evaluation | None = None  # the latest
         self._left = ""  # why the host continues without the ranks
         self._finite = True  # no NaN or infinity was seen yet
         self._started = time.monotonic()
         self._changes = contextlib.ExitStack()  # to the host's objects, for this sampling
         self._progress = Progress(steps=len(sigmas) - 1)
         self._notes = self._progress.notes
+
+    @property
+    def routes(self) -> bool:
+        """Whether calls of the network come here; else the host computes it as usual."""
+        return self._routes
 
     @property
     def group(self) -> WorkerGroup | None:
@@ -100,20 +108,18 @@ class Sampling:
         try:
             self._ready = ready = Preparation(self._options, self._guider, patcher, noise_shape, conds, given)
             self._ranks = Ranks(ready.request, self._options.on_failure == "restart", self._notes.append)
-            self._ranks.start()
+            self._ranks.prepare()
             self._look_at_host(given)
-            self._begin()
         except (OneDeviceError, BusyError, RepeatedFailureError) as error:
             return self._do_without(str(error))
         except UnsupportedModelError as error:
             return self._do_without(f"this model cannot be split: {error}")
         except FAILURES as error:
             return self._do_without(brief(error))
-        for note in (*ready.nets.notes, *links.notes(ready.request.devices)):
-            self._note(note)
         self._changes.enter_context(ready.nets.recorded())
         for patch in ready.patches:
             patch.begin(given)
+        self._routes = True
         return patcher.model, conds, ready.others
 
     def _do_without(self, reason: str) -> None:
@@ -134,13 +140,31 @@ class Sampling:
         verify = setting("Verify") if self._options.verify == "auto" else self._options.verify
         rounds = any(patch.rounds for patch in ready.patches)
         self._audit = Audit(verify, patcher, strangers(patcher, model_options, self._guider), rounds)
-        self._changes.enter_context(self._own.batched_for(ready.room_for_calls(self.group.placement)))
+        self._changes.enter_context(self._own.batched_for(ready.room_for_calls(self.group and self.group.placement)))
+
+    def _start(self, call: NetworkCall) -> str | None:
+        """Get the ranks ready for the first ``call``, and begin. Returns why only the host can compute, in words."""
+        try:
+            self._ranks.start(call.entry, call.places, call.given)
+            self._begin()
+        except (OneDeviceError, BusyError, RepeatedFailureError) as error:
+            reason = str(error)
+        except UnsupportedModelError as error:
+            reason = f"this model cannot be split: {error}"
+        except FAILURES as error:
+            reason = brief(error)
+        else:
+            for note in (*self._ready.nets.notes, *links.notes(self._ready.request.devices)):
+                self._note(note)
+            return None
+        self._ranks.give_up()
+        return reason
 
     def _begin(self) -> None:
         """Have the ranks begin, with the blocks placed by all that is known about their speed."""
         ready, placement = self._ready, self.group.placement
         self._announced = calls = Announced(
-            self._options, self._patcher, self._sampler, self._sigmas, ready.plan, placement, self._note
+            self._options, self._patcher, self._sampler, self._sigmas, ready.plan, placement, self._evaluation, self._note
         )
         self._plan = plan = calls.plan
 
@@ -157,31 +181,36 @@ class Sampling:
 
     def evaluate(self, x: torch.Tensor, sigma: torch.Tensor) -> None:
         """Note that the sampler evaluates the model at its latent ``x`` [B, C, ...] with noise ``sigma`` [B]."""
-        if self.group is not None:
+        if self.routes:
             self._names.evaluate(x, sigma)
+
+    def evaluating(self, model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Note that ``model``, the host's, is evaluated with the arguments of its ``apply_model``."""
+        if model is self._patcher.model:
+            self._evaluation = Evaluation.of(model, args, kwargs)
 
     def computes(self, network: Any) -> bool:
         """Whether this sampling computes the calls of ``network``."""
         return network is self._patcher.model.diffusion_model
 
-    def pass_by(self, network: Any, given: dict[str, Any]) -> None:
-        """Note a call of another ``network``, such as that of a guider's second model; the host computes it."""
-        self._note(f"ComfyUI computes the calls of another model within this sampling ({type(network).__name__})")
-        if calls := take(given.get("control")):  # ControlNets of the same prompts
+    def pass_by(self, call: NetworkCall) -> None:
+        """Note a call of another network, such as that of a guider's second model; the host computes it."""
+        self._note(f"ComfyUI computes the calls of another model within this sampling ({type(call.network).__name__})")
+        if calls := take(call.given.get("control")):  # ControlNets of the same prompts
             comfy.model_management.load_models_gpu(list(self._ready.nets.patchers))
-            complete(given["control"], calls)
+            complete(call.given["control"], calls)
 
-    def call(self, given: dict[str, Any], network: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Compute one call of the network with these arguments, latent and timesteps first; on the ranks if possible."""
+    def call(self, called: NetworkCall) -> Any:
+        """Compute one call of the network; on the ranks if possible."""
         comfy.model_management.throw_exception_if_processing_interrupted()  # a quick call never waits long enough to check
-        (x, timesteps, *_), options = given.values(), given.get("transformer_options") or {}
-        control = given.get("control")
+        given, x, timesteps = called.given, called.x, called.timesteps
+        options, control = given.get("transformer_options") or {}, given.get("control")
         nets = take(control)
 
         def on_host() -> torch.Tensor:
             self._own.load(x)
             complete(control, nets)  # in the dictionary that the network is called with
-            return network()
+            return called.compute()
 
         def by_host(reason: str) -> torch.Tensor:
             self._note(reason)
@@ -198,6 +227,12 @@ class Sampling:
         given["transformer_options"] = shippable(options)
         for patch in self._ready.patches:
             if reason := patch.before(call):
+                return by_host(reason)
+        if self._plan is None:
+            if nets:  # without a group they have no places yet
+                given["nets"] = {index: net.to_send(False) for index, net in enumerate(nets)}
+            if reason := self._start(called):
+                self._left = reason
                 return by_host(reason)
         synchronous = self._plan.warmup >= ALWAYS or self._plan.segments == 1
         named = self._names.of(call, rest, timesteps, nets, synchronous)

@@ -8,7 +8,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import comfy.model_management
@@ -17,7 +17,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy_execution.utils import get_executing_context
 from torch import nn
 
-from asyncdiff_nodes.engine import AsyncDiffError, IdleWorkers, Placement, Plan, RankOptions, UnsupportedModelError, WorkerGroup
+from asyncdiff_nodes.engine import AsyncDiffError, IdleWorkers, Placement, Plan, RankOptions, WorkerGroup
+from asyncdiff_nodes.engine.batch import Arguments
 from asyncdiff_nodes.engine.devices import on_cluster
 from asyncdiff_nodes.engine.planning.plan import PER_RUN
 from asyncdiff_nodes.host.page.settings import setting
@@ -42,6 +43,9 @@ _CALL_TIMEOUT = 300.0
 _UNLOAD_TIMEOUT = 20.0  # the host waits for the memory
 
 
+Places = tuple[tuple[int, str], tuple[int, str]]  # position and keyword of latent and timestep
+
+
 class BusyError(AsyncDiffError, RuntimeError):
     """A sampling inside other samplings needs ranks that these use."""
 
@@ -58,6 +62,8 @@ class GroupRequest:
         load: has the host load models (here: the ranks) and make room for them.
         poll: see :class:`~asyncdiff_nodes.engine.WorkerGroup`.
         balance: decides where the blocks should be.
+        entry, places, arguments: of the first call of the network: its method, position and keyword of latent and timestep, and
+            all arguments by name.
     """
 
     patcher: ModelPatcher
@@ -68,6 +74,14 @@ class GroupRequest:
     load: Callable[[list[Any]], None]
     poll: Callable[[], None]
     balance: Balance
+    entry: str = "forward"
+    places: Places | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def expected_bytes(self) -> float:
+        """Bytes of the weights that each rank will have, if segments are equal."""
+        return sum(network.model_size() for network in (self.patcher, *models_of(self.patcher).values())) / self.plan.segments
 
 
 @dataclass(eq=False)
@@ -168,6 +182,21 @@ class Pool:
                     self._timer.daemon = True
                     self._timer.start()
 
+    def prepare(self, request: GroupRequest) -> WorkerGroup | None:
+        """Get a group as :meth:`acquire` does, if there is one; else make room for the ranks of one. Raises as that."""
+        held, load = self._look(request)
+        if held is not None:
+            held.busy = True
+            return held.group
+        skeleton_of(request.patcher, request.nets)  # raises where ranks cannot have this network
+        size = int(request.expected_bytes)
+        expected = [RankMemory(torch.device(name), size, lambda: None) for name in request.devices if not on_cluster(name)]
+        load(expected)
+        for rank in expected:
+            rank.forget()
+        self._retired.extend(expected)
+        return None
+
     def acquire(self, request: GroupRequest) -> WorkerGroup:
         """Get a group that computes the diffusion model as ``request`` says; the caller owns it until :meth:`give_back`.
 
@@ -176,6 +205,16 @@ class Pool:
             BusyError: other samplings use all groups that there can be.
             AsyncDiffError: see :class:`~asyncdiff_nodes.engine.WorkerGroup`.
         """
+        held, load = self._look(request)
+        if held is None:
+            skeleton = skeleton_of(request.patcher, request.nets)
+            with contextlib.closing(self._make_way(request.patcher)) as idle:
+                held = self._start(request, skeleton, load, idle)
+        held.busy = True
+        return held.group
+
+    def _look(self, request: GroupRequest) -> tuple[PooledGroup | None, Callable[[list[Any]], None]]:
+        """Find a group for the request, with the right weights; and how the host loads ranks beside those in use."""
         self._retired.clear()
         self.bury()
         check(request.patcher)
@@ -194,15 +233,11 @@ class Pool:
                 held.description = now
             load_beside(held.memory)
         if held is None or held.group.closed:  # closed: the host needed its memory for what it loaded
-            skeleton = skeleton_of(request.patcher, request.nets)
-            with contextlib.closing(self._make_way(request.patcher)) as idle:
-                held = self._start(request, skeleton, load_beside, idle)
-        else:
-            self._held.remove(held)
-            self._held.append(held)
-            self._update(held, request.patcher, request.nets)
-        held.busy = True
-        return held.group
+            return None, load_beside
+        self._held.remove(held)
+        self._held.append(held)
+        self._update(held, request.patcher, request.nets)
+        return held, load_beside
 
     def give_back(self, group: WorkerGroup) -> None:
         """Give ``group`` back: the sampling that acquired it is over."""
@@ -276,7 +311,8 @@ class Pool:
         self, request: GroupRequest, skeleton: nn.Module, load: Callable[[list[Any]], None], idle: IdleWorkers
     ) -> PooledGroup:
         patcher, nets, plan, devices = request.patcher, request.nets, request.plan, request.devices
-        family = family_of(skeleton, patcher)
+        inputs: Arguments = (), request.arguments
+        family = family_of(skeleton, patcher, request.entry, request.places, inputs)
         memory: list[RankMemory] = []
         started: list[weakref.ref[PooledGroup]] = []  # weak, so that a group that has ended is gone at once
 
@@ -297,10 +333,6 @@ class Pool:
         sources = Sources.of(patcher, nets)
         sent = Sent(sources)
         compiled = compile_arguments(patcher)
-        try:
-            inputs = family.example_inputs(skeleton, tuple(request.shape[2:]), 2 * request.shape[0])
-        except (AttributeError, KeyError) as error:
-            raise UnsupportedModelError(f"this ComfyUI builds its {family.name} in an unknown way ({error})") from error
         try:
             group = WorkerGroup(
                 skeleton,

@@ -15,9 +15,11 @@ import torch
 from comfy.cldm import cldm
 from comfy.model_patcher import ModelPatcher
 from torch import nn
-from torch.utils._pytree import tree_map
 
-from asyncdiff_nodes.engine import Family, UnsupportedModelError, find_family
+from asyncdiff_nodes.engine import Family, UnsupportedModelError
+from asyncdiff_nodes.engine.batch import Arguments
+from asyncdiff_nodes.engine.planning.discovery import Place, discover
+from asyncdiff_nodes.engine.planning.family import listed_family
 from asyncdiff_nodes.engine.tensors import tensors_of
 from asyncdiff_nodes.host.attributes import layers_with_weights
 from asyncdiff_nodes.host.controlnet.configs import on_meta
@@ -35,7 +37,6 @@ from .weights import originals_of, patches_of, reshaped
 def check(patcher: ModelPatcher) -> None:
     """Raise UnsupportedModelError if nodes gave the network of ``patcher`` code or shapes that a rank cannot have."""
     live = patcher.model.diffusion_model
-    find_family(live)
     if code := foreign_classes(live):
         raise UnsupportedModelError(f"its {type(live).__name__} runs code of other packs: {', '.join(code[:3])}")
     if wide := reshaped(patcher):
@@ -132,7 +133,6 @@ def fingerprint_of(patcher: ModelPatcher) -> str:
         UnsupportedModelError: no block list for its class; layers of classes, or patches, that a rank cannot have.
     """
     live = patcher.model.diffusion_model
-    find_family(live)
     config = sorted(patcher.model.model_config.unet_config.items(), key=str)
     operations = quantised.operations_of(patcher)
     classes = _layer_classes_of(live, operations)
@@ -146,20 +146,22 @@ def outline_of(net: nn.Module) -> Any:
     return _layer_classes_of(net), net.dtype, classes_of(net), shapes_of(net), heads_of(net)
 
 
-def family_of(skeleton: nn.Module, patcher: ModelPatcher) -> Family:
-    """The family of ``skeleton``, the network of ``patcher``: how to split it, trace it, and divide its calls."""
-    family = find_family(skeleton)
-    dtype = patcher.get_model_object("manual_cast_dtype") or skeleton.dtype  # of calls: weights may have another
-    options = {key: value for kind in KINDS for key, value in kind.example_options(patcher).items()}
+def family_of(
+    skeleton: nn.Module, patcher: ModelPatcher, entry: str, places: tuple[Place, Place] | None, inputs: Arguments
+) -> Family:
+    """The family of ``skeleton``, the network of ``patcher``: how to split it, trace it, and divide its calls.
 
-    def example_inputs(*args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        def cast(leaf: Any) -> Any:
-            return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.dtype == skeleton.dtype else leaf
+    Args:
+        entry, places, inputs: of the first call: the method, where latent and timestep are, and its arguments.
 
-        args, kwargs = tree_map(cast, family.example_inputs(*args))
-        return args, {**kwargs, "transformer_options": options}
-
-    return replace(family, example_inputs=example_inputs, trace_inputs=_traceable, divide=divide)
+    Raises:
+        UnsupportedModelError: its class is not listed, and it is found out that it cannot be split.
+    """
+    family = listed_family(skeleton)
+    if family is None:
+        own = entry if type(skeleton) is type(patcher.model.diffusion_model) else "forward"
+        family, _ = discover(skeleton, *inputs, entry=own, places=places, prepare=_traceable)
+    return replace(family, trace_inputs=_traceable, divide=divide)
 
 
 def _traceable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
