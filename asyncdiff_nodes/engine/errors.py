@@ -16,7 +16,19 @@ class DeviceError(AsyncDiffError, ValueError):
 
 
 class UnsupportedModelError(AsyncDiffError, TypeError):
-    """A model that has no block list, or that cannot be rebuilt in a worker process."""
+    """A model that cannot be split without changing what it computes, or that cannot be rebuilt in a worker process."""
+
+
+class RepeatedBlockError(UnsupportedModelError):
+    """A call that runs a block more than once, for which the model can be split otherwise.
+
+    Attributes:
+        block: its name.
+    """
+
+    def __init__(self, family: str, block: str) -> None:
+        super().__init__(f"family {family}: block {block} runs more than once per call")
+        self.block = block
 
 
 class ScheduleError(AsyncDiffError, RuntimeError):

@@ -1,25 +1,15 @@
 """The table of model families: package and class -> block list. A new architecture is one module and one row here."""
 
 from asyncdiff_nodes.engine.planning.family import Family
-from asyncdiff_nodes.models.comfy import control_nets, transformers, unet
+from asyncdiff_nodes.models.comfy import control_nets, unet
 from asyncdiff_nodes.models.comfy import motion as comfy_motion
 from asyncdiff_nodes.models.diffusers import flux, hunyuan_video, ltx_video, motion, pixart, qwen_image, sd3, svd, unet2d, wan
 
 FAMILIES: dict[str, Family] = {
     "asyncdiff_nodes.AnimatedUNet": comfy_motion.FAMILY,
-    "asyncdiff_nodes.ControlledFlux": control_nets.FLUX,
-    "asyncdiff_nodes.ControlledQwenImage": control_nets.QWEN_IMAGE,
-    "asyncdiff_nodes.ControlledSD3": control_nets.SD3,
     "asyncdiff_nodes.ControlledUNet": control_nets.UNET,
     "asyncdiff_nodes.DemoUNet": unet.FAMILY,
-    "comfy.Flux": transformers.FLUX,
-    "comfy.HunyuanVideo": transformers.HUNYUAN_VIDEO,
-    "comfy.LTXVModel": transformers.LTXV,
-    "comfy.NextDiT": transformers.LUMINA,
-    "comfy.OpenAISignatureMMDITWrapper": transformers.SD3,
-    "comfy.QwenImageTransformer2DModel": transformers.QWEN_IMAGE,
     "comfy.UNetModel": unet.FAMILY,
-    "comfy.WanModel": transformers.WAN,
     "diffusers.FluxTransformer2DModel": flux.FAMILY,
     "diffusers.HunyuanVideoTransformer3DModel": hunyuan_video.FAMILY,
     "diffusers.LTXVideoTransformer3DModel": ltx_video.FAMILY,

@@ -71,6 +71,7 @@ class WorkerGroup:
         room: bytes of weights that each device can hold; see :func:`~.placement.place`.
         on_placed: called with the placement before anything is on the devices, for example to make room there.
         ranks: how the ranks are started, and waited for.
+        build: makes the module on the meta device in a rank, if the module itself cannot be sent there.
 
     Attributes:
         finite: whether all results of this run so far were without NaN and infinity.
@@ -93,6 +94,7 @@ class WorkerGroup:
         room: Sequence[float] | None = None,
         on_placed: Callable[[Placement], None] | None = None,
         ranks: RankOptions | None = None,
+        build: Callable[[], nn.Module] | None = None,
     ) -> None:
         plan, options = plan or Plan(), ranks or RankOptions()
         self.devices = resolve_devices(devices)
@@ -108,7 +110,7 @@ class WorkerGroup:
         self.plan = plan
         self._family = family or listed_family(module)
         self._skeleton = meta_copy(module)
-        self._pickled = _pickled(self._skeleton)
+        self._pickled = _pickled(self._skeleton, build)
         self._graphs: dict[Any, BlockGraph] = {}
         self._run = Run(0, plan)
         self._parameters = [SentParameters() for _ in range(plan.world_size)]
@@ -493,10 +495,12 @@ def _start(devices: Sequence[str], options: RankOptions) -> RankSet:
     return LocalRanks(devices, options.poll, options.idle) if cluster is None else cluster.start(devices, options.poll)
 
 
-def _pickled(skeleton: nn.Module) -> bytes:
+def _pickled(skeleton: nn.Module, build: Callable[[], nn.Module] | None) -> bytes:
     try:
         return pickle.dumps(skeleton, protocol=pickle.HIGHEST_PROTOCOL)
     except Exception as error:
+        if build is not None:
+            return pickle.dumps(build, protocol=pickle.HIGHEST_PROTOCOL)
         raise UnsupportedModelError(
             f"this {type(skeleton).__name__} cannot be sent to a worker process ({error}); "
             "its classes must be importable from a module, and it must hold no lambdas or hooks"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +42,8 @@ def discover(
     entry: str = "forward",
     places: tuple[Place, Place] | None = None,
     prepare: Prepare | None = None,
+    tracing: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    avoid: Collection[str] = (),
 ) -> tuple[Family, BlockGraph]:
     """Find the family of ``skeleton``, which is on meta, and its block graph for this call.
 
@@ -48,7 +51,8 @@ def discover(
         args, kwargs: of the call. Of its tensors, only small ones with values are looked into.
         entry: the method that is called.
         places: of sample and timestep, where they are known.
-        prepare: as ``trace_inputs`` of :class:`~.family.Family`.
+        prepare, tracing: as ``trace_inputs`` and ``tracing`` of :class:`~.family.Family`.
+        avoid: modules that are to be no blocks, as other calls run them more than once.
 
     Raises:
         UnsupportedModelError: it cannot be split, or not without changing what it computes; says why.
@@ -67,17 +71,25 @@ def discover(
     >>> graph.names, family.sample, family.timestep
     (('layers.0', 'layers.1', 'layers.2', 'layers.3'), (2, 'latent'), (1, 't'))
     """
-    return _Discovery(skeleton, args, kwargs, entry, prepare).family(places)
+    with tracing():
+        family, graph = _Discovery(skeleton, args, kwargs, entry, prepare, avoid).family(places)
+    return replace(family, tracing=tracing), graph
 
 
 class _Discovery:
     """One network, and one call of it."""
 
     def __init__(
-        self, skeleton: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], entry: str, prepare: Prepare | None
+        self,
+        skeleton: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        entry: str,
+        prepare: Prepare | None,
+        avoid: Collection[str],
     ) -> None:
         self._skeleton, self._call, self._entry, self._prepare = skeleton, (args, kwargs), entry, prepare
-        self._name = type(skeleton).__name__
+        self._name, self._avoid = type(skeleton).__name__, frozenset(avoid)
         self._given: list[Any] = []  # the leaves of the call's arguments, on meta, as they were recorded last
         self._keep_shape: tuple[str, ...] = ()
 
@@ -150,7 +162,7 @@ class _Discovery:
 
     def _runnable(self, recording: Recording, samples: Sequence[torch.Tensor]) -> Chosen:
         """Choose blocks such that the rest of the network runs without their weights."""
-        avoid: set[str] = set()
+        avoid = set(self._avoid)
         while True:
             chosen = choose(recording, samples, avoid)
             if looked_at := set(_looked_at(recording, chosen)):
@@ -160,13 +172,18 @@ class _Discovery:
             if fault is None:
                 return chosen
             block, error = fault
-            if block is None or len(avoid) >= _MOST_FAULTS:
+            if block is None or len(avoid - self._avoid) >= _MOST_FAULTS:
                 raise UnsupportedModelError(f"{self._name} does not run without the weights of its parts ({error})")
             avoid.add(block)
 
     def _call_again(self, working: nn.Module, recording: Recording, chosen: Chosen, state: State) -> None:
         """Look whether a second call depends on what the first one has left in the network."""
-        again = self._record(working)
+        try:
+            again = self._record(working)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(
+                f"{self._name} looks in each call at what the call before it has kept ({error})"
+            ) from error
         self._refuse(changed_state(state, state_of(working)))
         self._refuse(kept_values(recording, again, chosen))
         if [call.name for call in again.calls] != [call.name for call in recording.calls]:

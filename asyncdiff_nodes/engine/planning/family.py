@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,7 @@ class Family:
             size means the model's own. Used to plan before the first call; without, it is planned then.
         trace_inputs: ``(args, kwargs) -> (args, kwargs)``, what a trace passes instead of a call's own inputs, where the
             forward cannot run on the meta device with these; ``None`` changes nothing.
+        tracing: makes what is entered while a trace runs.
         divide: ``(args, kwargs, batch, parts)`` -> the same call for each part of the batch; see :func:`~.batch.divide`.
         hidden: of a transformer; ``None`` where nothing is known of its hidden states, or there are none.
         entry: the method of the model that a call is of.
@@ -70,6 +72,7 @@ class Family:
     timestep: tuple[int, str]
     example_inputs: Callable[[nn.Module, int | None, int], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     trace_inputs: Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+    tracing: Callable[[], AbstractContextManager[Any]] = nullcontext
     sample: tuple[int, str] = (0, "sample")
     divide: Callable[[tuple[Any, ...], dict[str, Any], int, int], list[Arguments]] = divide
     hidden: HiddenStates | None = None

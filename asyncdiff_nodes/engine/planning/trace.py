@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from asyncdiff_nodes.engine.batch import sample_of
-from asyncdiff_nodes.engine.errors import UnsupportedModelError
+from asyncdiff_nodes.engine.errors import RepeatedBlockError, UnsupportedModelError
 from asyncdiff_nodes.engine.tensors import TensorMeta, tensors_of
 from asyncdiff_nodes.engine.trees import flatten
 
@@ -58,7 +58,7 @@ def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: di
     given = flatten((args, kwargs))[0]
     if family.trace_inputs is not None:
         args, kwargs = family.trace_inputs(args, kwargs)
-    with on_meta(known) as values, shapes_kept(skeleton, family.keep_shape):
+    with family.tracing(), on_meta(known) as values, shapes_kept(skeleton, family.keep_shape):
         recording = record(skeleton, args, kwargs, family.entry)
     recording = replace(recording, decisive=values.decisive)
     return graph_of(recording, names, family, given)
@@ -94,7 +94,7 @@ def _calls_of(recording: Recording, names: frozenset[str], family: Family) -> li
     calls = [call for call in recording.calls if call.name in names]
     times = Counter(call.name for call in calls)
     if twice := next((name for name, count in times.items() if count > 1), None):
-        raise UnsupportedModelError(f"family {family.name}: block {twice} runs more than once per call")
+        raise RepeatedBlockError(family.name, twice)
     return calls
 
 

@@ -19,7 +19,7 @@ class Boot:
 
     Attributes:
         locations, rendezvous: of all ranks of the group.
-        skeleton: the pickled module tree on the meta device.
+        skeleton: the pickled module tree on the meta device, or what makes it.
         compile: as of the group.
         prepare: called before the skeleton is unpickled.
         timestep, sample: position and keyword of each in a call.

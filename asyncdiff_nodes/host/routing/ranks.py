@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 
 from asyncdiff_nodes.engine import AsyncDiffError, DeadlineError, GroupClosedError, Placement, WorkerError, WorkerGroup
 from asyncdiff_nodes.host.workers import repeated
+from asyncdiff_nodes.host.workers.found import avoid
 from asyncdiff_nodes.host.workers.pool import POOL, GroupRequest, Places
+from asyncdiff_nodes.host.workers.skeleton import fingerprint_of
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,17 @@ class Ranks:
         """
         self._request = replace(self._request, entry=entry, places=places, arguments=arguments)
         self._try(lambda: None)
+
+    def place_anew(self, block: str, arguments: dict[str, Any]) -> None:
+        """Get a group in which ``block`` is no block, for a call with these ``arguments`` that runs it more than once.
+
+        Raises:
+            as :meth:`start`.
+        """
+        avoid(fingerprint_of(self._request.patcher), block)
+        POOL.discard(self.group)
+        self.group, self._request = None, replace(self._request, arguments=arguments)
+        self._enter()
 
     def begin(self, first: Callable[[], None], begin: Callable[[WorkerGroup], None]) -> None:
         """Begin the sampling with ``first``; a group that replaces another one begins with ``begin``."""

@@ -18,6 +18,7 @@ from asyncdiff_nodes.engine import (
     CallRecord,
     GroupClosedError,
     Plan,
+    RepeatedBlockError,
     ScheduleError,
     UnsupportedModelError,
     WorkerGroup,
@@ -281,11 +282,13 @@ class Sampling:
                 self.group.forget(gone)
             if nets:
                 given["nets"] = {self._ranks.slots[net.net]: net.to_send(self._plan.microbatches > 1) for net in nets}
-            try:
-                return self.group(stream=named.stream, **given)
-            except ScheduleError:
-                self._do_without_schedule()
-                return self.group(stream=named.stream, **given)
+            while True:
+                try:
+                    return self.group(stream=named.stream, **given)
+                except ScheduleError:
+                    self._do_without_schedule()
+                except RepeatedBlockError as error:  # such as one that embeds pictures to refer to as well
+                    self._ranks.place_anew(error.block, given)
 
         result = self._ranks.compute(compute)
         if self._finite and not self.group.finite:

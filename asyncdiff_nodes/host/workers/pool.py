@@ -27,11 +27,12 @@ from asyncdiff_nodes.host.patches.registry import models_of
 
 from . import links, repeated
 from .block_times import Balance
+from .found import family_of
 from .host_settings import HostSettings
 from .memory import RankMemory, kept_from_host
 from .quantised import changed_by_patches
 from .sent_weights import Sent, Sources
-from .skeleton import check, description_of, family_of, fingerprint_of, outline_of, skeleton_of
+from .skeleton import Recipe, check, description_of, fingerprint_of, outline_of, skeleton_of
 from .weights import weights_of
 
 log = logging.getLogger(__name__)
@@ -244,6 +245,10 @@ class Pool:
         for held in self._held:
             held.busy = held.busy and held.group is not group
 
+    def discard(self, group: WorkerGroup) -> None:
+        """End ``group``, which the caller owns: its blocks are not those that are needed."""
+        self._end(self._holder(group))
+
     def slots(self, group: WorkerGroup, nets: Sequence[nn.Module]) -> list[int]:
         """The places of these ControlNets in ``group``, which was acquired for them."""
         return self._holder(group).slots(nets)
@@ -312,7 +317,7 @@ class Pool:
     ) -> PooledGroup:
         patcher, nets, plan, devices = request.patcher, request.nets, request.plan, request.devices
         inputs: Arguments = (), request.arguments
-        family = family_of(skeleton, patcher, request.entry, request.places, inputs)
+        family = family_of(skeleton, patcher, fingerprint_of(patcher), request.entry, request.places, inputs)
         memory: list[RankMemory] = []
         started: list[weakref.ref[PooledGroup]] = []  # weak, so that a group that has ended is gone at once
 
@@ -353,6 +358,7 @@ class Pool:
                     idle=idle,
                     poll=request.poll,
                 ),
+                build=Recipe.of(skeleton, patcher),
             )
         except BaseException:
             for rank in memory:

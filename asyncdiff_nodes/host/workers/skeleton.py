@@ -5,31 +5,27 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import comfy.ldm.modules.attention
 import comfy.model_detection
 import torch
 from comfy.cldm import cldm
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
-from asyncdiff_nodes.engine import Family, UnsupportedModelError
-from asyncdiff_nodes.engine.batch import Arguments
-from asyncdiff_nodes.engine.planning.discovery import Place, discover
-from asyncdiff_nodes.engine.planning.family import listed_family
+from asyncdiff_nodes.engine import UnsupportedModelError
+from asyncdiff_nodes.engine.planning.on_meta import on_meta
 from asyncdiff_nodes.engine.tensors import tensors_of
 from asyncdiff_nodes.host.attributes import layers_with_weights
-from asyncdiff_nodes.host.controlnet.configs import on_meta
+from asyncdiff_nodes.host.controlnet.configs import on_meta as net_on_meta
 from asyncdiff_nodes.host.controlnet.network import controlled
 from asyncdiff_nodes.host.patches.foreign_code import foreign_classes, functions_of
 from asyncdiff_nodes.host.patches.registry import KINDS
 
 from . import quantised
 from .comparison import classes_of, compare, heads_of, refuse_others, settings_of, shapes_of
-from .divide import divide
 from .quantised import Operations
 from .weights import originals_of, patches_of, reshaped
 
@@ -58,7 +54,7 @@ def skeleton_of(patcher: ModelPatcher, nets: Sequence[nn.Module] = ()) -> nn.Mod
     operations = quantised.operations_of(patcher)
 
     def build(classes: type) -> nn.Module:
-        return type(live)(**patcher.model.model_config.unet_config, device="meta", operations=classes)
+        return Recipe(type(live), patcher.model.model_config.unet_config, classes)()
 
     rebuilt = _rebuilt(live, build, operations, originals_of(patcher)).requires_grad_(False).eval()
     if patcher.force_cast_weights:  # another node chose the precision of the computation
@@ -74,6 +70,32 @@ def skeleton_of(patcher: ModelPatcher, nets: Sequence[nn.Module] = ()) -> nn.Mod
     return rebuilt
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How to build a network in a rank where it cannot be sent itself, because of classes or functions within functions.
+
+    Attributes:
+        network, config: the host's class, and what it is built of.
+        layers: the class of its layer classes.
+    """
+
+    network: type
+    config: dict[str, Any]
+    layers: type
+
+    @classmethod
+    def of(cls, skeleton: nn.Module, patcher: ModelPatcher) -> Recipe | None:
+        """The recipe of ``skeleton``, the network of ``patcher``; None if it was changed since it was built."""
+        live = patcher.model.diffusion_model
+        changed = type(skeleton) is not type(live) or patcher.force_cast_weights or quantised.operations_of(patcher)
+        return None if changed else cls(type(live), patcher.model.model_config.unet_config, _layer_classes_of(live))
+
+    def __call__(self) -> nn.Module:
+        """Build it on the meta device."""
+        with layers_with_weights(), on_meta({}):
+            return self.network(**self.config, device="meta", operations=self.layers).requires_grad_(False).eval()
+
+
 def net_skeleton(net: nn.Module, patcher: ModelPatcher) -> nn.Module:
     """The network of a ControlNet for the model of ``patcher`` on the meta device.
 
@@ -83,12 +105,12 @@ def net_skeleton(net: nn.Module, patcher: ModelPatcher) -> nn.Module:
         UnsupportedModelError: as :func:`skeleton_of`.
     """
     try:
-        return _rebuilt(net, functools.partial(on_meta, net, patcher.model.model_config.unet_config))
+        return _rebuilt(net, functools.partial(net_on_meta, net, patcher.model.model_config.unet_config))
     except UnsupportedModelError:
         config = comfy.model_detection.model_config_from_unet(dict(tensors_of(net)), "", True)
         if config is None:
             raise
-        return _rebuilt(net, functools.partial(on_meta, net, config.unet_config))
+        return _rebuilt(net, functools.partial(net_on_meta, net, config.unet_config))
 
 
 def _rebuilt(
@@ -105,7 +127,7 @@ def _rebuilt(
     """
     name, classes = type(live).__name__, _layer_classes_of(live, operations)
     try:
-        with layers_with_weights():
+        with layers_with_weights(), on_meta({}):  # some read values of what they build
             rebuilt = build(classes)
         for layer, state in quantised.states(live, operations) if operations else ():
             rebuilt.get_submodule(layer).load_state_dict(state, assign=True)
@@ -146,41 +168,6 @@ def outline_of(net: nn.Module) -> Any:
     return _layer_classes_of(net), net.dtype, classes_of(net), shapes_of(net), heads_of(net)
 
 
-def family_of(
-    skeleton: nn.Module, patcher: ModelPatcher, entry: str, places: tuple[Place, Place] | None, inputs: Arguments
-) -> Family:
-    """The family of ``skeleton``, the network of ``patcher``: how to split it, trace it, and divide its calls.
-
-    Args:
-        entry, places, inputs: of the first call: the method, where latent and timestep are, and its arguments.
-
-    Raises:
-        UnsupportedModelError: its class is not listed, and it is found out that it cannot be split.
-    """
-    family = listed_family(skeleton)
-    if family is None:
-        own = entry if type(skeleton) is type(patcher.model.diffusion_model) else "forward"
-        family, _ = discover(skeleton, *inputs, entry=own, places=places, prepare=_traceable)
-    return replace(family, trace_inputs=_traceable, divide=divide)
-
-
-def _traceable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs of a call with an attention, and patches, that run on the meta device.
-
-    Some of the host's attentions read a device's free memory, and some patches read the step.
-    """
-
-    def attention(_: Any, *args: Any, **kwargs: Any) -> Any:
-        return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
-
-    options = {**kwargs["transformer_options"], "optimized_attention_override": attention}
-    options["patches_replace"] = {
-        place: {where: getattr(patch, "traced", patch) for where, patch in patches.items()}
-        for place, patches in options.get("patches_replace", {}).items()
-    }
-    return args, {**kwargs, "transformer_options": options}
-
-
 def _layer_classes_of(live: nn.Module, operations: Operations | None = None) -> type:
     """The host's class of layer classes that ``live`` was built with, such as ``comfy.ops.manual_cast``.
 
@@ -193,6 +180,8 @@ def _layer_classes_of(live: nn.Module, operations: Operations | None = None) -> 
             continue
         if type(live) is cldm.ControlNet and cls.__module__ == cldm.__name__:
             continue  # union ControlNets have a class made in a function, but pickle as their configuration
+        if "<locals>" in cls.__qualname__ and cls.__module__.startswith("comfy.ldm."):
+            continue  # the rank builds them by its recipe
         # packs are loaded under path-like names
         if "<locals>" in cls.__qualname__ or not all(part.isidentifier() for part in cls.__module__.split(".")):
             raise UnsupportedModelError(

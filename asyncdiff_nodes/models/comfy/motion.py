@@ -6,9 +6,7 @@ See :mod:`asyncdiff_nodes.host.patches.animatediff.network`.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-from asyncdiff_nodes.engine.batch import Arguments
 from asyncdiff_nodes.models.network import Network
 
 from . import unet
@@ -19,11 +17,4 @@ def block_names(net: Network) -> list[str]:
     return [*unet.block_names(net), *(name for names in net.places.values() for name in names)]
 
 
-def example_inputs(net: Network, size: Any = None, batch: int = 2) -> Arguments:
-    """Make those of the UNet. The batch are the frames of two videos."""
-    args, kwargs = unet.example_inputs(net, size, batch)
-    frames = batch // 2
-    return args, {**kwargs, "motion": {"frames": frames, "length": frames, "window": None, "changed": {}}}
-
-
-FAMILY = replace(unet.FAMILY, name="UNetModel with AnimateDiff", block_names=block_names, example_inputs=example_inputs)
+FAMILY = replace(unet.FAMILY, name="UNetModel with AnimateDiff", block_names=block_names, example_inputs=None)
