@@ -74,6 +74,8 @@ def graph_of(recording: Recording, names: Iterable[str], family: Family, given: 
         UnsupportedModelError: a block ran more than once.
     """
     calls = _calls_of(recording, frozenset(names), family)
+    if not calls:
+        raise UnsupportedModelError(f"family {family.name}: with these inputs the model runs none of its blocks")
     looked_at, result, decisive = made_of(recording, calls, given)
     last = len(calls) - 1
     looked_at[last] |= frozenset(source for source in result if source < 0)  # its rank returns the result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from .registry import KINDS, is_needless, is_routed, shipped
 _PATCHES = ("patches", "patches_replace")
 _ATTENTION = "optimized_attention_override"
 _READ_BY_PATCHES = ("cond_or_uncond", "sigmas")
+READ_BY_NETWORKS = frozenset({*_READ_BY_PATCHES, "sample_sigmas"})  # by some
 # networks write these before they read them; older hosts' do so in the options of the call, where the next call finds them
 _OF_NETWORK = {"original_shape", "transformer_index", "activations_shape", "block", "block_index", "block_type", "total_blocks"}
 # without patches, the network's forward reads none of it
-_BOOKKEEPING = {"wrappers", "callbacks", "uuids", "sample_sigmas", "prefetch_dynamic_vbars"}
-_HOST_ONLY = {*_PATCHES, *_READ_BY_PATCHES, *_OF_NETWORK, *_BOOKKEEPING}
+_BOOKKEEPING = {"wrappers", "callbacks", "uuids", "prefetch_dynamic_vbars"}
+_HOST_ONLY = {*_PATCHES, *READ_BY_NETWORKS, *_OF_NETWORK, *_BOOKKEEPING}
 
 
 def obstacle(patcher: ModelPatcher, model_options: dict[str, Any]) -> str | None:
@@ -78,9 +80,17 @@ def surroundings(given: dict[str, Any], network: nn.Module) -> str | None:
     return None
 
 
-def shippable(transformer_options: dict[str, Any]) -> dict[str, Any]:
-    """The part of the options that a rank needs: plain data and patches by reference, without the host's bookkeeping."""
-    options = {key: value for key, value in transformer_options.items() if key not in _HOST_ONLY and is_plain(value)}
+def shippable(transformer_options: dict[str, Any], read: Collection[str] = ()) -> dict[str, Any]:
+    """The part of the options that a rank needs: plain data and patches by reference, without the host's bookkeeping.
+
+    Args:
+        read: which of :data:`READ_BY_NETWORKS` this network reads.
+    """
+    options = {
+        key: value
+        for key, value in transformer_options.items()
+        if (key not in _HOST_ONLY and is_plain(value)) or (key in READ_BY_NETWORKS and key in read)
+    }
     variables: dict[int, Variable] = {}
     if _ATTENTION in transformer_options:
         options[_ATTENTION] = shipped(transformer_options[_ATTENTION], transformer_options, variables)
@@ -97,6 +107,14 @@ def shippable(transformer_options: dict[str, Any]) -> dict[str, Any]:
                 **{key: transformer_options[key] for key in _READ_BY_PATCHES if key in transformer_options},
             }
     return options
+
+
+def missing(transformer_options: dict[str, Any], read: Collection[str]) -> str | None:
+    """Why ranks cannot compute a call with these options, of which the network reads ``read``; None if they can."""
+    kept = [
+        key for key in read if key in transformer_options and key not in _HOST_ONLY and not is_plain(transformer_options[key])
+    ]
+    return f"the network reads the option {min(kept)}, which holds more than plain values" if kept else None
 
 
 def identity(shipped: dict[str, Any], by_value: bool = True) -> str:

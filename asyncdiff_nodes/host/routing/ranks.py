@@ -8,7 +8,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from asyncdiff_nodes.engine import AsyncDiffError, DeadlineError, GroupClosedError, Placement, WorkerError, WorkerGroup
+from asyncdiff_nodes.engine import (
+    AsyncDiffError,
+    DeadlineError,
+    GroupClosedError,
+    Placement,
+    RepeatedBlockError,
+    UnsupportedModelError,
+    WorkerError,
+    WorkerGroup,
+)
 from asyncdiff_nodes.host.workers import repeated
 from asyncdiff_nodes.host.workers.found import avoid
 from asyncdiff_nodes.host.workers.pool import POOL, GroupRequest, Places
@@ -42,6 +51,7 @@ class Ranks:
         self._request, self._replace, self._note = request, replace, note
         self._begin: Callable[[WorkerGroup], None] | None = None
         self._have_computed = False
+        self._of_others = False  # the group was placed for the calls of another sampling, and has computed none of this one
         self._failed: str | None = None  # how the group did that was replaced
 
     def prepare(self) -> None:
@@ -50,6 +60,7 @@ class Ranks:
         self.group = POOL.prepare(self._request)
         if self.group is not None:
             self.slots = POOL.slots(self.group, self._request.nets)
+            self._of_others = True
 
     def start(self, entry: str, places: Places, arguments: dict[str, Any]) -> None:
         """Get the first group, unless it is there, for a call with these ``arguments``; see :class:`.pool.GroupRequest`.
@@ -60,15 +71,20 @@ class Ranks:
         self._request = replace(self._request, entry=entry, places=places, arguments=arguments)
         self._try(lambda: None)
 
-    def place_anew(self, block: str, arguments: dict[str, Any]) -> None:
-        """Get a group in which ``block`` is no block, for a call with these ``arguments`` that runs it more than once.
+    def place_anew(self, arguments: dict[str, Any], error: UnsupportedModelError) -> None:
+        """Get a group whose blocks suit a call with these ``arguments``, which raised ``error`` on the present one.
 
         Raises:
+            UnsupportedModelError: ``error``, if another group would be no better.
             as :meth:`start`.
         """
-        avoid(fingerprint_of(self._request.patcher), block)
+        if isinstance(error, RepeatedBlockError):  # such as one that also embeds pictures to refer to
+            avoid(fingerprint_of(self._request.patcher), error.block)
+        elif not self._of_others:
+            raise error
         POOL.discard(self.group)
         self.group, self._request = None, replace(self._request, arguments=arguments)
+        self._of_others = False
         self._enter()
 
     def begin(self, first: Callable[[], None], begin: Callable[[WorkerGroup], None]) -> None:
@@ -93,7 +109,7 @@ class Ranks:
             GroupClosedError: the host took their memory back after the first call.
         """
         result = self._try(work)
-        self._have_computed = True
+        self._have_computed, self._of_others = True, False
         return result
 
     def move(self, placement: Placement) -> None:

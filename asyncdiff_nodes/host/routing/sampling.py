@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,6 @@ from asyncdiff_nodes.engine import (
     CallRecord,
     GroupClosedError,
     Plan,
-    RepeatedBlockError,
     ScheduleError,
     UnsupportedModelError,
     WorkerGroup,
@@ -29,12 +28,14 @@ from asyncdiff_nodes.host.page.progress import Progress
 from asyncdiff_nodes.host.page.report import RunRecord, publish
 from asyncdiff_nodes.host.page.settings import setting
 from asyncdiff_nodes.host.patches.foreign_code import Watched
-from asyncdiff_nodes.host.patches.obstacles import call_obstacle, obstacle, shippable, surroundings
+from asyncdiff_nodes.host.patches.obstacles import READ_BY_NETWORKS, call_obstacle, missing, obstacle, shippable, surroundings
 from asyncdiff_nodes.host.patches.protocol import RoutedCall
 from asyncdiff_nodes.host.workers import links
 from asyncdiff_nodes.host.workers.block_times import Balance
+from asyncdiff_nodes.host.workers.found import options_read
 from asyncdiff_nodes.host.workers.pool import POOL, BusyError
 from asyncdiff_nodes.host.workers.repeated import RepeatedFailureError
+from asyncdiff_nodes.host.workers.skeleton import fingerprint_of
 
 from .announced import Announced, Evaluation
 from .network_call import NetworkCall
@@ -133,6 +134,7 @@ class Sampling:
     def _look_at_host(self, model_options: dict[str, Any]) -> None:
         """Bring the host's objects into the state that they have in a sampling, and remember that state."""
         ready, patcher = self._ready, self._patcher
+        self._fingerprint = fingerprint_of(patcher)
         self._own = OwnNetwork(patcher, ready.theirs)
         self._own.prepare()
         self._watched = [Watched(network) for network in (patcher.model.diffusion_model, *ready.nets.networks)]
@@ -160,6 +162,12 @@ class Sampling:
             return None
         self._ranks.give_up()
         return reason
+
+    @property
+    def _read(self) -> Collection[str]:
+        """The options that the network reads; all that it may read, before that is found out."""
+        known = options_read(self._fingerprint)
+        return READ_BY_NETWORKS if known is None else known
 
     def _begin(self) -> None:
         """Have the ranks begin, with the blocks placed by all that is known about their speed."""
@@ -225,7 +233,7 @@ class Sampling:
             return by_host("a ControlNet gets a different latent than the model")
         rest = rest_of(given)
         call = RoutedCall(self._patcher.model.diffusion_model, given, options, x)
-        given["transformer_options"] = shippable(options)
+        given["transformer_options"] = shippable(options, self._read)
         for patch in self._ready.patches:
             if reason := patch.before(call):
                 return by_host(reason)
@@ -235,6 +243,10 @@ class Sampling:
             if reason := self._start(called):
                 self._left = reason
                 return by_host(reason)
+            for key in given["transformer_options"].keys() & READ_BY_NETWORKS - shippable(options, self._read).keys():
+                del given["transformer_options"][key]
+        if reason := missing(options, self._read):
+            return by_host(reason)
         synchronous = self._plan.warmup >= ALWAYS or self._plan.segments == 1
         named = self._names.of(call, rest, timesteps, nets, synchronous)
         if not named.certain:
@@ -287,8 +299,8 @@ class Sampling:
                     return self.group(stream=named.stream, **given)
                 except ScheduleError:
                     self._do_without_schedule()
-                except RepeatedBlockError as error:  # such as one that embeds pictures to refer to as well
-                    self._ranks.place_anew(error.block, given)
+                except UnsupportedModelError as error:
+                    self._ranks.place_anew(given, error)
 
         result = self._ranks.compute(compute)
         if self._finite and not self.group.finite:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
-from asyncdiff_nodes.engine import Family
+from asyncdiff_nodes.engine import AsyncDiffError, Family, UnsupportedModelError
 from asyncdiff_nodes.engine.batch import Arguments
 from asyncdiff_nodes.engine.planning.discovery import Place, discover
 from asyncdiff_nodes.engine.planning.family import listed_family
@@ -22,13 +23,19 @@ from asyncdiff_nodes.host.attributes import replaced
 
 from .divide import divide
 
-# fingerprint of a network -> modules that some of its calls run more than once
+# fingerprint of a network -> modules that some of its calls run more than once; and the options that it reads
 _avoided: defaultdict[str, set[str]] = defaultdict(set)
+_read: dict[str, frozenset[str]] = {}
 
 
 def avoid(fingerprint: str, block: str) -> None:
     """Note that networks with this fingerprint may run ``block`` more than once in a call, so that it must not be a block."""
     _avoided[fingerprint].add(block)
+
+
+def options_read(fingerprint: str) -> frozenset[str] | None:
+    """Return which of the host's options networks with this fingerprint read; None before that was found out."""
+    return _read.get(fingerprint)
 
 
 def family_of(
@@ -43,17 +50,50 @@ def family_of(
         UnsupportedModelError: its class is not listed, and it is found out that it cannot be split.
     """
     family = listed_family(skeleton)
+    _read.setdefault(fingerprint, frozenset())
     if family is None:
         own = entry if type(skeleton) is type(patcher.model.diffusion_model) else "forward"
-        how = {"entry": own, "places": places, "prepare": _traceable, "tracing": _tracing}
+        read: set[str] = set()
+        how = {"entry": own, "places": places, "prepare": functools.partial(_traceable, read=read), "tracing": _tracing}
         family, _ = discover(skeleton, *call, **how, avoid=_avoided[fingerprint])
+        _read[fingerprint] |= read
     return replace(family, trace_inputs=_traceable, tracing=_tracing, divide=divide)
 
 
-def _traceable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+class _Noting(dict):
+    """Options that note in ``read`` which of them are read."""
+
+    def __init__(self, options: dict[str, Any], read: set[str]) -> None:
+        super().__init__(options)
+        self._read = read
+
+    def __getitem__(self, key: str) -> Any:
+        self._read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The option ``key``, or ``default``."""
+        self._read.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self._read.add(str(key))
+        return super().__contains__(key)
+
+    def copy(self) -> _Noting:
+        """A copy that notes the same."""
+        return _Noting(self, self._read)
+
+
+def _traceable(
+    args: tuple[Any, ...], kwargs: dict[str, Any], read: set[str] | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The inputs of a call with an attention, and patches, that run on the meta device.
 
     Some of the host's attentions call kernels that do not, and some patches read the step.
+
+    Args:
+        read: gets the names of the options that are read.
     """
 
     def attention(_: Any, *args: Any, **kwargs: Any) -> Any:
@@ -64,12 +104,15 @@ def _traceable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any
         place: {where: getattr(patch, "traced", patch) for where, patch in patches.items()}
         for place, patches in options.get("patches_replace", {}).items()
     }
-    return args, {**kwargs, "transformer_options": options}
+    return args, {**kwargs, "transformer_options": options if read is None else _Noting(options, read)}
 
 
 @contextlib.contextmanager
 def _tracing() -> Iterator[None]:
-    """Tell the host that the meta device has much free memory: its attention asks, where no other can be put in its place."""
+    """Run a network on the meta device as on others, and have whatever it raises there be a reason not to split it.
+
+    The host's attention asks for free memory, where no other can be put in its place.
+    """
     its_own = comfy.model_management.get_free_memory
 
     def get_free_memory(device: Any = None, torch_free_too: bool = False) -> Any:
@@ -77,5 +120,10 @@ def _tracing() -> Iterator[None]:
             return its_own(device, torch_free_too)
         return (2**40, 2**40) if torch_free_too else 2**40
 
-    with replaced(comfy.model_management, "get_free_memory", get_free_memory):
-        yield
+    try:
+        with replaced(comfy.model_management, "get_free_memory", get_free_memory):
+            yield
+    except AsyncDiffError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(f"its forward fails on the meta device ({type(error).__name__}: {error})") from error

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -77,23 +77,38 @@ class Recipe:
     Attributes:
         network, config: the host's class, and what it is built of.
         layers: the class of its layer classes.
+        constants: see :func:`constants_of`.
     """
 
     network: type
     config: dict[str, Any]
     layers: type
+    constants: Mapping[tuple[str, str], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, skeleton: nn.Module, patcher: ModelPatcher) -> Recipe | None:
         """The recipe of ``skeleton``, the network of ``patcher``; None if it was changed since it was built."""
         live = patcher.model.diffusion_model
         changed = type(skeleton) is not type(live) or patcher.force_cast_weights or quantised.operations_of(patcher)
-        return None if changed else cls(type(live), patcher.model.model_config.unet_config, _layer_classes_of(live))
+        if changed:
+            return None
+        return cls(type(live), patcher.model.model_config.unet_config, _layer_classes_of(live), dict(constants_of(skeleton)))
 
     def __call__(self) -> nn.Module:
         """Build it on the meta device."""
         with layers_with_weights(), on_meta({}):
-            return self.network(**self.config, device="meta", operations=self.layers).requires_grad_(False).eval()
+            network = self.network(**self.config, device="meta", operations=self.layers).requires_grad_(False).eval()
+        for (name, attribute), value in self.constants.items():
+            setattr(network.get_submodule(name), attribute, value)
+        return network
+
+
+def constants_of(network: nn.Module) -> Iterator[tuple[tuple[str, str], torch.Tensor]]:
+    """Tensors that a network has been made with and that are neither parameters nor buffers: (module, attribute) and value."""
+    for name, module in network.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                yield (name, attribute), value
 
 
 def net_skeleton(net: nn.Module, patcher: ModelPatcher) -> nn.Module:
@@ -129,6 +144,9 @@ def _rebuilt(
     try:
         with layers_with_weights(), on_meta({}):  # some read values of what they build
             rebuilt = build(classes)
+        for (module, attribute), _ in list(constants_of(rebuilt)):
+            own = getattr(live.get_submodule(module), attribute)
+            setattr(rebuilt.get_submodule(module), attribute, own.detach().to("cpu", copy=True))
         for layer, state in quantised.states(live, operations) if operations else ():
             rebuilt.get_submodule(layer).load_state_dict(state, assign=True)
     except Exception as error:
