@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import time
 import weakref
@@ -499,8 +500,9 @@ def _pickled(skeleton: nn.Module, build: Callable[[], nn.Module] | None) -> byte
     try:
         return pickle.dumps(skeleton, protocol=pickle.HIGHEST_PROTOCOL)
     except Exception as error:
-        if build is not None:
-            return pickle.dumps(build, protocol=pickle.HIGHEST_PROTOCOL)
+        with contextlib.suppress(Exception):
+            if build is not None:
+                return pickle.dumps(build, protocol=pickle.HIGHEST_PROTOCOL)
         raise UnsupportedModelError(
             f"this {type(skeleton).__name__} cannot be sent to a worker process ({error}); "
             "its classes must be importable from a module, and it must hold no lambdas or hooks"

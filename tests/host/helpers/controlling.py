@@ -48,8 +48,7 @@ def assert_simulated(model, prompts, options, *nets, kind="sd15"):
     assert shared() == len(nets) and not last_run().notes
     plan = options.resolve(items=2)[0]
     assert last_run().plan == plan
-    size = small.latent(kind=kind)["samples"].shape[2:]
-    oracle, simulator = simulated(model, plan, "euler_ancestral", size, control=given[0][0][1]["control"])
+    oracle, simulator = simulated(model, plan, "euler_ancestral", control=given[0][0][1]["control"])
     with simulator:
         expected = run(oracle)
     scale = stock.abs().max()

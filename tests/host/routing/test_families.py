@@ -1,18 +1,15 @@
 """The families that are not in the other tests, as the host builds them: small, with random weights."""
 
-from dataclasses import replace
-
 import comfy.sd
 import pytest
 import torch
 
-from asyncdiff_nodes.engine import Plan, find_family
+from asyncdiff_nodes.engine import Plan
 from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing import preparation
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
 from asyncdiff_nodes.host.workers.pool import POOL
-from asyncdiff_nodes.models import FAMILIES
 from helpers import small
 from helpers.controlling import controlled
 from helpers.sampling import EXACT, assert_exact, exact, ksampler, prompts_for, segmented
@@ -45,7 +42,7 @@ def test_exact_is_the_stock_sampler_and_asynchronous_steps_are_the_simulators(ki
 
     found = sampled(attach(model, segmented(ranks)), kind, 8, cfg)
     assert not last_run().notes
-    oracle, simulator = simulated(model, last_run().plan, "euler", latent(kind)["samples"].shape[2:])
+    oracle, simulator = simulated(model, last_run().plan, "euler")
     with simulator:
         expected = sampled(oracle, kind, 8, cfg)
     assert (found - stock).abs().max() > 0 and (found - expected).abs().max() <= 0.01 * (found - stock).abs().max()
@@ -56,16 +53,17 @@ def test_hidden_states_are_where_the_family_says(kind):
     """Blocks without weights add nothing: if every segment makes hidden states of its own input, no result is stale."""
     model = small.model(kind)
     net = model.model.diffusion_model
-    for blocks in find_family(net).hidden.lists:
+    oracle, simulator = simulated(model, Plan(2), "euler")
+    with simulator:
+        sampled(oracle, kind, 2)
+    for blocks in simulator.family.hidden.lists:
         for parameter in net.get_submodule(blocks).parameters():
             parameter.data.zero_()
     stock = sampled(model, kind, sampler="euler_ancestral")  # noise that nobody can foresee
-    # behind its double blocks, hidden states are joined with the prompt's as the version of ComfyUI has it
-    cuts = ("double_blocks.0", "double_blocks.2") if kind == "hunyuan_video" else None
     wrong = {}
     for forecast in (0, 1):
-        plan = Plan(2, forecast=forecast, cuts=cuts)
-        oracle, simulator = simulated(model, plan, "euler_ancestral", latent(kind)["samples"].shape[2:])
+        plan = Plan(2, forecast=forecast)
+        oracle, simulator = simulated(model, plan, "euler_ancestral")
         with simulator:
             found = sampled(oracle, kind, sampler="euler_ancestral")
         wrong[simulator.placement.hidden is not None] = (found - stock).abs().max()
@@ -164,29 +162,10 @@ def test_calls_that_depend_on_values_are_sampled_as_usual(guided, kind):
     assert last_run().stats.records, "the other prompt's calls are routed"
 
 
-def test_a_network_that_is_built_in_an_unknown_way_is_sampled_as_usual():
-    model = small.model("flux")
-    stock = sampled(model, "flux", 4)
-    routed = attach(model, EXACT)
-
-    def without(net, *_):
-        return net.parameters_of_another_version
-
-    POOL.release()  # another test's network of this kind
-    changed = replace(FAMILIES["comfy.Flux"], example_inputs=without)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(FAMILIES, "comfy.Flux", changed)
-        assert torch.equal(sampled(routed, "flux", 4), stock)
-    assert "this ComfyUI builds its Flux in an unknown way" in last_run().notes[0]
-
-
-def test_a_network_that_reads_the_schedule_is_sampled_as_usual(monkeypatch):
+def test_a_network_that_reads_the_schedule_is_sent_it(monkeypatch):
     """HunyuanVideo, where it was distilled by mean flow."""
     monkeypatch.setitem(small.ALL["hunyuan_video"][3], "meanflow", True)
-    model = small.model("hunyuan_video")
-    stock = sampled(model, "hunyuan_video", 4)
-    assert torch.equal(sampled(attach(model, EXACT), "hunyuan_video", 4), stock)
-    assert "cannot be split: its HunyuanVideo is distilled by mean flow" in last_run().notes[0]
+    assert_exact(small.model("hunyuan_video"), lambda model: sampled(model, "hunyuan_video", 4))
 
 
 def test_a_variant_with_blocks_of_its_own_is_sampled_as_usual():

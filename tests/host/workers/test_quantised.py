@@ -22,8 +22,9 @@ from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
 from asyncdiff_nodes.host.workers import quantised
+from asyncdiff_nodes.host.workers.found import family_of
 from asyncdiff_nodes.host.workers.pool import POOL
-from asyncdiff_nodes.host.workers.skeleton import family_of, skeleton_of
+from asyncdiff_nodes.host.workers.skeleton import fingerprint_of, skeleton_of
 from helpers import sampling, small
 from helpers.sampling import EXACT, ksampler, prompts_for
 from helpers.simulated import loaded, simulated
@@ -207,16 +208,18 @@ def test_products_in_fp8(tmp_path, monkeypatch):
         fresh()
         capable = comfy.sd.load_diffusion_model(str(tmp_path / "model.safetensors"))
         skeleton = skeleton_of(capable)
-        family = family_of(skeleton, capable)
-        args, kwargs = family.example_inputs(skeleton, (16, 16), 1)
+
+        def drawn(*shape):
+            return torch.randn(shape, generator=generator)
+
+        args = drawn(1, 16, 16, 16), drawn(1)
+        kwargs = {"context": drawn(1, 256, 64), "y": drawn(1, 32), "guidance": drawn(1), "transformer_options": {}}
+        args, kwargs = tree_map(lambda leaf: leaf.to(capable.model.get_dtype_inference()), (args, kwargs))
+        places = (0, "x"), (1, "timestep")
+        family = family_of(skeleton, capable, fingerprint_of(capable), "forward", places, (args, kwargs))
         assert trace(skeleton, family, args, kwargs).macs > 0
         sent = pickle.dumps(skeleton)
         rank = loaded(pickle.loads(sent), capable)
-
-        def drawn(leaf):
-            return torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
-
-        args, kwargs = tree_map(drawn, (args, kwargs))
         expected = capable.model.diffusion_model(*args, **kwargs)
         assert torch.equal(rank(*args, **kwargs), expected)
         assert not torch.equal(model.model.diffusion_model(*args, **kwargs), expected), "or nothing was quantised"
