@@ -42,6 +42,17 @@ export const SETTINGS = [
     defaultValue: "auto",
   },
   {
+    id: "AsyncDiff.Unlisted",
+    category: ["AsyncDiff", "Sampling", "Unlisted"],
+    name: "Unlisted networks",
+    tooltip:
+      "Networks that this pack has no block list for. blocks found automatically: by what the network does in its first call; " +
+      "two calls are compared with ComfyUI's own once. ComfyUI samples: on one GPU, as without this pack.",
+    type: "combo",
+    options: ["blocks found automatically", "ComfyUI samples"],
+    defaultValue: "blocks found automatically",
+  },
+  {
     id: "AsyncDiff.Verify",
     category: ["AsyncDiff", "Sampling", "Verify"],
     name: "Verify",

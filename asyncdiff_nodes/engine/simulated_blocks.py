@@ -15,6 +15,7 @@ from asyncdiff_nodes.engine.rank.hidden_states import add_states, take_states
 from asyncdiff_nodes.engine.rank.inbox import value_for
 
 from .batch import sample_of
+from .stub import runner
 from .trees import flatten, unflatten
 
 
@@ -38,7 +39,7 @@ class SimulatedBlocks:
 
     def __init__(self, module: nn.Module, placement: Placement, entry: str) -> None:
         self._module, self._placement = module, placement
-        self._run = getattr(module, entry)
+        self._run = runner(module, entry)
         self._hidden = placement.hidden
         self._carriers = self._hidden.carriers if self._hidden else {}
         self._segment: int | None = None  # the one that runs; None runs all

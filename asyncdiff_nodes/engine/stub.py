@@ -1,4 +1,4 @@
-"""Stubs: modules without weights that stand for blocks which another rank computes."""
+"""Modules as ranks have them: run by one of their methods, and with stubs for blocks that another rank computes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+
+
+def runner(module: nn.Module, entry: str) -> Callable[..., Any]:
+    """Return what runs ``module`` by its method ``entry``: the module itself, with its hooks, where that is ``forward``."""
+    return module if entry == "forward" else getattr(module, entry)
 
 
 def make_stub(block: nn.Module, handed_back: Callable[[], Any]) -> None:

@@ -80,11 +80,19 @@ class OptionValues:
 
 
 # defaults of ComfyUI's settings under AsyncDiff; a test compares them with js/settings.js
+FOUND = "blocks found automatically"  # of networks that no table lists
+
 SETTINGS: dict[str, Any] = {
     "Preset": OptionValues.preset,
     "Devices": OptionValues.devices,
     "KeepMinutes": 0,
     "Links": "auto",
+    "Unlisted": FOUND,
     "Verify": OptionValues.verify,
 }
-SETTING_CHOICES = {"Preset": tuple(PRESETS), "Verify": CHOICES["verify"], "Links": ("auto", "host memory")}
+SETTING_CHOICES = {
+    "Preset": tuple(PRESETS),
+    "Verify": CHOICES["verify"],
+    "Links": ("auto", "host memory"),
+    "Unlisted": (FOUND, "ComfyUI samples"),
+}

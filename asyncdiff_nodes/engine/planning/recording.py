@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from asyncdiff_nodes.engine.stub import runner
 from asyncdiff_nodes.engine.tensors import tensors_of
 from asyncdiff_nodes.engine.trees import flatten
 
@@ -99,7 +100,7 @@ def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ent
     root = ModuleCall("", module, None, 0, _tensors(args, kwargs), (args, kwargs))
     recorder = _Recorder(root)
     with recorder.listening(module), torch.no_grad(), recorder:
-        result = getattr(module, entry)(*args, **kwargs)
+        result = runner(module, entry)(*args, **kwargs)
     root.ends, root.macs = len(recorder.operations), recorder.macs
     root.output, root.returned = result, flatten(result)[0]
     return Recording(root, recorder.operations, flatten((args, kwargs))[0], dict(tensors_of(module)))

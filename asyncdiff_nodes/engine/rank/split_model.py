@@ -13,7 +13,7 @@ from torch import nn
 from asyncdiff_nodes.engine.batch import Arguments, concatenated, sample_of
 from asyncdiff_nodes.engine.messages import CallMessage, Layout
 from asyncdiff_nodes.engine.planning.profile import block_marks
-from asyncdiff_nodes.engine.stub import make_stub
+from asyncdiff_nodes.engine.stub import make_stub, runner
 from asyncdiff_nodes.engine.telemetry import CallRecord, Stopwatch
 from asyncdiff_nodes.engine.tensors import TensorMeta, tensors_of
 from asyncdiff_nodes.engine.trees import flatten, unflatten
@@ -38,7 +38,7 @@ class SplitModel:
     def __init__(self, module: nn.Module, share: Share, device: torch.device, transport: Transport, entry: str) -> None:
         """Put stubs into ``module`` (on the meta device), which runs by its method ``entry``; for weights see :meth:`load`."""
         self._module = module.eval()
-        self._run = getattr(self._module, entry)
+        self._run = runner(self._module, entry)
         self._share = share
         self._device = device
         self._transport = transport

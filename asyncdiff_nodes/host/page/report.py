@@ -25,6 +25,7 @@ class RunRecord:
         placement, stats: also None there, and where the ranks ended before they could report.
         notes: sentences about what was not done as asked, and why.
         verified: how many calls the host computed as well, with the same result.
+        found: about the blocks, where they were found automatically.
     """
 
     notes: tuple[str, ...]
@@ -32,6 +33,7 @@ class RunRecord:
     placement: Placement | None = field(default=None, repr=False)
     stats: RunStats | None = field(default=None, repr=False)
     verified: int = 0
+    found: str = ""
 
     @classmethod
     def of(
@@ -40,7 +42,12 @@ class RunRecord:
         """Make the record of the run that ``group`` (None: the host) has just finished. Waits at most ``timeout`` seconds."""
         if group is None:
             return cls(tuple(notes))
-        return cls(tuple(notes), plan, group.placement, group.stats(timeout), verified)
+        found = group.family.found
+        about = found and (
+            f"found automatically: {len(group.placement)} parts with {found.share:.0%} of the work"
+            + (", a path that depends on values of the inputs" if found.read_values else "")
+        )
+        return cls(tuple(notes), plan, group.placement, group.stats(timeout), verified, about or "")
 
     @property
     def line(self) -> str:
@@ -84,6 +91,8 @@ class RunRecord:
             f"Sent between ranks: {_mib(self.stats.bytes_per_call)} per call; planned {_mib(self.stats.planned_bytes)}"
             + (" per asynchronous call" if fewer else "")
         )
+        if self.found:
+            lines.append(f"Blocks: {self.found}")
         if self.verified:
             lines.append(f"Verified: ComfyUI computed {self.verified} call(s) as well, with the same result")
         lines += [self._rank_line(rank, timing) for rank in self.stats.ranks]

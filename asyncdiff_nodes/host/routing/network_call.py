@@ -20,13 +20,13 @@ class NetworkCall:
     Attributes:
         entry: the name of the method: the one that the network's hooks are around, where it calls any.
         given: its arguments by name, in order: the latent and the timestep come first.
-        compute: makes the call on the host.
+        compute: makes the call on the host; with another latent, if it is given one.
     """
 
     network: Any
     entry: str
     given: dict[str, Any]
-    compute: Callable[[], Any]
+    compute: Callable[..., Any]
 
     @classmethod
     def of(cls, network: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> NetworkCall:
@@ -39,7 +39,14 @@ class NetworkCall:
         for parameter in signature.parameters.values():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 given |= given.pop(parameter.name, {})
-        return cls(network, entry, given, lambda: method(*args, **kwargs))
+        latent = next(iter(given))
+
+        def compute(**other: Any) -> Any:
+            if other and args:
+                return method(other[latent], *args[1:], **kwargs)
+            return method(*args, **kwargs | other)
+
+        return cls(network, entry, given, compute)
 
     @property
     def places(self) -> tuple[tuple[int, str], tuple[int, str]]:

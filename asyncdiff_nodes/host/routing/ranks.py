@@ -29,6 +29,8 @@ FAILURES = (WorkerError, DeadlineError)  # errors of ranks that failed
 
 _TAKEN = "ComfyUI took the ranks' memory back before the first call; their weights were sent again"
 
+_MOST = 2  # how often blocks are placed anew in a sampling, for calls that take other paths than those before
+
 Result = TypeVar("Result")
 
 
@@ -51,7 +53,7 @@ class Ranks:
         self._request, self._replace, self._note = request, replace, note
         self._begin: Callable[[WorkerGroup], None] | None = None
         self._have_computed = False
-        self._of_others = False  # the group was placed for the calls of another sampling, and has computed none of this one
+        self._placed_anew = 0
         self._failed: str | None = None  # how the group did that was replaced
 
     def prepare(self) -> None:
@@ -60,7 +62,6 @@ class Ranks:
         self.group = POOL.prepare(self._request)
         if self.group is not None:
             self.slots = POOL.slots(self.group, self._request.nets)
-            self._of_others = True
 
     def start(self, entry: str, places: Places, arguments: dict[str, Any]) -> None:
         """Get the first group, unless it is there, for a call with these ``arguments``; see :class:`.pool.GroupRequest`.
@@ -80,11 +81,11 @@ class Ranks:
         """
         if isinstance(error, RepeatedBlockError):  # such as one that also embeds pictures to refer to
             avoid(fingerprint_of(self._request.patcher), error.block)
-        elif not self._of_others:
+        elif self._placed_anew == _MOST:
             raise error
+        self._placed_anew += 1
         POOL.discard(self.group)
         self.group, self._request = None, replace(self._request, arguments=arguments)
-        self._of_others = False
         self._enter()
 
     def begin(self, first: Callable[[], None], begin: Callable[[WorkerGroup], None]) -> None:
@@ -109,7 +110,7 @@ class Ranks:
             GroupClosedError: the host took their memory back after the first call.
         """
         result = self._try(work)
-        self._have_computed, self._of_others = True, False
+        self._have_computed = True
         return result
 
     def move(self, placement: Placement) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +37,7 @@ from asyncdiff_nodes.host.workers.pool import POOL, BusyError
 from asyncdiff_nodes.host.workers.repeated import RepeatedFailureError
 from asyncdiff_nodes.host.workers.skeleton import fingerprint_of
 
+from . import first_use
 from .announced import Announced, Evaluation
 from .network_call import NetworkCall
 from .options import OneDeviceError, Options
@@ -50,6 +51,10 @@ from .verify import Audit, distrusted, strangers
 log = logging.getLogger(__name__)
 
 _NO_ROOM = "verify: nothing was compared, because there is no room for ComfyUI's own network beside the ranks"
+_UNCHECKED = (
+    "the blocks of this network were found automatically, and nothing was compared with ComfyUI's own result, because there is "
+    "no room for its network beside the ranks"
+)
 _REPORT_GRACE = 5.0  # seconds
 
 
@@ -216,10 +221,10 @@ class Sampling:
         options, control = given.get("transformer_options") or {}, given.get("control")
         nets = take(control)
 
-        def on_host() -> torch.Tensor:
+        def on_host(**other: Any) -> Any:
             self._own.load(x)
             complete(control, nets)  # in the dictionary that the network is called with
-            return called.compute()
+            return called.compute(**other)
 
         def by_host(reason: str) -> torch.Tensor:
             self._note(reason)
@@ -252,6 +257,10 @@ class Sampling:
         if not named.certain:
             self._do_synchronously()
         try:
+            if named.first and call.repeatable and (difference := self._first_use(called, call, nets, on_host)):
+                self._left, expected = difference
+                self._note(self._left)
+                return expected
             result = self._by_ranks(call, named, nets)
             if difference := self._compared(call, named, result, on_host):
                 self._left, expected = difference
@@ -294,18 +303,22 @@ class Sampling:
                 self.group.forget(gone)
             if nets:
                 given["nets"] = {self._ranks.slots[net.net]: net.to_send(self._plan.microbatches > 1) for net in nets}
-            while True:
-                try:
-                    return self.group(stream=named.stream, **given)
-                except ScheduleError:
-                    self._do_without_schedule()
-                except UnsupportedModelError as error:
-                    self._ranks.place_anew(given, error)
+            return self._on_group(named.stream, given)
 
         result = self._ranks.compute(compute)
         if self._finite and not self.group.finite:
             self._explain_nan(call.x, given)
         return result
+
+    def _on_group(self, stream: Hashable, given: dict[str, Any]) -> Any:
+        """Return the group's result for a call with these arguments, whatever has to be changed for that."""
+        while True:
+            try:
+                return self.group(stream=stream, **given)
+            except ScheduleError:
+                self._do_without_schedule()
+            except UnsupportedModelError as error:
+                self._ranks.place_anew(given, error)
 
     def _compared(
         self, call: RoutedCall, named: NamedCall, result: Any, on_host: Callable[[], torch.Tensor]
@@ -324,6 +337,39 @@ class Sampling:
         facts = {"arguments": named.arguments, "patches": named.patches}
         report = self._audit.differs(self.group, result, expected, call.x, facts)
         return report and (report, expected)
+
+    def _first_use(
+        self, called: NetworkCall, call: RoutedCall, nets: Sequence[NetCall], on_host: Callable[..., torch.Tensor]
+    ) -> tuple[str, torch.Tensor] | None:
+        """Compare two calls with the host's, if how to split this network was found out and it was never compared.
+
+        The sampling then begins as if nothing had been.
+
+        Returns:
+            None if they agree; else a report, and the host's result for ``called``.
+        """
+        if nets or not (self._audit.watches and first_use.due(self.group.family, self._fingerprint)):
+            return None
+        if not self._audit.has_room(call.x):
+            self._note(_UNCHECKED)
+            return None
+        network, latent = called.network, next(iter(called.given))
+        other = {latent: first_use.another(called.given[latent])}
+        try:
+            with first_use.state_restored(network):
+                expected, expected_other = self._own.for_once(lambda: (on_host(), on_host(**other)))
+        except comfy.model_management.OOM_EXCEPTION:
+            self._note(_UNCHECKED)
+            return None
+        for arguments, theirs in ((call.arguments, expected), (call.arguments | other, expected_other)):
+            ours = self._on_group("first use", arguments)
+            self.group.forget("first use")
+            facts = {"found automatically": len(self.group.placement)}
+            if report := self._audit.differs(self.group, ours, theirs, call.x, facts):
+                return report, expected
+        self._ranks.resume()
+        first_use.passed(self._fingerprint, type(network).__name__)
+        return None
 
     def close(self) -> None:
         """End the sampling, however it went: restore the host's objects, and free the devices' memory for what comes next."""

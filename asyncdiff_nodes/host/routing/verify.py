@@ -16,6 +16,7 @@ from comfyui_version import __version__ as comfyui_version
 from asyncdiff_nodes import __version__
 from asyncdiff_nodes.engine import WorkerGroup, accelerator
 from asyncdiff_nodes.engine.devices import on_cluster
+from asyncdiff_nodes.engine.trees import flatten
 from asyncdiff_nodes.host.patches.packs import around, code_name, of_host
 
 # allowed difference, relative to the result: rounding adds up over the layers; other weights or code change much more
@@ -67,12 +68,18 @@ class Audit:
         if self._mode == "off" or kind in self._kinds or (self._mode == "auto" and not self._strange):
             return False
         self._kinds.add(kind)
-        if not self._has_room(x):
+        if not self.has_room(x):
             self.lacked_room = self._mode != "auto"
             return False
         return True
 
-    def _has_room(self, x: torch.Tensor) -> bool:
+    @property
+    def watches(self) -> bool:
+        """Whether the user lets anything be compared."""
+        return self._mode != "off"
+
+    def has_room(self, x: torch.Tensor) -> bool:
+        """Whether the host's network fits onto its device beside the ranks, for a call at ``x``."""
         need = self._patcher.model_size() + self._patcher.memory_required(list(x.shape))
         return comfy.model_management.get_free_memory(self._patcher.load_device) > need
 
@@ -82,8 +89,9 @@ class Audit:
         Args:
             facts: more facts about the call at ``x``, for the report.
         """
-        # NaN is equal to NaN here
-        computed, expected = ((each[0] if isinstance(each, tuple) else each).nan_to_num() for each in (computed, expected))
+        if isinstance(computed, tuple) and isinstance(expected, torch.Tensor):
+            computed = computed[0]  # the others are what a patch saw
+        computed, expected = _joined(computed), _joined(expected)
         alike = computed.shape == expected.shape and computed.dtype == expected.dtype
         if alike and torch.equal(computed, expected):
             self.agreed += 1
@@ -112,6 +120,12 @@ class Audit:
             **facts,
         }
         return "\n".join([f"{reason}: please report this", *(f"  {name}: {value}" for name, value in details.items())])
+
+
+def _joined(result: Any) -> torch.Tensor:
+    """A network's result as one tensor, in which NaN is equal to NaN."""
+    leaves = [leaf.nan_to_num() for leaf in flatten(result)[0] if isinstance(leaf, torch.Tensor)]
+    return leaves[0] if len(leaves) == 1 else torch.cat([leaf.flatten() for leaf in leaves])
 
 
 def _bit_by_bit(group: WorkerGroup, device: torch.device) -> bool:

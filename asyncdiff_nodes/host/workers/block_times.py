@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import json
-import logging
-import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import comfy.model_management
-import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 
@@ -22,11 +15,10 @@ from asyncdiff_nodes.engine.devices import on_cluster
 from asyncdiff_nodes.engine.parent.course import TIMED
 from asyncdiff_nodes.engine.telemetry import CallRecord
 
+from . import user_files
 from .skeleton import fingerprint_of
 
-log = logging.getLogger(__name__)
-
-_KEPT = 200  # entries in the file, for the latest models and shapes
+_FILE, _KEPT = "block_times", 200  # entries for the latest models and shapes
 # what a move costs, estimated rather too high: rebuild the module tree, then patch and send weights
 _MOVE_SECONDS, _BYTES_PER_SECOND = 1.0, 1e9
 _PAUSES = 50  # the latest pauses, whose median counts
@@ -54,7 +46,7 @@ class Balance:
         uses = [devices[: rank + 1].count(device) for rank, device in enumerate(devices)]
         each = zip(self._models, devices, uses, strict=True)
         self._names = [f"{model} {device}" + (f" ({use})" if use > 1 else "") for model, device, use in each]
-        self._times = BlockTimes.from_data(_load().get(self._key))
+        self._times = BlockTimes.from_data(user_files.load(_FILE).get(self._key))
         self._records: list[CallRecord] = []
         self._waited_for: collections.deque[CallRecord] = collections.deque(maxlen=_PAUSES)
         self._plan = plan
@@ -109,13 +101,9 @@ class Balance:
         self._learn()
         if self._kept:
             return
-        entries = _load()
+        entries = user_files.load(_FILE)
         entries.pop(self._key, None)  # the latest last
-        entries[self._key] = self._times.to_data()
-        try:
-            _save(dict(list(entries.items())[-_KEPT:]))
-        except OSError as error:
-            log.warning("AsyncDiff: could not save the block times: %s", error)
+        user_files.save(_FILE, entries | {self._key: self._times.to_data()}, _KEPT)
 
     def _learn(self) -> None:
         if self._records:
@@ -139,33 +127,3 @@ def _model_of(device: str) -> str:
     if on_cluster(device):
         return device
     return accelerator.title(device)
-
-
-def _path() -> Path:
-    return Path(folder_paths.get_user_directory(), "__asyncdiff", "block_times.json")  # "__": never served to pages
-
-
-def _load() -> dict[str, Any]:
-    """Model, shape and dtype -> data of :class:`~asyncdiff_nodes.engine.BlockTimes`; empty where there is no such file."""
-    try:
-        entries = json.loads(_path().read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        log.warning("AsyncDiff: could not read the block times in %s, so they are measured again: %s", _path(), error)
-        return {}
-    return entries if isinstance(entries, dict) else {}
-
-
-def _save(entries: dict[str, Any]) -> None:
-    """Write the file at once or not at all: a host that is killed meanwhile leaves the old file."""
-    path = _path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump(entries, file, indent=1)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -1,36 +1,40 @@
-"""How networks are split that no table lists, as it was found out from calls of them in this session."""
+"""How networks are split that no table lists: found out from a call of each, and kept in the user's folder."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import replace
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
 import comfy.ldm.modules.attention
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfyui_version import __version__ as comfyui_version
 from torch import nn
 
+from asyncdiff_nodes import __version__
 from asyncdiff_nodes.engine import AsyncDiffError, Family, UnsupportedModelError
 from asyncdiff_nodes.engine.batch import Arguments
 from asyncdiff_nodes.engine.planning.discovery import Place, discover
-from asyncdiff_nodes.engine.planning.family import listed_family
+from asyncdiff_nodes.engine.planning.family import Findings, HiddenStates, listed_family
+from asyncdiff_nodes.engine.trees import flatten
 from asyncdiff_nodes.host.attributes import replaced
 
+from . import user_files
 from .divide import divide
 
-# fingerprint of a network -> modules that some of its calls run more than once; and the options that it reads
-_avoided: defaultdict[str, set[str]] = defaultdict(set)
-_read: dict[str, frozenset[str]] = {}
+_FILE, _KEPT = "found", 400
+_VERSIONS = f"{comfyui_version} {torch.__version__} {__version__}"
+
+_read: dict[str, frozenset[str]] = {}  # fingerprint of a network -> the options that it reads
 
 
-def avoid(fingerprint: str, block: str) -> None:
-    """Note that networks with this fingerprint may run ``block`` more than once in a call, so that it must not be a block."""
-    _avoided[fingerprint].add(block)
+class _ForwardError(UnsupportedModelError):
+    """A forward that fails on the meta device, maybe because of its arguments."""
 
 
 def options_read(fingerprint: str) -> frozenset[str] | None:
@@ -38,10 +42,19 @@ def options_read(fingerprint: str) -> frozenset[str] | None:
     return _read.get(fingerprint)
 
 
+def avoid(fingerprint: str, block: str) -> None:
+    """Note that networks with this fingerprint may run ``block`` more than once in a call, so that it must not be a block."""
+    key = _key(fingerprint, "avoided")
+    entries = user_files.load(_FILE)
+    user_files.save(_FILE, entries | {key: sorted({*entries.get(key, []), block})}, _KEPT)
+
+
 def family_of(
     skeleton: nn.Module, patcher: ModelPatcher, fingerprint: str, entry: str, places: tuple[Place, Place] | None, call: Arguments
 ) -> Family:
     """The family of ``skeleton``, the network of ``patcher``: how to split it, trace it, and divide its calls.
+
+    What is found out is kept in the user's folder, for this configuration of the network and arguments like these.
 
     Args:
         entry, places, call: of its first call: the method, where latent and timestep are, and its arguments.
@@ -53,11 +66,67 @@ def family_of(
     _read.setdefault(fingerprint, frozenset())
     if family is None:
         own = entry if type(skeleton) is type(patcher.model.diffusion_model) else "forward"
-        read: set[str] = set()
-        how = {"entry": own, "places": places, "prepare": functools.partial(_traceable, read=read), "tracing": _tracing}
-        family, _ = discover(skeleton, *call, **how, avoid=_avoided[fingerprint])
-        _read[fingerprint] |= read
+        family = _found(skeleton, fingerprint, own, places, call)
     return replace(family, trace_inputs=_traceable, tracing=_tracing, divide=divide)
+
+
+def _found(skeleton: nn.Module, fingerprint: str, entry: str, places: tuple[Place, Place] | None, call: Arguments) -> Family:
+    entries = user_files.load(_FILE)
+    avoided = entries.get(_key(fingerprint, "avoided"), [])
+    key = _key(fingerprint, repr((entry, places, avoided, _outline(call))))
+    data = entries.get(key)
+    if data is None:
+        read: set[str] = set()
+        how = {"entry": entry, "places": places, "prepare": functools.partial(_traceable, read=read), "tracing": _tracing}
+        try:
+            data = _to_data(discover(skeleton, *call, **how, avoid=avoided)[0], read)
+        except _ForwardError:
+            raise
+        except UnsupportedModelError as error:
+            data = {"reason": str(error)}
+        user_files.save(_FILE, user_files.load(_FILE) | {key: data}, _KEPT)
+    if "reason" in data:
+        raise UnsupportedModelError(data["reason"])
+    _read[fingerprint] |= set(data["options"])
+    return _from_data(data)
+
+
+def _to_data(family: Family, options: Iterable[str]) -> dict[str, Any]:
+    """What JSON can hold of a family that was found, and of the options that its network reads."""
+    hidden = family.hidden and asdict(family.hidden)
+    parts = {name: getattr(family, name) for name in ("name", "sample", "timestep", "entry", "keep_shape")}
+    return parts | {
+        "blocks": family.block_names(None),
+        "hidden": hidden,
+        "found": asdict(family.found),
+        "options": sorted(options),
+    }
+
+
+def _from_data(data: dict[str, Any]) -> Family:
+    """The family that :func:`_to_data` was given."""
+    hidden = data["hidden"] and HiddenStates(**data["hidden"] | {"argument": tuple(data["hidden"]["argument"])})
+    return Family(
+        name=data["name"],
+        block_names=lambda _: list(data["blocks"]),
+        timestep=tuple(data["timestep"]),
+        sample=tuple(data["sample"]),
+        hidden=hidden,
+        entry=data["entry"],
+        keep_shape=tuple(data["keep_shape"]),
+        found=Findings(**data["found"]),
+    )
+
+
+def _outline(call: Arguments) -> Any:
+    """An outline of a call's arguments: what is there, and of how many dimensions, whatever its size."""
+    leaves, structure = flatten(call)
+    kinds = [(leaf.ndim, str(leaf.dtype)) if isinstance(leaf, torch.Tensor) else type(leaf).__name__ for leaf in leaves]
+    return structure, kinds
+
+
+def _key(fingerprint: str, more: str) -> str:
+    return hashlib.sha256(f"{fingerprint} {_VERSIONS} {more}".encode()).hexdigest()[:24]
 
 
 class _Noting(dict):
@@ -126,4 +195,4 @@ def _tracing() -> Iterator[None]:
     except AsyncDiffError:
         raise
     except Exception as error:
-        raise UnsupportedModelError(f"its forward fails on the meta device ({type(error).__name__}: {error})") from error
+        raise _ForwardError(f"its forward fails on the meta device ({type(error).__name__}: {error})") from error

@@ -16,11 +16,14 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from asyncdiff_nodes.engine import UnsupportedModelError
+from asyncdiff_nodes.engine.planning.family import listed_family
 from asyncdiff_nodes.engine.planning.on_meta import on_meta
 from asyncdiff_nodes.engine.tensors import tensors_of
 from asyncdiff_nodes.host.attributes import layers_with_weights
+from asyncdiff_nodes.host.choices import FOUND
 from asyncdiff_nodes.host.controlnet.configs import on_meta as net_on_meta
 from asyncdiff_nodes.host.controlnet.network import controlled
+from asyncdiff_nodes.host.page.settings import setting
 from asyncdiff_nodes.host.patches.foreign_code import foreign_classes, functions_of
 from asyncdiff_nodes.host.patches.registry import KINDS
 
@@ -33,6 +36,10 @@ from .weights import originals_of, patches_of, reshaped
 def check(patcher: ModelPatcher) -> None:
     """Raise UnsupportedModelError if nodes gave the network of ``patcher`` code or shapes that a rank cannot have."""
     live = patcher.model.diffusion_model
+    if setting("Unlisted") != FOUND and listed_family(live) is None:
+        raise UnsupportedModelError(
+            f"no block list for its {type(live).__name__}, and Settings, AsyncDiff, Unlisted asks for one"
+        )
     if code := foreign_classes(live):
         raise UnsupportedModelError(f"its {type(live).__name__} runs code of other packs: {', '.join(code[:3])}")
     if wide := reshaped(patcher):

@@ -35,14 +35,18 @@ class Oracle:
 
     def __init__(self, model, plan, skeleton, whole):
         self._model, self._plan, self._skeleton, self._whole = model, plan, skeleton, whole
-        self._simulator = None
+        self._simulator, self._fingerprint = None, fingerprint_of(model)  # before others inject into it
+
+    @property
+    def options_read(self):
+        known = options_read(self._fingerprint)
+        return READ_BY_NETWORKS if known is None else known
 
     def begun(self, call, arguments, timesteps, levels):
         """The simulator, in a run that has begun."""
         if self._simulator is None:
             inputs = (), arguments
-            fingerprint = fingerprint_of(self._model)
-            family = family_of(self._skeleton, self._model, fingerprint, "forward", call.places, inputs)
+            family = family_of(self._skeleton, self._model, self._fingerprint, "forward", call.places, inputs)
             self._simulator = Simulator(self._whole, self._plan, family=family, example_inputs=inputs)
         if not self._simulator._streams:
             self._simulator.begin(timesteps, levels)
@@ -94,8 +98,7 @@ def simulated(model, plan, sampler, control=None):
         if calls := take(given.get("control")):
             given["nets"] = {call.net: call.to_send(plan.microbatches > 1) for call in calls}
         stream = tuple(options["uuids"]), tuple(x.shape), len(calls)
-        read = options_read(fingerprint_of(model))
-        shipped = {"sample_sigmas": None, **shippable(options, READ_BY_NETWORKS if read is None else read)}
+        shipped = {"sample_sigmas": None, **shippable(options, oracle.options_read)}
         routed = RoutedCall(network, given | {"transformer_options": shipped}, options, x)
         for patch in patches:
             assert patch.before(routed) is None

@@ -1,0 +1,68 @@
+"""The first use of a network whose blocks were found automatically: ranks and ComfyUI compute two calls, which are compared.
+
+What would make splitting wrong is looked for on the meta device before, in what the network does there. This is for the rest:
+what only shows with values, and in a second call. It is done once per network and version, and kept in the user's folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from comfyui_version import __version__ as comfyui_version
+from torch import nn
+
+from asyncdiff_nodes import __version__
+from asyncdiff_nodes.engine import Family
+from asyncdiff_nodes.engine.trees import flatten, unflatten
+from asyncdiff_nodes.host.workers import user_files
+
+_FILE, _KEPT = "checked", 200
+_OWN = frozenset(vars(nn.Module()))  # attributes that every module has
+
+
+def due(family: Family, fingerprint: str) -> bool:
+    """Whether a network with this fingerprint is still to be compared."""
+    return family.found is not None and _key(fingerprint) not in user_files.load(_FILE)
+
+
+def passed(fingerprint: str, network: str) -> None:
+    """Note that networks with this fingerprint, of the class ``network``, gave the same in two calls."""
+    user_files.save(_FILE, user_files.load(_FILE) | {_key(fingerprint): network}, _KEPT)
+
+
+def another(latent: Any) -> Any:
+    """A latent like this one, or a list of them, with other values."""
+    leaves, structure = flatten(latent)
+    changed = [0.9 * leaf.flip(-1) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
+    return unflatten(changed, structure)
+
+
+@contextlib.contextmanager
+def state_restored(network: nn.Module) -> Iterator[None]:
+    """Restore afterwards whatever calls keep in ``network``, so that they leave no trace in the picture."""
+    kept = [(vars(module), _own(module)) for module in network.modules()]
+    try:
+        yield
+    finally:
+        for attributes, values in kept:
+            for key in attributes.keys() - _OWN - values.keys():
+                del attributes[key]
+            attributes.update(values)
+
+
+def _own(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module that others do not have."""
+    return {key: _copied(value) for key, value in vars(module).items() if key not in _OWN}
+
+
+def _copied(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, dict | list | set) else value
+
+
+def _key(fingerprint: str) -> str:
+    return hashlib.sha256(f"{fingerprint} {comfyui_version} {__version__}".encode()).hexdigest()[:24]
