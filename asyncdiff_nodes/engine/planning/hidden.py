@@ -15,7 +15,7 @@ from .recording import ModuleCall, Operation, Recording
 
 _aten = torch.ops.aten
 _ENTRIES = 4  # how many lists of blocks are tried
-_LEAST = 0.3  # share of the blocks after the first one that must hand them on
+_LEAST = 0.3  # share of the blocks after the first one, in the same parts of the network, that must hand them on
 
 Place = tuple[int, int]  # first token, number of tokens
 
@@ -26,20 +26,27 @@ _PIECES = {_aten.split, _aten.split_with_sizes, _aten.chunk}
 
 
 def find_hidden(recording: Recording, chosen: Chosen, sampled: set[int]) -> HiddenStates | None:
-    """Find the hidden states that most blocks hand on; None if there are none.
+    """Find the hidden states that are handed on nearest to the result, and by most blocks; None if there are none.
 
     A block's argument [B, T, ...] that is made of the sample is followed through what is added to it, and through being joined
     with other tokens and cut out again.
     """
-    best, most = None, 0
+    best, most = None, (0, 0)
     for call, place, tensor in _entries(chosen, sampled):
         index = chosen.calls.index(call)
         after = chosen.calls[index:]
         carried = _carried(recording, call, tensor, after)
-        lists, count = _by_list(carried, tensor.shape[1])
-        if call.name.rpartition(".")[0] in lists and len(carried) > _LEAST * len(after) and count > most:
-            best, most = HiddenStates(call.name, place, lists), count
+        lists, handing = _by_list(carried, tensor.shape[1])
+        rank = (max(map(chosen.names.index, handing), default=0), len(handing))
+        beside = [other for other in after if _part(other.name) in set(map(_part, handing))]
+        if call.name.rpartition(".")[0] in lists and len(handing) > _LEAST * len(beside) and rank > most:
+            best, most = HiddenStates(call.name, place, lists), rank
     return best
+
+
+def _part(name: str) -> str:
+    """Return the part of the network that a block is in."""
+    return name.partition(".")[0]
 
 
 def _entries(chosen: Chosen, sampled: set[int]) -> Iterator[tuple[ModuleCall, tuple[int, str], torch.Tensor]]:
@@ -93,8 +100,8 @@ def _carried(
     return found
 
 
-def _by_list(carried: dict[str, tuple[int, Place, int]], length: int) -> tuple[dict[str, int], int]:
-    """Say for each list at which index its blocks hand the hidden states on as the last tokens; and how many do."""
+def _by_list(carried: dict[str, tuple[int, Place, int]], length: int) -> tuple[dict[str, int], list[str]]:
+    """Say for each list at which index its blocks hand the hidden states on as the last tokens; and which blocks do."""
     places: dict[str, list[tuple[int, bool]]] = defaultdict(list)
     for name, (index, (start, _), tokens) in carried.items():
         places[name.rpartition(".")[0]].append((index, start + length == tokens))
@@ -103,7 +110,7 @@ def _by_list(carried: dict[str, tuple[int, Place, int]], length: int) -> tuple[d
         for prefix, found in places.items()
         if all(last for _, last in found)
     }
-    return lists, sum(name.rpartition(".")[0] in lists for name in carried)
+    return lists, [name for name in carried if name.rpartition(".")[0] in lists]
 
 
 class _Places:

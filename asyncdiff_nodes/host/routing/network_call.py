@@ -31,8 +31,7 @@ class NetworkCall:
     @classmethod
     def of(cls, network: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> NetworkCall:
         """Describe a call of ``method``, the one of ``network`` at the end of all hooks."""
-        name = getattr(method, "__name__", "forward")
-        entry = name if inspect.isfunction(getattr(type(network), name, None)) else "forward"
+        entry = _entry(type(network), getattr(method, "__name__", "forward"))
         signature = _signature(getattr(type(network), entry))
         given = signature.bind(network, *args, **kwargs).arguments
         del given[next(iter(signature.parameters))]  # self
@@ -70,6 +69,14 @@ class NetworkCall:
 
 
 _signature = functools.cache(inspect.signature)  # it takes longer than all other overhead of a call
+
+
+@functools.cache
+def _entry(cls: type, name: str) -> str:
+    """``name`` where that is a method of the class that names its arguments; else ``forward``, which takes the same."""
+    method = getattr(cls, name, None)
+    kinds = [parameter.kind for parameter in _signature(method).parameters.values()] if inspect.isfunction(method) else []
+    return "forward" if not kinds or inspect.Parameter.VAR_POSITIONAL in kinds else name
 
 
 @functools.cache

@@ -84,6 +84,7 @@ class Ranks:
         elif self._placed_anew == _MOST:
             raise error
         self._placed_anew += 1
+        log.info("AsyncDiff: placing blocks anew: %s", error)
         POOL.discard(self.group)
         self.group, self._request = None, replace(self._request, arguments=arguments)
         self._enter()

@@ -79,7 +79,7 @@ class Sampling:
         self._watched: list[Watched]  # the network, and those of ControlNets
         self._audit: Audit
         self._own: OwnNetwork
-        self._routes = False
+        self._routes = self._begun = False
         self._evaluation: Evaluation | None = None  # the latest
         self._left = ""  # why the host continues without the ranks
         self._finite = True  # no NaN or infinity was seen yet
@@ -174,6 +174,11 @@ class Sampling:
         known = options_read(self._fingerprint)
         return READ_BY_NETWORKS if known is None else known
 
+    def _of_those_read(self, sent: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+        """Leave of the options in ``sent`` what a later call with ``options`` has, in the same order."""
+        later = shippable(options, self._read)
+        return {key: sent[key] for key in dict.fromkeys((*later, *sent)) if key in later or key not in READ_BY_NETWORKS}
+
     def _begin(self) -> None:
         """Have the ranks begin, with the blocks placed by all that is known about their speed."""
         ready, placement = self._ready, self.group.placement
@@ -244,12 +249,11 @@ class Sampling:
                 return by_host(reason)
         if self._plan is None:
             if nets:  # without a group they have no places yet
-                given["nets"] = {index: net.to_send(False) for index, net in enumerate(nets)}
+                given["nets"] = {index: net.to_send(self._ready.plan.microbatches > 1) for index, net in enumerate(nets)}
             if reason := self._start(called):
                 self._left = reason
                 return by_host(reason)
-            for key in given["transformer_options"].keys() & READ_BY_NETWORKS - shippable(options, self._read).keys():
-                del given["transformer_options"][key]
+            given["transformer_options"] = self._of_those_read(given["transformer_options"], options)
         if reason := missing(options, self._read):
             return by_host(reason)
         synchronous = self._plan.warmup >= ALWAYS or self._plan.segments == 1
@@ -257,7 +261,7 @@ class Sampling:
         if not named.certain:
             self._do_synchronously()
         try:
-            if named.first and call.repeatable and (difference := self._first_use(called, call, nets, on_host)):
+            if call.repeatable and (difference := self._first_use(called, call, nets, on_host)):
                 self._left, expected = difference
                 self._note(self._left)
                 return expected
@@ -348,7 +352,8 @@ class Sampling:
         Returns:
             None if they agree; else a report, and the host's result for ``called``.
         """
-        if nets or not (self._audit.watches and first_use.due(self.group.family, self._fingerprint)):
+        first, self._begun = not self._begun, True
+        if not first or nets or not (self._audit.watches and first_use.due(self.group.family, self._fingerprint)):
             return None
         if not self._audit.has_room(call.x):
             self._note(_UNCHECKED)

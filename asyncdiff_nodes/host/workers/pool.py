@@ -82,7 +82,8 @@ class GroupRequest:
     @property
     def expected_bytes(self) -> float:
         """Bytes of the weights that each rank will have, if segments are equal."""
-        return sum(network.model_size() for network in (self.patcher, *models_of(self.patcher).values())) / self.plan.segments
+        models = (each.model for each in (self.patcher, *models_of(self.patcher).values()))
+        return sum(map(comfy.model_management.module_size, (*models, *self.nets))) / self.plan.segments
 
 
 @dataclass(eq=False)

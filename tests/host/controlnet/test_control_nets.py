@@ -53,7 +53,7 @@ def test_synchronous_calls_are_the_hosts_bit_by_bit(kind):
     [
         pytest.param(replace(AHEAD[0], forecast=False), marks=pytest.mark.slow),
         pytest.param(AHEAD[0], marks=pytest.mark.slow),
-        AHEAD[1],
+        replace(AHEAD[1], cuts="input_blocks.1.0, control_nets.0.input_blocks.1.0, output_blocks.1.0"),
         pytest.param(Options("Turbo", "cpu,cpu,cpu"), marks=pytest.mark.slow),
     ],
     ids=["reuse", "2", "3", "turbo"],
