@@ -360,9 +360,14 @@ class Sampling:
             return None
         network, latent = called.network, next(iter(called.given))
         other = {latent: first_use.another(called.given[latent])}
-        try:
+
+        def both() -> tuple[Any, Any]:
+            self._own.load(call.x)  # which changes the network's state, too, and for the host's own use
             with first_use.state_restored(network):
-                expected, expected_other = self._own.for_once(lambda: (on_host(), on_host(**other)))
+                return on_host(), on_host(**other)
+
+        try:
+            expected, expected_other = self._own.for_once(both)
         except comfy.model_management.OOM_EXCEPTION:
             self._note(_UNCHECKED)
             return None
