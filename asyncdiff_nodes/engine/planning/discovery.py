@@ -181,9 +181,7 @@ class _Discovery:
         try:
             again = self._record(working)
         except UnsupportedModelError as error:
-            raise UnsupportedModelError(
-                f"{self._name} looks in each call at what the call before it has kept ({error})"
-            ) from error
+            raise UnsupportedModelError(f"{self._name} looks at what the call before has kept ({error})") from error
         self._refuse(changed_state(state, state_of(working)))
         self._refuse(kept_values(recording, again, chosen))
         if [call.name for call in again.calls] != [call.name for call in recording.calls]:

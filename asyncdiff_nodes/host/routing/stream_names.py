@@ -85,7 +85,9 @@ class StreamNames:
         if window is not None:
             stream, gone = self._windows.stream(prompt, float(timesteps.flatten()[0]))
         elif not synchronous:
-            stream = self._streams.of(uuids, prompt, call.x, float(timesteps.flatten()[0]), rest)
+            latent = next(iter(call.arguments.values()))
+            x = latent if isinstance(latent, torch.Tensor) else None
+            stream = self._streams.of(uuids, prompt, x, float(timesteps.flatten()[0]), rest)
         name = prompt if stream is None else stream
         first = name not in self._seen
         self._seen.add(name)

@@ -22,7 +22,7 @@ _ALIKE = 0.5  # least correlation of a latent with the same one a step before; f
 _SKETCH = 4096  # elements that are compared
 _PLACES = 16  # how many places that begin like a tile are compared with it
 _LATE = 3  # steps in which a known prompt may have calls for something new
-_PER_CALL = frozenset({"transformer_options", "control"})  # arguments that change from step to step
+_PER_CALL = frozenset({"transformer_options", "control"})  # arguments that change from step to step, beside further timesteps
 
 
 class Streams:
@@ -71,10 +71,11 @@ class Streams:
         self._evaluations, self._levels = self._evaluations + 1, self._levels + level
         self._counts.clear()
 
-    def of(self, uuids: Hashable, prompt: Hashable, x: torch.Tensor, timestep: float, rest: list[Any]) -> Hashable | None:
+    def of(self, uuids: Hashable, prompt: Hashable, x: torch.Tensor | None, timestep: float, rest: list[Any]) -> Hashable | None:
         """The name of the stream of a call for ``prompt`` at ``x``; None if it is unknown.
 
         Args:
+            x: None where it is several latents: nobody cuts these into tiles, and the network may scale one of them.
             uuids: the host's names of the prompts in it.
             prompt: these prompts, and everything else that is known to make it another stream.
             rest: see :func:`rest_of`.
@@ -85,8 +86,8 @@ class Streams:
         if self._frame is None:
             return None
         what = prompt, self._frame, self._rest(prompt, rest)
-        place = self._place(x)
-        if place is None and not self._own_calls:
+        place = "" if x is None else self._place(x)
+        if place is None and x is not None and not self._own_calls:
             place = self._unplaced.setdefault(what, _Resembling(self._evaluations)).match(x, self._evaluations)
             if place is None:
                 return None
@@ -172,7 +173,7 @@ class _Resembling:
 
 def rest_of(given: dict[str, Any]) -> list[Any]:
     """The leaves of those arguments that are the same in all calls for a prompt."""
-    names = [name for name in itertools.islice(given, 2, None) if name not in _PER_CALL]
+    names = [name for name in itertools.islice(given, 2, None) if name not in _PER_CALL and "timestep" not in name]
     return flatten([(name, given[name]) for name in names])[0]
 
 

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 def load(name: str) -> dict[str, Any]:
     """The entries of the file ``name``; none where there is no such file, or one that cannot be read."""
-    path = _path(name)
+    path = path_of(name)
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -33,12 +33,13 @@ def save(name: str, entries: dict[str, Any], most: int) -> None:
     The file is written at once or not at all: a host that is killed meanwhile leaves the old one.
     """
     try:
-        _write(_path(name), dict(list(entries.items())[-most:]))
+        _write(path_of(name), dict(list(entries.items())[-most:]))
     except OSError as error:
         log.warning("AsyncDiff: could not save %s: %s", name, error)
 
 
-def _path(name: str) -> Path:
+def path_of(name: str) -> Path:
+    """The file ``name``."""
     return Path(folder_paths.get_user_directory(), "__asyncdiff", f"{name}.json")  # "__": never served to pages
 
 

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
-import comfy.ops
 import comfy.supported_models
+import nodes
 import torch
 
 from . import denoisers_others, denoisers_pictures, denoisers_videos
@@ -59,15 +59,14 @@ class Denoiser:
         self, seed: int = 0, dtype: torch.dtype = torch.float32, compute: torch.dtype = torch.float32
     ) -> comfy.model_patcher.ModelPatcher:
         """A MODEL, built as the host builds it from a checkpoint."""
+        if self.name == "minimax_music3":  # of 2.5 billion weights
+            dtype = compute = torch.bfloat16
         config_class = getattr(comfy.supported_models, self.config)
         config = config_class({**config_class.unet_config, **self.unet})
         config.unet_config.update(self.unet)  # some classes set sizes of real networks
         config.set_inference_dtype(dtype, None if dtype is compute else compute)
         weights = _CHECKPOINTS.get(self.name, lambda _: {})(Draw(seed + 1))
-        device, smaller = _SMALLER.get(self.name, (None, lambda _: None))
-        base = config.get_model(weights, device=device)
-        base.device = None
-        smaller(base.diffusion_model)
+        base = config.get_model(weights)
         fill(base.diffusion_model, seed)
         device = comfy.model_management.get_torch_device()
         return comfy.model_patcher.ModelPatcher(base.eval(), device, torch.device("cpu"))
@@ -102,22 +101,8 @@ DENOISERS = {
 }
 
 
-def _smaller_music(network: torch.nn.Module) -> None:
-    """Three narrow blocks in place of 36 of 67 million weights: no argument of the class says how large it is."""
-    transformer = network.diffusion_transformer.transformer
-    block = type(transformer.layers[0])
-    blocks = [block(2048, 64, 256, network.dtype, torch.device("meta"), comfy.ops.manual_cast) for _ in range(3)]
-    transformer.layers = torch.nn.ModuleList(blocks)
-    network.to_empty(device="cpu")
-
-
-def _smaller_faces(network: torch.nn.Module) -> None:
-    """An encoder for faces of 128 pixels in place of 512, at which one takes a second: no argument of the class says it."""
-    del network.motion_encoder.enc.net_app.convs[5:7]
-
-
-# where to build a network whose class has no arguments for its sizes, and what makes it smaller then
-_SMALLER = {"minimax_music3": (torch.device("meta"), _smaller_music), "wan_animate": (None, _smaller_faces)}
+# at their true size, since no argument of their class says how large they are
+LARGE = ("minimax_music3", "wan_animate")
 # buffers that a class leaves empty, since it loads them with its weights
 _LOADED = ("pos_embed", "positive_conditioning", "negative_conditioning", "norm.beta")
 _FREQUENCIES = ("rope.inv_freq", "rotary_pos_emb.inv_freq")
@@ -162,6 +147,22 @@ def _passed(init: Callable) -> str | None:
             if found:
                 return ast.unparse(found[0])
     return None
+
+
+def sampled(
+    model: comfy.model_patcher.ModelPatcher,
+    denoiser: Denoiser,
+    prompt: int = 1,
+    latent: int | dict = 2,
+    denoise: float = 1.0,
+    steps: int = 3,
+    cfg: float = 1.0,
+) -> torch.Tensor:
+    """What KSampler makes, all tensors of a nested latent in one row."""
+    prompts = denoiser.conditioning(prompt), denoiser.conditioning(4)
+    start = denoiser.latent(latent) if isinstance(latent, int) else latent
+    found = nodes.KSampler().sample(model, 5, steps, cfg, "euler", "simple", *prompts, start, denoise)[0]["samples"]
+    return torch.cat([tensor.flatten() for tensor in (found.unbind() if found.is_nested else [found])])
 
 
 def fill(network: torch.nn.Module, seed: int) -> None:

@@ -83,7 +83,7 @@ def _vace(draw) -> dict:
 
 
 def _animate(draw) -> dict:
-    return {**_start_image(draw), **_posed(draw, 2, 8, 8), "face_video_pixels": draw(1, 3, 8, 128, 128)}
+    return {**_start_image(draw), **_posed(draw, 2, 8, 8), "face_video_pixels": draw(1, 3, 8, 512, 512)}
 
 
 def _animate2(draw) -> dict:

@@ -13,7 +13,7 @@ from asyncdiff_nodes.host.patches.protocol import RoutedCall
 from asyncdiff_nodes.host.patches.registry import begun, models_of
 from asyncdiff_nodes.host.routing.announced import Evaluation
 from asyncdiff_nodes.host.routing.hooks import attach
-from asyncdiff_nodes.host.routing.network_call import NetworkCall
+from asyncdiff_nodes.host.routing.network_call import NetworkCall, has_hook
 from asyncdiff_nodes.host.routing.rehearsal import rehearse
 from asyncdiff_nodes.host.workers.found import family_of, options_read
 from asyncdiff_nodes.host.workers.quantised import operations_of
@@ -46,7 +46,7 @@ class Oracle:
         """The simulator, in a run that has begun."""
         if self._simulator is None:
             inputs = (), arguments
-            family = family_of(self._skeleton, self._model, self._fingerprint, "forward", call.places, inputs)
+            family = family_of(self._skeleton, self._model, self._fingerprint, call.entry, call.places, inputs)
             self._simulator = Simulator(self._whole, self._plan, family=family, example_inputs=inputs)
         if not self._simulator._streams:
             self._simulator.begin(timesteps, levels)
@@ -88,9 +88,7 @@ def simulated(model, plan, sampler, control=None):
         clone.recording.__enter__()
     oracle, evaluations = Oracle(model, plan, skeleton, whole), []
 
-    def call(*args, **kwargs):
-        del network.forward  # which the simulator may need
-        called = NetworkCall.of(network, network.forward, args, kwargs)
+    def computed(called):
         given, x, options = called.given, called.x, called.given["transformer_options"]
         sampling = model.get_model_object("model_sampling")
         sigmas = rehearse(comfy.samplers.sampler_object(sampler), options["sample_sigmas"], model)
@@ -108,12 +106,21 @@ def simulated(model, plan, sampler, control=None):
             result = patch.after(routed, result)
         return result
 
+    def diffusion_model(executor, *args, **kwargs):
+        return computed(NetworkCall.of(network, executor.original, args, kwargs))
+
+    def forward(*args, **kwargs):
+        del network.forward  # which the simulator needs
+        return computed(NetworkCall.of(network, network.forward, args, kwargs))
+
     def apply(executor, *args, **kwargs):
         evaluations.append(Evaluation.of(model.model, args, kwargs))
-        network.forward = call  # not every network calls wrappers of its own
+        if not has_hook(type(network)):
+            network.forward = forward
         return executor(*args, **kwargs)
 
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "simulator", apply)
+    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "simulator", diffusion_model)
     return clone, oracle
 
 

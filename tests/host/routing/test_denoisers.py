@@ -1,30 +1,12 @@
 """Every denoising network that the host builds has a tiny model here, which its own KSampler samples."""
 
-import nodes
 import pytest
 import torch
 
-from helpers.denoisers import DENOISERS, FROM_NOTHING, NO_DENOISERS, network_classes
+from helpers.denoisers import DENOISERS, FROM_NOTHING, LARGE, NO_DENOISERS, network_classes, sampled
 
 # networks without a model, and why
 NOT_BUILT: dict[str, str] = {}
-
-
-def sampled(model, denoiser, prompt=1, latent=2, seed=5, denoise=1.0):
-    """What KSampler makes in three steps, all tensors of a nested latent in one row."""
-    given = (
-        model,
-        seed,
-        3,
-        1.0,
-        "euler",
-        "simple",
-        denoiser.conditioning(prompt),
-        denoiser.conditioning(4),
-        denoiser.latent(latent),
-    )
-    found = nodes.KSampler().sample(*given, denoise)[0]["samples"]
-    return torch.cat([tensor.flatten() for tensor in (found.unbind() if found.is_nested else [found])])
 
 
 def apart(first, second):
@@ -49,7 +31,7 @@ def test_every_way_to_build_a_network_has_a_case():
     assert missing.keys() <= NO_DENOISERS.keys() | NOT_BUILT.keys(), missing
 
 
-@pytest.mark.parametrize("name", DENOISERS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in DENOISERS])
 def test_the_host_samples_it(name):
     denoiser = DENOISERS[name]
     model = denoiser.model()

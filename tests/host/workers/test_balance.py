@@ -14,6 +14,7 @@ from asyncdiff_nodes.host.workers import block_times
 from asyncdiff_nodes.host.workers.block_times import Balance
 from asyncdiff_nodes.host.workers.host_settings import HostSettings
 from asyncdiff_nodes.host.workers.pool import POOL
+from asyncdiff_nodes.host.workers.user_files import path_of
 from helpers import small
 from helpers.sampling import ksampler
 from helpers.throttled import Throttled
@@ -55,7 +56,7 @@ def test_blocks_move_to_the_faster_rank_in_mid_run_and_the_next_group_starts_so(
     first = last_run().placement
     moved = next(call.call for call in last_run().stats.calls if call.why == "move")
     assert step_seconds(range(moved + 1, 20)) < 0.85 * step_seconds(range(2, moved))
-    (entry,) = json.loads(next(iter(block_times._path().parent.iterdir())).read_text()).values()
+    (entry,) = json.loads(path_of("block_times").read_text()).values()
     assert list(entry["blocks"]) == ["cpu cpu", "cpu cpu (2)"]
     assert set(entry["blocks"]["cpu cpu"]) | set(entry["blocks"]["cpu cpu (2)"]) == set(first)
     assert 0 < entry["pause"] < 0.1
@@ -92,9 +93,9 @@ def test_chosen_cuts_stay(measured, model, prompts):
 
 @pytest.mark.parametrize("content", ["", "[]", '{"x": 1', "\x00"])
 def test_no_picture_is_lost_for_a_bad_file(model, prompts, content, monkeypatch, tmp_path):
-    block_times._path().parent.mkdir()
-    block_times._path().write_text(content)
+    path_of("block_times").parent.mkdir()
+    path_of("block_times").write_text(content)
     sample(model, prompts, Options(**REUSE), steps=4)
-    assert len(json.loads(block_times._path().read_text())) == 1
-    monkeypatch.setattr(folder_paths, "user_directory", str(block_times._path()))  # no folder can be made there
+    assert len(json.loads(path_of("block_times").read_text())) == 1
+    monkeypatch.setattr(folder_paths, "user_directory", str(path_of("block_times")))  # no folder can be made there
     sample(model, prompts, Options(**REUSE), steps=4)

@@ -1,0 +1,92 @@
+"""Every network that the host can build, on ranks with no line written for it: the stock sampler's pictures, bit for bit."""
+
+import comfy.sd
+import pytest
+import torch
+
+from asyncdiff_nodes.engine.tensors import tensors_of
+from asyncdiff_nodes.host.page.report import last_run
+from asyncdiff_nodes.host.routing.hooks import attach
+from helpers.denoisers import DENOISERS, LARGE, sampled
+from helpers.sampling import EXACT, assert_exact, exact, segmented
+from helpers.simulated import simulated
+
+# networks that only the host can compute, and why
+REFUSED = {
+    "hidream_o1": "looks at what the call before has kept",
+    "seedvr2": "makes a value that it does not return",
+    "wan_animate2": "has no parts with a notable share of its work that run once per call",
+}
+FAST = (
+    "minimax_h3", "qwen_image", "ltx2", "wan", "z_image", "krea2", "flux2", "chroma", "kandinsky5", "hunyuan_video15",
+    "sd3", "sdxl", "cascade_c", "hidream", "pid", "ace_step15", "trellis2_shape", "triposplat", "mage_flow", "omnigen2_reference",
+)  # fmt: skip
+
+
+def networks(*fast):
+    """All that are routed; by default only ``fast`` ones."""
+    names = [name for name in DENOISERS if name not in REFUSED]
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", networks(*FAST))
+def test_exact(name, ranks):
+    denoiser = DENOISERS[name]
+    model = denoiser.model()
+    assert_exact(model, lambda each: sampled(each, denoiser), exact(ranks))
+    held = [sum(rank.weights.values()) for rank in last_run().stats.ranks]
+    assert max(held) < sum(tensor.nbytes for _, tensor in tensors_of(model.model.diffusion_model)), "every rank has all of it"
+
+
+@pytest.mark.parametrize("name", networks("minimax_h3", "ltx2", "wan_vace", "krea2", "flux2"))
+def test_asynchronous_calls_are_the_simulators(name):
+    denoiser, steps = DENOISERS[name], 3 if name in LARGE else 8
+    model = denoiser.model()
+    stock, found = sampled(model, denoiser, steps=steps), sampled(attach(model, segmented(2, warmup=1)), denoiser, steps=steps)
+    assert not last_run().notes
+    oracle, simulator = simulated(model, last_run().plan, "euler")
+    with simulator:
+        expected = sampled(oracle, denoiser, steps=steps)
+    difference = (found - stock).abs().max()
+    assert difference > 0, "or this test proves nothing"
+    assert (found - expected).abs().max() <= 0.01 * difference
+
+
+@pytest.mark.parametrize("name", networks("minimax_h3", "krea2"))
+def test_a_lora(name):
+    denoiser = DENOISERS[name]
+    model = denoiser.model()
+    changed = comfy.sd.load_lora_for_models(model, None, lora(model), 0.8, 0)[0]
+    assert not torch.equal(assert_exact(changed, lambda each: sampled(each, denoiser)), sampled(model, denoiser))
+
+
+@pytest.mark.parametrize("name", networks("qwen_image", "wan22"))
+def test_a_mask_of_noise(name):
+    denoiser = DENOISERS[name]
+    given = denoiser.latent()
+    if given["samples"].is_nested:
+        pytest.skip("the host's KSampler takes no mask for several latents at once")
+    given["noise_mask"] = torch.zeros(1, 1, *given["samples"].shape[2:])
+    given["noise_mask"][..., given["samples"].shape[-1] // 2 :] = 1.0
+    assert_exact(denoiser.model(), lambda each: sampled(each, denoiser, latent=given))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_sampled_as_usual_and_says_why(name):
+    denoiser, model = DENOISERS[name], DENOISERS[name].model()
+    stock = sampled(model, denoiser)
+    assert torch.equal(sampled(attach(model, EXACT), denoiser), stock)
+    assert last_run().stats is None and REFUSED[name] in last_run().notes[0]
+    assert torch.equal(sampled(model, denoiser), stock), "and nothing is left behind"
+
+
+def lora(model):
+    """A LoRA of rank 4 on every fourth matrix."""
+    generator, found = torch.Generator().manual_seed(4), {}
+    matrices = [(name, weight) for name, weight in model.model.diffusion_model.named_parameters() if weight.ndim == 2]
+    for name, weight in matrices[::4]:
+        key = f"diffusion_model.{name.removesuffix('.weight')}"
+        found[f"{key}.lora_down.weight"] = torch.randn(4, weight.shape[1], generator=generator) * 0.1
+        found[f"{key}.lora_up.weight"] = torch.randn(weight.shape[0], 4, generator=generator) * 0.1
+    return found
