@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import pickle
 import time
 import weakref
@@ -72,7 +71,7 @@ class WorkerGroup:
         room: bytes of weights that each device can hold; see :func:`~.placement.place`.
         on_placed: called with the placement before anything is on the devices, for example to make room there.
         ranks: how the ranks are started, and waited for.
-        build: makes the module on the meta device in a rank, if the module itself cannot be sent there.
+        build: makes the module on the meta device in a rank, where the module itself cannot be sent there.
 
     Attributes:
         finite: whether all results of this run so far were without NaN and infinity.
@@ -498,11 +497,8 @@ def _start(devices: Sequence[str], options: RankOptions) -> RankSet:
 
 def _pickled(skeleton: nn.Module, build: Callable[[], nn.Module] | None) -> bytes:
     try:
-        return pickle.dumps(skeleton, protocol=pickle.HIGHEST_PROTOCOL)
+        return pickle.dumps(skeleton if build is None else build, protocol=pickle.HIGHEST_PROTOCOL)
     except Exception as error:
-        with contextlib.suppress(Exception):
-            if build is not None:
-                return pickle.dumps(build, protocol=pickle.HIGHEST_PROTOCOL)
         raise UnsupportedModelError(
             f"this {type(skeleton).__name__} cannot be sent to a worker process ({error}); "
             "its classes must be importable from a module, and it must hold no lambdas or hooks"

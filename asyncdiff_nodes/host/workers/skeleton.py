@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +28,7 @@ from asyncdiff_nodes.host.controlnet.configs import on_meta as net_on_meta
 from asyncdiff_nodes.host.controlnet.network import controlled
 from asyncdiff_nodes.host.page.settings import setting
 from asyncdiff_nodes.host.patches.foreign_code import foreign_classes, functions_of
+from asyncdiff_nodes.host.patches.packs import PackModule
 from asyncdiff_nodes.host.patches.registry import KINDS
 
 from . import quantised
@@ -61,7 +65,7 @@ def skeleton_of(patcher: ModelPatcher, nets: Sequence[nn.Module] = ()) -> nn.Mod
     operations = quantised.operations_of(patcher)
 
     def build(classes: type) -> nn.Module:
-        return Recipe(type(live), patcher.model.model_config.unet_config, classes)()
+        return type(live)(**patcher.model.model_config.unet_config, device="meta", operations=classes)
 
     rebuilt = _rebuilt(live, build, operations, originals_of(patcher)).requires_grad_(False).eval()
     if patcher.force_cast_weights:  # another node chose the precision of the computation
@@ -78,36 +82,61 @@ def skeleton_of(patcher: ModelPatcher, nets: Sequence[nn.Module] = ()) -> nn.Mod
 
 
 @dataclass(frozen=True)
+class ClassOf:
+    """A class, by what a rank can find it by: its module's name, or the file of the pack that the host has loaded."""
+
+    pack: PackModule | None
+    module: str
+    name: str
+
+    @classmethod
+    def of(cls, thing: type) -> ClassOf:
+        """Describe the class ``thing``."""
+        return cls(PackModule.of(thing) if not _has_name(thing) else None, thing.__module__, thing.__qualname__)
+
+    def load(self) -> type:
+        """Import it."""
+        module = importlib.import_module(self.module) if self.pack is None else self.pack.load()
+        found: type = functools.reduce(getattr, self.name.split("."), module)
+        return found
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """How to build a network in a rank where it cannot be sent itself, because of classes or functions within functions.
+    """How to build a network in a rank where it cannot be sent itself: it has local classes or functions, or is a pack's.
 
     Attributes:
-        network, config: the host's class, and what it is built of.
+        network, config: the class, and what it is built of.
         layers: the class of its layer classes.
         constants: see :func:`constants_of`.
     """
 
-    network: type
+    network: ClassOf
     config: dict[str, Any]
     layers: type
     constants: Mapping[tuple[str, str], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, skeleton: nn.Module, patcher: ModelPatcher) -> Recipe | None:
-        """The recipe of ``skeleton``, the network of ``patcher``; None if it was changed since it was built."""
+        """The recipe of ``skeleton``, the network of ``patcher``; None if it can be sent, or was changed since it was built."""
         live = patcher.model.diffusion_model
-        changed = type(skeleton) is not type(live) or patcher.force_cast_weights or quantised.operations_of(patcher)
-        if changed:
+        if type(skeleton) is not type(live) or patcher.force_cast_weights or quantised.operations_of(patcher):
             return None
-        return cls(type(live), patcher.model.model_config.unet_config, _layer_classes_of(live), dict(constants_of(skeleton)))
+        if all(map(_has_name, map(type, skeleton.modules()))):
+            with contextlib.suppress(Exception):
+                pickle.dumps(skeleton)
+                return None
+        config = patcher.model.model_config.unet_config
+        return cls(ClassOf.of(type(live)), config, _layer_classes_of(live), dict(constants_of(skeleton)))
 
     def __call__(self) -> nn.Module:
         """Build it on the meta device."""
         with layers_with_weights(), on_meta({}):
-            network = self.network(**self.config, device="meta", operations=self.layers).requires_grad_(False).eval()
+            network = self.network.load()(**self.config, device="meta", operations=self.layers)
         for (name, attribute), value in self.constants.items():
             setattr(network.get_submodule(name), attribute, value)
-        return network
+        built: nn.Module = network.requires_grad_(False).eval()
+        return built
 
 
 def constants_of(network: nn.Module) -> Iterator[tuple[tuple[str, str], torch.Tensor]]:
@@ -205,10 +234,10 @@ def _layer_classes_of(live: nn.Module, operations: Operations | None = None) -> 
             continue
         if type(live) is cldm.ControlNet and cls.__module__ == cldm.__name__:
             continue  # union ControlNets have a class made in a function, but pickle as their configuration
-        if "<locals>" in cls.__qualname__ and cls.__module__.startswith("comfy.ldm."):
+        local = "<locals>" in cls.__qualname__
+        if local and cls.__module__.startswith("comfy.ldm."):
             continue  # the rank builds them by its recipe
-        # packs are loaded under path-like names
-        if "<locals>" in cls.__qualname__ or not all(part.isidentifier() for part in cls.__module__.split(".")):
+        if local or not (_has_name(cls) or PackModule.of(cls)):
             raise UnsupportedModelError(
                 f"its {name} has layers of the class {cls.__qualname__} from {cls.__module__}, "
                 "as quantised models do; a worker process cannot rebuild these"
@@ -221,3 +250,8 @@ def _layer_classes_of(live: nn.Module, operations: Operations | None = None) -> 
     if outer_class is None:
         raise UnsupportedModelError(f"its {name} has no linear layer of ComfyUI's own classes")
     return outer_class
+
+
+def _has_name(cls: type) -> bool:
+    """Whether a class can be imported by the name of its module: packs are loaded under path-like names."""
+    return all(part.isidentifier() for part in cls.__module__.split("."))
