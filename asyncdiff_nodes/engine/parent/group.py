@@ -71,7 +71,7 @@ class WorkerGroup:
         room: bytes of weights that each device can hold; see :func:`~.placement.place`.
         on_placed: called with the placement before anything is on the devices, for example to make room there.
         ranks: how the ranks are started, and waited for.
-        build: makes the module on the meta device in a rank, where the module itself cannot be sent there.
+        build: makes the module on the meta device in a rank, if the module itself cannot be sent there.
 
     Attributes:
         finite: whether all results of this run so far were without NaN and infinity.
@@ -496,10 +496,28 @@ def _start(devices: Sequence[str], options: RankOptions) -> RankSet:
 
 
 def _pickled(skeleton: nn.Module, build: Callable[[], nn.Module] | None) -> bytes:
+    """Pickle the skeleton; or, if a rank could not unpickle that, what builds it."""
     try:
-        return pickle.dumps(skeleton if build is None else build, protocol=pickle.HIGHEST_PROTOCOL)
+        if build is None or all(map(_can_be_imported, map(type, skeleton.modules()))):
+            return pickle.dumps(skeleton, protocol=pickle.HIGHEST_PROTOCOL)
+    except Exception as error:
+        if build is None:
+            raise UnsupportedModelError(
+                f"this {type(skeleton).__name__} cannot be sent to a worker process ({error}); "
+                "its classes must be importable from a module, and it must hold no lambdas or hooks"
+            ) from error
+    return _pickled_build(build, type(skeleton).__name__)
+
+
+def _pickled_build(build: Callable[[], nn.Module], name: str) -> bytes:
+    try:
+        return pickle.dumps(build, protocol=pickle.HIGHEST_PROTOCOL)
     except Exception as error:
         raise UnsupportedModelError(
-            f"this {type(skeleton).__name__} cannot be sent to a worker process ({error}); "
-            "its classes must be importable from a module, and it must hold no lambdas or hooks"
+            f"neither this {name} nor what builds it can be sent to a worker process ({error})"
         ) from error
+
+
+def _can_be_imported(cls: type) -> bool:
+    """Whether the name of a class's module is one that can be imported; programs may load files under other names."""
+    return all(part.isidentifier() for part in cls.__module__.split("."))

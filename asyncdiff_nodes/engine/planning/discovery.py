@@ -23,7 +23,7 @@ from .hidden import find_hidden
 from .meta_kernels import operands
 from .on_meta import on_meta, shapes_kept, to_meta
 from .recording import Recording, record
-from .soundness import State, arguments_of, changed_state, kept_values, problems, state_of, stub_fault
+from .soundness import State, arguments_of, changed_state, kept_values, owners, problems, state_of, stub_fault
 from .trace import graph_of
 
 Place = tuple[int, str]  # position and keyword in a forward
@@ -140,10 +140,10 @@ class _Discovery:
         before = arguments_of(args, kwargs)
         inside = [name for name in self._keep_shape if _has(module, name)]  # not those in stubs
         with on_meta(known) as values, shapes_kept(module, inside):
-            recording = record(module, args, kwargs, self._entry)
+            recording = record(module, args, kwargs, values, self._entry)
         if arguments_of(args, kwargs) != before:
             raise UnsupportedModelError(f"{self._name} changes its own arguments, which other ranks would not see")
-        return replace(recording, decisive=values.decisive)
+        return recording
 
     def _look_past(self, error: UnsupportedModelError, working: nn.Module) -> bool:
         """Take it that modules of the class that an error is from keep their largest argument's shape; whether that is new."""
@@ -219,14 +219,13 @@ def find_places(
 
 def _looked_at(recording: Recording, chosen: Chosen) -> Iterable[str]:
     """Yield the blocks whose weights are used outside of them."""
-    weights = {id(tensor): weight for weight, tensor in recording.weights.items()}
+    owner = owners(recording, chosen)
     home = {index: call.name for call in chosen.calls for index in range(call.begins, call.ends)}
     for index, operation in enumerate(recording.operations):
         for tensor in operation.reads:
-            if (weight := weights.get(id(tensor))) is not None:
-                block = next((name for name in chosen.names if weight.startswith(name + ".")), None)
-                if block not in (None, home.get(index)):
-                    yield block
+            block = owner.get(id(tensor))
+            if block not in (None, home.get(index)):
+                yield block
 
 
 def _floats(value: Any) -> list[torch.Tensor]:

@@ -5,13 +5,14 @@ A forward may read such values and take its path by them. On meta it could not, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .meta_kernels import operands, run
@@ -30,6 +31,7 @@ class KnownValues(TorchDispatchMode):
 
     Attributes:
         decisive: tensors whose values the forward has read: its path may depend on them.
+        listener: called after each operation, with its function, arguments, keyword arguments and result.
 
     >>> mask, net = torch.tensor([True, True, False]), torch.nn.Linear(4, 4, device="meta")
     >>> on_meta = mask.to("meta")
@@ -45,6 +47,7 @@ class KnownValues(TorchDispatchMode):
             if real.numel() <= _SMALL:
                 self._values[meta] = real.detach().to("cpu", copy=True)
         self.decisive: list[torch.Tensor] = []
+        self.listener: Callable[[Any, Any, Any, Any], None] | None = None
         self._functions = _Functions(self)
 
     def __enter__(self) -> KnownValues:
@@ -70,6 +73,17 @@ class KnownValues(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled() and func._overloadpacket not in flop_registry:  # else torch has done so before
+            with torch._C.DisableTorchFunction(), self:  # which would run the operation itself again
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = self._run(func, args, kwargs)
+        if self.listener is not None:
+            self.listener(func, args, kwargs, out)
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = operands((args, kwargs.values()))
         metas = [tensor for tensor in tensors if tensor.is_meta]
         if not metas and str(kwargs.get("device", "")) != "meta":

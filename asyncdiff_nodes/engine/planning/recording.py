@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -18,6 +17,7 @@ from asyncdiff_nodes.engine.stub import runner
 from asyncdiff_nodes.engine.tensors import tensors_of
 from asyncdiff_nodes.engine.trees import flatten
 
+from .known_values import KnownValues
 from .meta_kernels import operands
 
 
@@ -95,27 +95,34 @@ class Recording:
         return (call for call in self.root.walk() if call is not self.root)
 
 
-def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], entry: str = "forward") -> Recording:
-    """Run ``module``, which is on meta, by its method ``entry``, and write down what happens. Raises whatever that does."""
+def record(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], values: KnownValues, entry: str = "forward"
+) -> Recording:
+    """Run ``module``, which is on meta, by its method ``entry``, and write down what happens. Raises whatever that does.
+
+    Args:
+        values: what is known of values; entered.
+    """
     root = ModuleCall("", module, None, 0, _tensors(args, kwargs), (args, kwargs))
     recorder = _Recorder(root)
-    with recorder.listening(module), torch.no_grad(), recorder:
+    with recorder.listening(module, values):
         result = runner(module, entry)(*args, **kwargs)
     root.ends, root.macs = len(recorder.operations), recorder.macs
     root.output, root.returned = result, flatten(result)[0]
-    return Recording(root, recorder.operations, flatten((args, kwargs))[0], dict(tensors_of(module)))
+    leaves = flatten((args, kwargs))[0]
+    return Recording(root, recorder.operations, leaves, dict(tensors_of(module)), tuple(values.decisive))
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder:
     def __init__(self, root: ModuleCall) -> None:
-        super().__init__()
         self.operations: list[Operation] = []
         self.macs = 0
         self._running = root
 
     @contextlib.contextmanager
-    def listening(self, module: nn.Module) -> Iterator[None]:
-        """Listen, while it lasts, to when each module within ``module`` begins and ends."""
+    def listening(self, module: nn.Module, values: KnownValues) -> Iterator[None]:
+        """Listen, while it lasts, to operations, and to when each module within ``module`` begins and ends."""
+        values.listener = self._note
         with contextlib.ExitStack() as hooks:
             for name, child in module.named_modules():
                 if name:
@@ -136,14 +143,7 @@ class _Recorder(TorchDispatchMode):
         assert call.parent is not None, "the model's own call has no hooks"
         self._running = call.parent
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled() and func._overloadpacket not in flop_registry:  # else torch has done so before
-            with self:
-                out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
-        out = func(*args, **kwargs)
+    def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         if func._overloadpacket in flop_registry:
             self.macs += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out) // 2
         writes: tuple[torch.Tensor, ...] = ()
@@ -153,7 +153,6 @@ class _Recorder(TorchDispatchMode):
             writes = tuple(leaf for leaf, alias in aliases if alias is not None and alias.is_write)
         reads, makes = tuple(operands((args, kwargs.values()))), tuple(operands((out,)))
         self.operations.append(Operation(func, args, kwargs, self._running, reads, makes, writes))
-        return out
 
 
 def _tensors(args: Any, kwargs: Any) -> list[torch.Tensor]:

@@ -24,8 +24,7 @@ _OWN = frozenset(vars(nn.Module()))  # attributes that every module has
 
 def problems(recording: Recording, chosen: Chosen) -> Iterator[str]:
     """Yield what blocks do beyond reading their arguments and returning their results."""
-    weights = {id(tensor): name for name, tensor in recording.weights.items()}
-    owner = {name: block for block in chosen.names for name in recording.weights if name.startswith(block + ".")}
+    owner = owners(recording, chosen)
     home = {index: call.name for call in chosen.calls for index in range(call.begins, call.ends)}
     results = {(id(leaf), call.name) for call in chosen.calls for leaf in call.returned}
     handed_on = {leaf for leaf, _ in results}
@@ -44,7 +43,7 @@ def problems(recording: Recording, chosen: Chosen) -> Iterator[str]:
         if torch.Tag.nondeterministic_seeded in operation.func.tags and _draws(operation.func):
             yield f"random numbers are drawn within it ({operation.func._overloadpacket})"
         for tensor in operation.reads:
-            block = owner.get(weights.get(id(tensor), ""))
+            block = owner.get(id(tensor))
             if block not in (None, here):
                 yield f"weights of {like(block)} are used outside of it"
             block = born.get(id(tensor))
@@ -63,6 +62,18 @@ def problems(recording: Recording, chosen: Chosen) -> Iterator[str]:
             if not any(tensor is other for other in operation.writes):
                 born[id(tensor)] = here
             made.setdefault(memory_of(tensor), here)
+
+
+def owners(recording: Recording, chosen: Chosen) -> dict[int, str]:
+    """Find the block that each weight is of, by the weight's id."""
+    names, found = set(chosen.names), {}
+    for weight, tensor in recording.weights.items():
+        parent = weight.rpartition(".")[0]
+        while parent and parent not in names:
+            parent = parent.rpartition(".")[0]
+        if parent:
+            found[id(tensor)] = parent
+    return found
 
 
 def like(name: str | None) -> str:

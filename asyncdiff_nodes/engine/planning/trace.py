@@ -59,8 +59,7 @@ def trace(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: di
     if family.trace_inputs is not None:
         args, kwargs = family.trace_inputs(args, kwargs)
     with family.tracing(), on_meta(known) as values, shapes_kept(skeleton, family.keep_shape):
-        recording = record(skeleton, args, kwargs, family.entry)
-    recording = replace(recording, decisive=values.decisive)
+        recording = record(skeleton, args, kwargs, values, family.entry)
     return graph_of(recording, names, family, given)
 
 

@@ -67,7 +67,7 @@ def family_of(
     if family is None:
         own = entry if type(skeleton) is type(patcher.model.diffusion_model) else "forward"
         family = _found(skeleton, fingerprint, own, places, call)
-    return replace(family, trace_inputs=_traceable, tracing=_tracing, divide=divide)
+    return replace(family, trace_inputs=traceable, tracing=tracing, divide=divide)
 
 
 def _found(skeleton: nn.Module, fingerprint: str, entry: str, places: tuple[Place, Place] | None, call: Arguments) -> Family:
@@ -77,7 +77,7 @@ def _found(skeleton: nn.Module, fingerprint: str, entry: str, places: tuple[Plac
     data = entries.get(key)
     if data is None:
         read: set[str] = set()
-        how = {"entry": entry, "places": places, "prepare": functools.partial(_traceable, read=read), "tracing": _tracing}
+        how = {"entry": entry, "places": places, "prepare": functools.partial(traceable, read=read), "tracing": tracing}
         try:
             data = _to_data(discover(skeleton, *call, **how, avoid=avoided)[0], read)
         except _ForwardError:
@@ -154,7 +154,7 @@ class _Noting(dict):
         return _Noting(self, self._read)
 
 
-def _traceable(
+def traceable(
     args: tuple[Any, ...], kwargs: dict[str, Any], read: set[str] | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The inputs of a call with an attention, and patches, that run on the meta device.
@@ -177,7 +177,7 @@ def _traceable(
 
 
 @contextlib.contextmanager
-def _tracing() -> Iterator[None]:
+def tracing() -> Iterator[None]:
     """Run a network on the meta device as on others, and have whatever it raises there be a reason not to split it.
 
     The host's attention asks for free memory, where no other can be put in its place.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,7 +101,7 @@ class ClassOf:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to build a network in a rank where it cannot be sent itself: it has local classes or functions, or is a pack's.
+    """How to build a network in a rank, if it cannot be sent itself: it has local classes or functions, or is a pack's.
 
     Attributes:
         network, config: the class, and what it is built of.
@@ -118,14 +116,10 @@ class Recipe:
 
     @classmethod
     def of(cls, skeleton: nn.Module, patcher: ModelPatcher) -> Recipe | None:
-        """The recipe of ``skeleton``, the network of ``patcher``; None if it can be sent, or was changed since it was built."""
+        """The recipe of ``skeleton``, the network of ``patcher``; None if it was changed since it was built."""
         live = patcher.model.diffusion_model
         if type(skeleton) is not type(live) or patcher.force_cast_weights or quantised.operations_of(patcher):
             return None
-        if all(map(_has_name, map(type, skeleton.modules()))):
-            with contextlib.suppress(Exception):
-                pickle.dumps(skeleton)
-                return None
         config = patcher.model.model_config.unet_config
         return cls(ClassOf.of(type(live)), config, _layer_classes_of(live), dict(constants_of(skeleton)))
 

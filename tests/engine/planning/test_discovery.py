@@ -28,6 +28,14 @@ def test_a_transformer_is_found_to_be_one():
     assert set(graph.hidden.carriers) == set(graph.names)
 
 
+def test_it_is_found_in_inference_mode_too():
+    """As in a host, where operations arrive otherwise than in training."""
+    _, plain = found(unlisted.OddTransformer)
+    with torch.inference_mode():
+        _, graph = found(unlisted.OddTransformer)
+    assert (graph.names, graph.edges, graph.macs) == (plain.names, plain.edges, plain.macs)
+
+
 def test_a_unet_is_found_to_be_one():
     family, graph = found(unlisted.OddUNet)
     assert graph.names == ("stem", "down.0", "down.1", "shrink", "deep.0", "deep.1", "deep.2", "grow", "up.0", "up.1", "head")
