@@ -69,8 +69,8 @@ def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
     marker = item.get_closest_marker("covers")
     if marker and report.when == "call" and not report.skipped:
-        kind = marker.kwargs.get("kind") or item.callspec.params["kind"]
-        row = {"kind": kind, "what": marker.args, "passed": report.passed, "test": item.nodeid}
+        kind = marker.kwargs.get("kind") or item.callspec.params.get("kind") or item.callspec.params["name"]
+        row = {"kind": kind, "what": marker.args, "passed": report.passed, "test": item.nodeid, **dict(item.user_properties)}
         item.config.stash[COVERED].append(row)
 
 

@@ -204,15 +204,31 @@ def speed(name: str) -> str:
 def coverage(name: str) -> str:
     """What tests show of each family."""
     lines = [
-        "| family | in | exact | asynchronous | sharded | LoRA | ControlNet | inpaint |",
-        "|---|---|:---:|:---:|:---:|:---:|:---:|:---:|",
+        "| family | in | blocks | exact | asynchronous | sharded | LoRA | ControlNet | inpaint |",
+        "|---|---|---|:---:|:---:|:---:|:---:|:---:|:---:|",
     ]
     rows = rows_of(name)
     order = list(dict.fromkeys(row["family"] for row in rows))
     for row in sorted(rows, key=lambda row: order.index(row["family"])):
         what = ("exact", "async", "sharded", "lora", "controlnet", "inpaint")
         ticks = ("✓" if row[it] else "" for it in what)
-        lines.append(f"| {row['family']} | {BACKENDS[row['backend']]} | {' | '.join(ticks)} |")
+        blocks = "falls back" if row["reason"] else "found" if row["found"] else "listed"
+        lines.append(f"| {row['family']} | {BACKENDS[row['backend']]} | {blocks} | {' | '.join(ticks)} |")
+    return "\n".join(lines)
+
+
+def true_size(name: str) -> str:
+    """Of the networks that people use most, at their true size."""
+    lines = [
+        "| family | latent | weights, GiB | blocks | found in, s | N | balance | MiB per step | weights per device, GiB |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in rows_of(name):
+        latent = ", ".join(" x ".join(map(str, shape[1:])) for shape in row["input"])
+        facts = (row["family"], latent, f"{row['whole_mib'] / 1024:.1f}", str(row["blocks"]), f"{row['seconds']:.1f}")
+        first = facts if row["devices"] == 2 else ("",) * 5
+        weights = ", ".join(f"{mib / 1024:.1f}" for mib in row["weights_mib"])
+        lines.append(f"| {' | '.join(first)} | {row['devices']} | {row['balance']:.0%} | {row['mib_per_call']:.1f} | {weights} |")
     return "\n".join(lines)
 
 
@@ -301,6 +317,7 @@ TABLES = {
     "speed": speed,
     "coverage": coverage,
     "plans": plans,
+    "true_size": true_size,
     "control_nets": control_nets,
     "start": start,
     "faults": faults,

@@ -165,6 +165,17 @@ def sampled(
     return torch.cat([tensor.flatten() for tensor in (found.unbind() if found.is_nested else [found])])
 
 
+def lora(model: comfy.model_patcher.ModelPatcher) -> dict:
+    """A LoRA of rank 4 on every fourth matrix."""
+    generator, found = torch.Generator().manual_seed(4), {}
+    matrices = [(name, weight) for name, weight in model.model.diffusion_model.named_parameters() if weight.ndim == 2]
+    for name, weight in matrices[::4]:
+        key = f"diffusion_model.{name.removesuffix('.weight')}"
+        found[f"{key}.lora_down.weight"] = torch.randn(4, weight.shape[1], generator=generator) * 0.1
+        found[f"{key}.lora_up.weight"] = torch.randn(weight.shape[0], 4, generator=generator) * 0.1
+    return found
+
+
 def fill(network: torch.nn.Module, seed: int) -> None:
     """Random weights that keep what passes them about as large as it was; buffers that a class computes keep their values."""
     draw = Draw(seed)

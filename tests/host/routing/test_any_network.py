@@ -7,7 +7,7 @@ import torch
 from asyncdiff_nodes.engine.tensors import tensors_of
 from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
-from helpers.denoisers import DENOISERS, LARGE, sampled
+from helpers.denoisers import DENOISERS, LARGE, lora, sampled
 from helpers.sampling import EXACT, assert_exact, exact, segmented
 from helpers.simulated import simulated
 
@@ -29,16 +29,20 @@ def networks(*fast):
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+@pytest.mark.covers("exact", "sharded")
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", networks(*FAST))
-def test_exact(name, ranks):
+def test_exact(name, ranks, record_property):
     denoiser = DENOISERS[name]
     model = denoiser.model()
     assert_exact(model, lambda each: sampled(each, denoiser), exact(ranks))
+    record_property("class", type(model.model.diffusion_model).__name__)
+    record_property("found", "found automatically" in last_run().text())
     held = [sum(rank.weights.values()) for rank in last_run().stats.ranks]
     assert max(held) < sum(tensor.nbytes for _, tensor in tensors_of(model.model.diffusion_model)), "every rank has all of it"
 
 
+@pytest.mark.covers("async")
 @pytest.mark.parametrize("name", networks("minimax_h3", "ltx2", "wan_vace", "krea2", "flux2"))
 def test_asynchronous_calls_are_the_simulators(name):
     denoiser, steps = DENOISERS[name], 3 if name in LARGE else 8
@@ -53,6 +57,7 @@ def test_asynchronous_calls_are_the_simulators(name):
     assert (found - expected).abs().max() <= 0.01 * difference
 
 
+@pytest.mark.covers("lora")
 @pytest.mark.parametrize("name", networks("minimax_h3", "krea2"))
 def test_a_lora(name):
     denoiser = DENOISERS[name]
@@ -61,6 +66,7 @@ def test_a_lora(name):
     assert not torch.equal(assert_exact(changed, lambda each: sampled(each, denoiser)), sampled(model, denoiser))
 
 
+@pytest.mark.covers("inpaint")
 @pytest.mark.parametrize("name", networks("qwen_image", "wan22"))
 def test_a_mask_of_noise(name):
     denoiser = DENOISERS[name]
@@ -72,21 +78,13 @@ def test_a_mask_of_noise(name):
     assert_exact(denoiser.model(), lambda each: sampled(each, denoiser, latent=given))
 
 
+@pytest.mark.covers("refused")
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_is_sampled_as_usual_and_says_why(name):
+def test_what_is_refused_is_sampled_as_usual_and_says_why(name, record_property):
     denoiser, model = DENOISERS[name], DENOISERS[name].model()
     stock = sampled(model, denoiser)
     assert torch.equal(sampled(attach(model, EXACT), denoiser), stock)
     assert last_run().stats is None and REFUSED[name] in last_run().notes[0]
     assert torch.equal(sampled(model, denoiser), stock), "and nothing is left behind"
-
-
-def lora(model):
-    """A LoRA of rank 4 on every fourth matrix."""
-    generator, found = torch.Generator().manual_seed(4), {}
-    matrices = [(name, weight) for name, weight in model.model.diffusion_model.named_parameters() if weight.ndim == 2]
-    for name, weight in matrices[::4]:
-        key = f"diffusion_model.{name.removesuffix('.weight')}"
-        found[f"{key}.lora_down.weight"] = torch.randn(4, weight.shape[1], generator=generator) * 0.1
-        found[f"{key}.lora_up.weight"] = torch.randn(weight.shape[0], 4, generator=generator) * 0.1
-    return found
+    record_property("class", type(model.model.diffusion_model).__name__)
+    record_property("reason", last_run().notes[0].partition("cannot be split: ")[2])

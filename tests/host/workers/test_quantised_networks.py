@@ -1,0 +1,86 @@
+"""Quantised files of the networks that people use most: read by the host's own loader, sampled on ranks."""
+
+import json
+
+import comfy.model_detection
+import comfy.sd
+import comfy.supported_models
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from asyncdiff_nodes.engine.tensors import tensors_of
+from asyncdiff_nodes.host.page.report import last_run
+from helpers.denoisers import DENOISERS, lora, sampled
+from helpers.sampling import assert_exact
+
+QUANT = pytest.importorskip("comfy.quant_ops", reason="this ComfyUI has no layers for quantised files")
+NETWORKS = ("minimax_h3", "qwen_image", "ltx2", "wan", "z_image", "krea2", "flux2")
+FORMS = [form for form in ("float8_e4m3fn", "int8_tensorwise", "nvfp4", "mxfp8") if form in getattr(QUANT, "QUANT_ALGOS", {})]
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """The MODEL of a file whose layers within blocks are quantised."""
+
+    def loaded(name, form, seed=5):
+        denoiser, path = DENOISERS[name], str(tmp_path / "model.safetensors")
+        made = denoiser.model(seed, torch.bfloat16)
+        with torch.inference_mode(False), torch.no_grad():
+            save_file(quantised(made.model.diffusion_model, form), path)
+        # the host knows a network from the sizes in its file; these are smaller than all that it knows
+        known = getattr(comfy.supported_models, denoiser.config).unet_config
+        config = {key: value for key, value in {**made.model.model_config.unet_config, **known}.items() if key != "dtype"}
+        monkeypatch.setattr(comfy.model_detection, "detect_unet_config", lambda *_, **__: dict(config))
+        model = comfy.sd.load_diffusion_model(path)
+        for weight in model.model.diffusion_model.parameters():
+            if type(weight.data) is torch.Tensor and weight.data_ptr() % 64:
+                weight.data = weight.data.clone()  # where the file lies in memory, a CPU rounds products otherwise
+        return model
+
+    return loaded
+
+
+def quantised(network, form):
+    """The network's weights as a file has them."""
+    tensors = {key: value.detach().clone().contiguous() for key, value in network.state_dict().items()}
+    for layer, module in network.named_modules():
+        inside = isinstance(module, torch.nn.Linear) and any(part.isdigit() for part in layer.split("."))
+        if inside and all(size % 32 == 0 for size in module.weight.shape):
+            weight = QUANT.QuantizedTensor.from_float(
+                tensors.pop(f"{layer}.weight").float(), QUANT.QUANT_ALGOS[form]["comfy_tensor_layout"], **how(form)
+            )
+            tensors |= {key: value.contiguous() for key, value in weight.state_dict(f"{layer}.weight").items()}
+            tensors[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)
+    return tensors
+
+
+def how(form):
+    return {"scale": "recalculate"} if form.startswith("float8") else {}
+
+
+FAST = {("minimax_h3", "int8_tensorwise"), ("ltx2", "float8_e4m3fn"), ("krea2", "nvfp4"), ("z_image", "mxfp8")}
+
+
+def cases():
+    """Every network in every form; by default a few."""
+    for name in NETWORKS:
+        for form in FORMS:
+            yield pytest.param(name, form, marks=() if (name, form) in FAST else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name, form", cases())
+def test_exact_and_sharded(load, name, form):
+    model = load(name, form)
+    kinds = {type(tensor).__name__ for _, tensor in tensors_of(model.model.diffusion_model)}
+    assert "QuantizedTensor" in kinds, kinds
+    assert_exact(model, lambda each: sampled(each, DENOISERS[name]))
+    held = [sum(rank.weights.values()) for rank in last_run().stats.ranks]
+    assert max(held) < sum(tensor.nbytes for _, tensor in tensors_of(model.model.diffusion_model))
+
+
+@pytest.mark.parametrize("name", ["minimax_h3", *(pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS[1:])])
+def test_with_a_lora(load, name):
+    model, denoiser = load(name, "float8_e4m3fn"), DENOISERS[name]
+    changed = comfy.sd.load_lora_for_models(model, None, lora(model), 0.8, 0)[0]
+    assert not torch.equal(assert_exact(changed, lambda each: sampled(each, denoiser)), sampled(model, denoiser))
