@@ -110,6 +110,8 @@ def _comparable(value: Any) -> Any:
         return _comparable(value.__func__), type(value.__self__)
     if isinstance(value, types.FunctionType):
         return value.__code__
+    if isinstance(value, type) and "<locals>" in value.__qualname__:
+        return value.__module__, value.__qualname__
     return value if isinstance(value, types.BuiltinFunctionType | type) else type(value)
 
 

@@ -71,6 +71,9 @@ def skeleton_of(patcher: ModelPatcher, nets: Sequence[nn.Module] = ()) -> nn.Mod
             if hasattr(module, "comfy_cast_weights"):
                 module.comfy_cast_weights = module.comfy_force_cast_weights = True
     if operations is not None:
+        for module in rebuilt.modules():
+            for name in [name for name, value in vars(module).items() if _is_local(value)]:
+                delattr(module, name)  # a class that it was built of, which no rank could be sent
         quantised.take_apart(rebuilt, operations, patches_of(patcher))
     if nets:
         rebuilt = controlled(rebuilt, [net_skeleton(net, patcher) for net in nets])
@@ -228,7 +231,7 @@ def _layer_classes_of(live: nn.Module, operations: Operations | None = None) -> 
             continue
         if type(live) is cldm.ControlNet and cls.__module__ == cldm.__name__:
             continue  # union ControlNets have a class made in a function, but pickle as their configuration
-        local = "<locals>" in cls.__qualname__
+        local = _is_local(cls)
         if local and cls.__module__.startswith("comfy.ldm."):
             continue  # the rank builds them by its recipe
         if local or not (_has_name(cls) or PackModule.of(cls)):
@@ -244,6 +247,11 @@ def _layer_classes_of(live: nn.Module, operations: Operations | None = None) -> 
     if outer_class is None:
         raise UnsupportedModelError(f"its {name} has no linear layer of ComfyUI's own classes")
     return outer_class
+
+
+def _is_local(value: Any) -> bool:
+    """Whether it is a class that was made within a function."""
+    return isinstance(value, type) and "<locals>" in value.__qualname__
 
 
 def _has_name(cls: type) -> bool:

@@ -81,7 +81,7 @@ def _loaded(patcher: ModelPatcher, key: str, operations: Operations | None) -> t
     """The weight ``key`` of the model as the host would load it."""
     live, set_weight, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
     value = _filled(unpatched(patcher, key, live))
-    if key not in patcher.patches or (operations and operations.carries(value)):
+    if key not in patcher.patches or (operations and operations.carries(value)) or not _takes_patches(patcher, key):
         return value
     if loaded_as_patched(patcher, key):
         return live
@@ -96,6 +96,12 @@ def _loaded(patcher: ModelPatcher, key: str, operations: Operations | None) -> t
     if set_weight is not None:  # of a quantised layer
         return set_weight(value, seed=_string_to_seed(key), return_weight=True)
     return comfy.float.stochastic_rounding(value, dtype, seed=_string_to_seed(key))
+
+
+def _takes_patches(patcher: ModelPatcher, key: str) -> bool:
+    """Whether the host applies patches to the weight ``key``: not where other modules with weights are within its module."""
+    owner = patcher.model.get_submodule(key.rpartition(".")[0])
+    return all(next(child.parameters(), None) is None for child in owner.children())
 
 
 def unpatched(patcher: ModelPatcher, key: str, live: torch.Tensor) -> torch.Tensor:

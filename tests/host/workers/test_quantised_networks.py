@@ -30,7 +30,8 @@ def load(tmp_path, monkeypatch):
             save_file(quantised(made.model.diffusion_model, form), path)
         # the host knows a network from the sizes in its file; these are smaller than all that it knows
         known = getattr(comfy.supported_models, denoiser.config).unet_config
-        config = {key: value for key, value in {**made.model.model_config.unet_config, **known}.items() if key != "dtype"}
+        config = {key: value for key, value in made.model.model_config.unet_config.items() if key != "dtype"}
+        config |= {key: known[key] for key in known.keys() & {"image_model"}}
         monkeypatch.setattr(comfy.model_detection, "detect_unet_config", lambda *_, **__: dict(config))
         model = comfy.sd.load_diffusion_model(path)
         for weight in model.model.diffusion_model.parameters():
