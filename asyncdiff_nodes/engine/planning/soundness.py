@@ -14,7 +14,7 @@ from asyncdiff_nodes.engine.trees import flatten, unflatten
 
 from .choice import Chosen
 from .provenance import memory_of
-from .recording import Recording
+from .recording import Operation, Recording
 
 _Tensor = type("_Tensor", (int,), {})  # the identity of one
 State = dict[tuple[str, str], Any]  # (module, attribute) -> what is in it, in brief
@@ -40,7 +40,7 @@ def problems(recording: Recording, chosen: Chosen) -> Iterator[str]:
             for leaf in ended.returned:
                 written.pop(memory_of(leaf), None)
         here = home.get(index)
-        if torch.Tag.nondeterministic_seeded in operation.func.tags and _draws(operation.func):
+        if torch.Tag.nondeterministic_seeded in operation.func.tags and _draws(operation):
             yield f"random numbers are drawn within it ({operation.func._overloadpacket})"
         for tensor in operation.reads:
             block = owner.get(id(tensor))
@@ -85,9 +85,10 @@ def like(name: str | None) -> str:
     return "the rest of it" if name is None else ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _draws(func: Any) -> bool:
-    """Whether an operation that is said to draw random numbers does so in evaluation mode."""
-    return "dropout" not in str(func) and "attention" not in str(func)
+def _draws(operation: Operation) -> bool:
+    """Whether an operation that is said to draw random numbers does so, in evaluation mode, from a generator that others use."""
+    name = str(operation.func)
+    return "dropout" not in name and "attention" not in name and operation.kwargs.get("generator") is None
 
 
 def kept_values(before: Recording, after: Recording, chosen: Chosen) -> Iterator[str]:

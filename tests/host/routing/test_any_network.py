@@ -48,13 +48,17 @@ def test_exact(name, ranks, record_property):
 @pytest.mark.covers("async")
 @pytest.mark.parametrize("name", networks("minimax_h3", "ltx2", "wan_vace", "krea2", "flux2"))
 def test_asynchronous_calls_are_the_simulators(name):
-    denoiser, steps = DENOISERS[name], 8
+    denoiser = DENOISERS[name]
     model = denoiser.model()
-    stock, found = sampled(model, denoiser, steps=steps), sampled(attach(model, segmented(2, warmup=1)), denoiser, steps=steps)
+    stock = assert_exact(model, lambda each: sampled(each, denoiser, steps=8))
+    names = last_run().placement.graph.names
+    # in small networks most of the work may be that of a prompt's embedders, which do not change from step to step
+    options = segmented(2, warmup=1, cuts=f"{names[0]}, {names[3 * len(names) // 4]}")
+    found = sampled(attach(model, options), denoiser, steps=8)
     assert not last_run().notes
     oracle, simulator = simulated(model, last_run().plan, "euler")
     with simulator:
-        expected = sampled(oracle, denoiser, steps=steps)
+        expected = sampled(oracle, denoiser, steps=8)
     difference = (found - stock).abs().max()
     assert difference > 0, "or this test proves nothing"
     assert (found - expected).abs().max() <= 0.01 * difference
