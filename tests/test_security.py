@@ -11,7 +11,7 @@ SHIPPED = [ROOT / "__init__.py", *sorted((ROOT / "asyncdiff_nodes").rglob("*.py"
 # where bytes may become objects: from pipes that our own processes inherited, in both directions
 UNPICKLES = {"engine/wire.py", "engine/rank/message_loop.py"}
 # where objects become bytes only: a model's skeleton, and what is handed to Ray, which unpickles on its own channels
-PICKLES = {"engine/parent/group.py", "cluster/parcel.py"}
+PICKLES = {"engine/parent/pickled.py", "cluster/parcel.py"}
 # the command line starts ComfyUI, asks its Python for its version, and asks git for the commit; the page's self-test is a command
 STARTS = {"cli/comfyui.py", "cli/report.py", "host/page/selftest.py"}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import time
 import weakref
 from collections import deque
@@ -33,6 +32,7 @@ from asyncdiff_nodes.engine.trees import unflatten
 from asyncdiff_nodes.extensions import cluster_of
 
 from .local_ranks import LocalRanks
+from .pickled import pickled
 from .placed_model import PlacedModel, Weights
 from .rank_options import RankOptions
 from .rank_set import Message, RankSet
@@ -110,7 +110,7 @@ class WorkerGroup:
         self.plan = plan
         self._family = family or listed_family(module)
         self._skeleton = meta_copy(module)
-        self._pickled = _pickled(self._skeleton, build)
+        self._pickled = pickled(self._skeleton, build)
         self._graphs: dict[Any, BlockGraph] = {}
         self._run = Run(0, plan)
         self._parameters = [SentParameters() for _ in range(plan.world_size)]
@@ -493,31 +493,3 @@ def _start(devices: Sequence[str], options: RankOptions) -> RankSet:
     """Start one rank for each of ``devices``."""
     cluster = cluster_of(devices[0])
     return LocalRanks(devices, options.poll, options.idle) if cluster is None else cluster.start(devices, options.poll)
-
-
-def _pickled(skeleton: nn.Module, build: Callable[[], nn.Module] | None) -> bytes:
-    """Pickle the skeleton; or, if a rank could not unpickle that, what builds it."""
-    try:
-        if build is None or all(map(_can_be_imported, map(type, skeleton.modules()))):
-            return pickle.dumps(skeleton, protocol=pickle.HIGHEST_PROTOCOL)
-    except Exception as error:
-        if build is None:
-            raise UnsupportedModelError(
-                f"this {type(skeleton).__name__} cannot be sent to a worker process ({error}); "
-                "its classes must be importable from a module, and it must hold no lambdas or hooks"
-            ) from error
-    return _pickled_build(build, type(skeleton).__name__)
-
-
-def _pickled_build(build: Callable[[], nn.Module], name: str) -> bytes:
-    try:
-        return pickle.dumps(build, protocol=pickle.HIGHEST_PROTOCOL)
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"neither this {name} nor what builds it can be sent to a worker process ({error})"
-        ) from error
-
-
-def _can_be_imported(cls: type) -> bool:
-    """Whether the name of a class's module is one that can be imported; programs may load files under other names."""
-    return all(part.isidentifier() for part in cls.__module__.split("."))

@@ -19,7 +19,8 @@ _LEAST = 0.3  # share of the blocks after the first one, in the same parts of th
 
 Place = tuple[int, int]  # first token, number of tokens
 
-_SAME = {_aten.clone, _aten.detach, _aten.alias, _aten._to_copy, _aten.lift_fresh, _aten.contiguous}
+_SAME = {_aten.clone, _aten.detach, _aten.alias, _aten._to_copy, _aten.lift_fresh, _aten.contiguous, _aten.nan_to_num}
+_FAR = 60_000  # limits beyond that are those of half precision, which hidden states are far from
 _VIEWS = {_aten.view, _aten._unsafe_view, _aten.reshape, _aten.expand}
 _SUMS = {_aten.add, _aten.add_, _aten.sub, _aten.sub_, _aten.addcmul, _aten.addcmul_}
 _PIECES = {_aten.split, _aten.split_with_sizes, _aten.chunk}
@@ -148,7 +149,11 @@ class _Places:
                 self.at[id(makes[0])] = held_at
         elif place is None:
             return
-        elif func in _SAME or (func in _VIEWS and makes[0].shape[:2] == first.shape[:2]):
+        elif (
+            func in _SAME
+            or (func is _aten.clamp and all(abs(limit) > _FAR for limit in args[1:3]))
+            or (func in _VIEWS and makes[0].shape[:2] == first.shape[:2])
+        ):
             self.at[id(makes[0])] = place
         elif func is _aten.slice:
             self._sliced(args, first, place, makes[0])

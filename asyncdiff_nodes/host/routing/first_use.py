@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from asyncdiff_nodes import __version__
 from asyncdiff_nodes.engine import Family
 from asyncdiff_nodes.engine.trees import flatten, unflatten
 from asyncdiff_nodes.host.workers import user_files
+
+from .network_call import NetworkCall
+from .own_network import OwnNetwork
 
 _FILE, _KEPT = "checked", 200
 _OWN = frozenset(vars(nn.Module()))  # attributes that every module has
@@ -35,7 +38,18 @@ def passed(fingerprint: str, network: str) -> None:
     user_files.save(_FILE, user_files.load(_FILE) | {_key(fingerprint): network}, _KEPT)
 
 
-def another(latent: Any) -> Any:
+def computed(
+    called: NetworkCall, x: torch.Tensor, own: OwnNetwork, on_host: Callable[..., Any]
+) -> tuple[tuple[dict[str, Any], Any], ...]:
+    """What the host computes for a call, and for the same with another latent: the changed arguments, and the result of each."""
+    latent = next(iter(called.given))
+    other = {latent: _another(called.given[latent])}
+    own.load(x)  # before the network's state is noted: the host keeps its own notes in there
+    with _state_restored(called.network):
+        return ({}, on_host()), (other, on_host(**other))
+
+
+def _another(latent: Any) -> Any:
     """A latent like this one, or a list of them, with other values."""
     leaves, structure = flatten(latent)
     changed = [0.9 * leaf.flip(-1) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
@@ -43,7 +57,7 @@ def another(latent: Any) -> Any:
 
 
 @contextlib.contextmanager
-def state_restored(network: nn.Module) -> Iterator[None]:
+def _state_restored(network: nn.Module) -> Iterator[None]:
     """Restore afterwards whatever calls keep in ``network``, so that they leave no trace in the picture."""
     kept = [(vars(module), _own(module)) for module in network.modules()]
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Collection, Hashable, Sequence
@@ -358,27 +359,19 @@ class Sampling:
         if not self._audit.has_room(call.x):
             self._note(_UNCHECKED)
             return None
-        network, latent = called.network, next(iter(called.given))
-        other = {latent: first_use.another(called.given[latent])}
-
-        def both() -> tuple[Any, Any]:
-            self._own.load(call.x)  # which changes the network's state, too, and for the host's own use
-            with first_use.state_restored(network):
-                return on_host(), on_host(**other)
-
         try:
-            expected, expected_other = self._own.for_once(both)
+            expected = self._own.for_once(lambda: first_use.computed(called, call.x, self._own, on_host))
         except comfy.model_management.OOM_EXCEPTION:
             self._note(_UNCHECKED)
             return None
-        for arguments, theirs in ((call.arguments, expected), (call.arguments | other, expected_other)):
-            ours = self._on_group("first use", arguments)
+        for changes, theirs in expected:
+            ours = self._ranks.compute(functools.partial(self._on_group, "first use", call.arguments | changes))
             self.group.forget("first use")
             facts = {"found automatically": len(self.group.placement)}
             if report := self._audit.differs(self.group, ours, theirs, call.x, facts):
-                return report, expected
+                return report, expected[0][1]
         self._ranks.resume()
-        first_use.passed(self._fingerprint, type(network).__name__)
+        first_use.passed(self._fingerprint, type(called.network).__name__)
         return None
 
     def close(self) -> None:
