@@ -65,7 +65,7 @@ def test_asynchronous_calls_are_the_simulators(name):
 
 
 @pytest.mark.covers("lora")
-@pytest.mark.parametrize("name", networks("minimax_h3", "krea2"))
+@pytest.mark.parametrize("name", networks("minimax_h3", "krea2", "ltxv"))
 def test_a_lora(name):
     denoiser = DENOISERS[name]
     model = denoiser.model()
