@@ -368,7 +368,8 @@ class Sampling:
             ours = self._ranks.compute(functools.partial(self._on_group, "first use", call.arguments | changes))
             self.group.forget("first use")
             facts = {"found automatically": len(self.group.placement)}
-            if report := self._audit.differs(self.group, ours, theirs, call.x, facts):
+            # a GPU may choose other kernels for ComfyUI, which has other memory, and every user of the model comes by here
+            if report := self._audit.differs(self.group, ours, theirs, call.x, facts, rounds=call.x.device.type != "cpu"):
                 return report, expected[0][1]
         self._ranks.resume()
         first_use.passed(self._fingerprint, type(called.network).__name__)

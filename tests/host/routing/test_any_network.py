@@ -18,22 +18,21 @@ REFUSED = {
     "seedvr2": "makes a value that it does not return",
     "wan_animate2": "has no parts with a notable share of its work that run once per call",
 }
-NO_MASK = [pytest.param("kandinsky5", marks=pytest.mark.slow)]  # ComfyUI itself fails: it adds channels that the network lacks
+NO_MASK = (*LARGE, "kandinsky5")  # ComfyUI itself fails: it adds channels that the network lacks
 FAST = (
-    "minimax_h3", "qwen_image", "ltx2", "z_image", "krea2", "flux2", "kandinsky5", "cascade_c", "hidream", "pid", "ace_step15",
-    "trellis2_shape", "triposplat", "omnigen2_reference",
+    "minimax_h3", "qwen_image", "ltx2", "z_image", "krea2", "flux2", "cascade_c", "pid", "ace_step15", "trellis2_shape",
 )  # fmt: skip
 
 
-def networks(*fast, large=False):
+def networks(*fast, without=LARGE):
     """All that are routed; by default only ``fast`` ones. Those at true size are only sampled exactly, for time and memory."""
-    names = [name for name in DENOISERS if name not in REFUSED and (large or name not in LARGE)]
+    names = [name for name in DENOISERS if name not in (*REFUSED, *without)]
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.mark.covers("exact", "sharded")
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", networks(*FAST, large=True))
+@pytest.mark.parametrize("name", networks(*FAST, without=()))
 def test_exact(name, ranks, record_property):
     denoiser = DENOISERS[name]
     if name in LARGE:
@@ -47,7 +46,7 @@ def test_exact(name, ranks, record_property):
 
 
 @pytest.mark.covers("async")
-@pytest.mark.parametrize("name", networks("minimax_h3", "ltx2", "wan_vace"))
+@pytest.mark.parametrize("name", networks("minimax_h3", "ltx2"))
 def test_asynchronous_calls_are_the_simulators(name):
     denoiser = DENOISERS[name]
     model = denoiser.model()
@@ -75,7 +74,7 @@ def test_a_lora(name):
 
 
 @pytest.mark.covers("inpaint")
-@pytest.mark.parametrize("name", [each for each in networks("qwen_image", "wan22") if each not in NO_MASK])
+@pytest.mark.parametrize("name", networks("qwen_image", "wan22", without=NO_MASK))
 def test_a_mask_of_noise(name):
     denoiser = DENOISERS[name]
     given = denoiser.latent()
