@@ -356,11 +356,9 @@ class Sampling:
         first, self._begun = not self._begun, True
         if not first or nets or not (self._audit.watches and first_use.due(self.group.family, self._fingerprint)):
             return None
-        if not self._audit.has_room(call.x):
-            self._note(_UNCHECKED)
-            return None
         try:
-            expected = self._own.for_once(lambda: first_use.computed(called, call.x, self._own, on_host))
+            with POOL.kept(self.group):  # the host offloads what does not fit beside the ranks
+                expected = self._own.for_once(lambda: first_use.computed(called, call.x, self._own, on_host))
         except comfy.model_management.OOM_EXCEPTION:
             self._note(_UNCHECKED)
             return None

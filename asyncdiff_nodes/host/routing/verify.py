@@ -68,7 +68,7 @@ class Audit:
         if self._mode == "off" or kind in self._kinds or (self._mode == "auto" and not self._strange):
             return False
         self._kinds.add(kind)
-        if not self.has_room(x):
+        if not self._has_room(x):
             self.lacked_room = self._mode != "auto"
             return False
         return True
@@ -78,8 +78,7 @@ class Audit:
         """Whether the user lets anything be compared."""
         return self._mode != "off"
 
-    def has_room(self, x: torch.Tensor) -> bool:
-        """Whether the host's network fits onto its device beside the ranks, for a call at ``x``."""
+    def _has_room(self, x: torch.Tensor) -> bool:
         need = self._patcher.model_size() + self._patcher.memory_required(list(x.shape))
         return comfy.model_management.get_free_memory(self._patcher.load_device) > need
 

@@ -246,6 +246,12 @@ class Pool:
         for held in self._held:
             held.busy = held.busy and held.group is not group
 
+    @contextlib.contextmanager
+    def kept(self, group: WorkerGroup) -> Iterator[None]:
+        """Let the host take no memory from ``group`` for a while."""
+        with kept_from_host(self._holder(group).memory):
+            yield
+
     def discard(self, group: WorkerGroup) -> None:
         """End ``group``, which the caller owns: its blocks are not those that are needed."""
         self._end(self._holder(group))
