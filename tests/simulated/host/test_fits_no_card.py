@@ -70,3 +70,19 @@ def test_it_samples_and_decodes_with_other_loras_and_models_in_between_and_nothi
     found = on_ranks(large)
     POOL.release()  # ComfyUI alone, which offloads what its card has no room for, and rounds a LoRA otherwise then
     assert torch.equal(sample(large), found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_first_comparison_is_made_beside_the_ranks_though_the_network_does_not_fit_there(prompt, monkeypatch):
+    wide = {"hidden_size": 1792, "num_heads": 28, "axes_dim": [16, 24, 24]}
+    monkeypatch.setitem(small.ALL, "flux", (*small.ALL["flux"][:3], {**small.ALL["flux"][3], **wide}))
+    monkeypatch.setitem(small.TRANSFORMERS, "flux", small.ALL["flux"])
+    model = small.model("flux", seed=4)
+    options = Options("Exact", "mlu:0,mlu:1", segments=2, branches=1)
+    found = ksampler(attach(model, options), kind="flux", latent=small.latent(kind="flux"), steps=2, cfg=1.0)
+    ranks = last_run().stats.ranks
+    assert model.model_size() + ranks[0].weight_bytes > sim.BUDGET > model.model_size() / 2
+    assert not last_run().notes and last_run().verified == 2, last_run().text()
+    POOL.release()
+    assert torch.equal(ksampler(model, kind="flux", latent=small.latent(kind="flux"), steps=2, cfg=1.0), found)
