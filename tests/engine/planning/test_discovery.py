@@ -8,7 +8,13 @@ import unlisted
 from asyncdiff_nodes.engine import Plan, PlanError, Simulator, UnsupportedModelError, WorkerGroup, meta_copy
 from asyncdiff_nodes.engine.planning.discovery import discover
 
-SPLIT = [unlisted.OddTransformer, unlisted.OddUNet, unlisted.TwoSamples, unlisted.Masked, unlisted.Experts, unlisted.ReturnsWords]
+SPLIT = [
+    unlisted.OddTransformer,
+    unlisted.TwoSamples,
+    unlisted.Masked,
+    unlisted.Experts,
+    *(pytest.param(network, marks=pytest.mark.slow) for network in (unlisted.OddUNet, unlisted.ReturnsWords)),
+]
 
 
 def found(cls):

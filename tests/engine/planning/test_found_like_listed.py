@@ -7,7 +7,7 @@ from asyncdiff_nodes.cli.zoo import find_model
 from asyncdiff_nodes.engine import Plan, find_family, place, trace
 from asyncdiff_nodes.engine.planning.discovery import discover
 
-TRANSFORMERS = ("flux", "qwen-image", "wan-14b", "hunyuan-video", "ltx-video", "sd35-large", "pixart")
+TRANSFORMERS = ("pixart", "flux", "qwen-image", "wan-14b", "hunyuan-video", "ltx-video", "sd35-large")
 
 
 @pytest.mark.parametrize("name", [TRANSFORMERS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in TRANSFORMERS[1:])])

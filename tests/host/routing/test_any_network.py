@@ -20,7 +20,7 @@ REFUSED = {
 }
 NO_MASK = (*LARGE, "kandinsky5")  # ComfyUI itself fails: it adds channels that the network lacks
 FAST = (
-    "minimax_h3", "qwen_image", "ltx2", "z_image", "krea2", "flux2", "cascade_c", "pid", "ace_step15", "trellis2_shape",
+    "minimax_h3", "qwen_image", "ltx2", "krea2", "pid", "ace_step15", "trellis2_shape",
 )  # fmt: skip
 
 
