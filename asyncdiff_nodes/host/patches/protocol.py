@@ -103,10 +103,6 @@ class RoutedPatch:
         """The ``network`` of ``patcher``, on the meta device, with the changes of the patch. Raises as :meth:`identity`."""
         return network
 
-    def example_options(self, patcher: ModelPatcher) -> dict[str, Any]:
-        """The options with which the network is traced."""
-        return {}
-
     def begin(self, patcher: ModelPatcher) -> PatchInSampling | None:
         """The patch's work in a sampling that begins; None if there is no such patch, or nothing to do."""
         return None

@@ -156,14 +156,6 @@ class SelfAttentionGuidance(RoutedPatch):
         """See :class:`RoutedPatch`."""
         return guided(network) if _hung_on(patcher) else network
 
-    def example_options(self, patcher: ModelPatcher) -> dict[str, Any]:
-        """Options of a call in which the node's patch records, in the form that ranks get."""
-        patch = _hung_on(patcher)
-        if patch is None:
-            return {}
-        options = {"cond_or_uncond": [_UNCOND]}
-        return {"patches_replace": {_KIND: {_PLACE: self.shipped(patch, options, {})}}, **options}
-
     def begin(self, patcher: ModelPatcher) -> PatchInSampling | None:
         """See :class:`RoutedPatch`."""
         return _Guidance() if _hung_on(patcher) else None
