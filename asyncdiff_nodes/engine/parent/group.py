@@ -163,7 +163,8 @@ class WorkerGroup:
         """Place the blocks as for a call with these arguments, and start the ranks; nothing if that is done.
 
         Raises:
-            as the class.
+            PlanError, UnsupportedModelError: see their messages.
+            WorkerError, DeadlineError: the group did not start.
         """
         if self._to_place is None:
             return

@@ -66,8 +66,7 @@ class Ranks:
     def start(self, entry: str, places: Places, arguments: dict[str, Any]) -> None:
         """Get the first group, unless it is there, for a call with these ``arguments``; see :class:`.pool.GroupRequest`.
 
-        Raises:
-            as :meth:`.pool.Pool.acquire`, and where such a group has failed repeatedly.
+        Raises as :meth:`.pool.Pool.acquire`, and where such a group has failed repeatedly.
         """
         self._request = replace(self._request, entry=entry, places=places, arguments=arguments)
         self._try(lambda: None)
@@ -76,8 +75,7 @@ class Ranks:
         """Get a group whose blocks suit a call with these ``arguments``, which raised ``error`` on the present one.
 
         Raises:
-            UnsupportedModelError: ``error``, if another group would be no better.
-            as :meth:`start`.
+            UnsupportedModelError: ``error``, if another group would be no better; and whatever :meth:`start` raises.
         """
         if isinstance(error, RepeatedBlockError):  # such as one that also embeds pictures to refer to
             avoid(fingerprint_of(self._request.patcher), error.block)
