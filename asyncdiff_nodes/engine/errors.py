@@ -19,7 +19,11 @@ class UnsupportedModelError(AsyncDiffError, TypeError):
     """A model that cannot be split without changing what it computes, or that cannot be rebuilt in a worker process."""
 
 
-class RepeatedBlockError(UnsupportedModelError):
+class OtherPathError(UnsupportedModelError):
+    """A call that takes another path through the model than it was split for; it can be split for that one."""
+
+
+class RepeatedBlockError(OtherPathError):
     """A call that runs a block more than once, for which the model can be split otherwise.
 
     Attributes:

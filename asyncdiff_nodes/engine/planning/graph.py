@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from asyncdiff_nodes.engine.errors import PlanError, UnsupportedModelError
+from asyncdiff_nodes.engine.errors import OtherPathError, PlanError
 from asyncdiff_nodes.engine.tensors import TensorMeta
 
 
@@ -95,13 +95,13 @@ class BlockGraph:
         """Return the graph of a call that leaves some blocks of ``whole`` out: with these, as blocks that return nothing.
 
         Raises:
-            UnsupportedModelError: the call takes another path through the model than ``whole``.
+            OtherPathError: the call takes another path through the model than ``whole``.
         """
         own, index = {block.name: block for block in self.blocks}, {name: i for i, name in enumerate(whole.names)}
         known = [name for name in whole.names if name in own] == list(self.names) and self.names[-1] == whole.names[-1]
         known = known and (self.hidden is None) == (whole.hidden is None)
         if not known or any((index[self.names[p]], index[self.names[c]]) not in whole.edges for p, c in self.edges):
-            raise UnsupportedModelError("these inputs take another path through the model than it was split for")
+            raise OtherPathError("these inputs take another path through the model than it was split for")
         blocks = tuple(
             own.get(block.name) or replace(block, outputs=(), structure=(), macs=0, reads=frozenset()) for block in whole.blocks
         )

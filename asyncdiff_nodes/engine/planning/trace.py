@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from asyncdiff_nodes.engine.batch import sample_of
-from asyncdiff_nodes.engine.errors import RepeatedBlockError, UnsupportedModelError
+from asyncdiff_nodes.engine.errors import OtherPathError, RepeatedBlockError, UnsupportedModelError
 from asyncdiff_nodes.engine.tensors import TensorMeta, tensors_of
 from asyncdiff_nodes.engine.trees import flatten
 
@@ -74,7 +74,7 @@ def graph_of(recording: Recording, names: Iterable[str], family: Family, given: 
     """
     calls = _calls_of(recording, frozenset(names), family)
     if not calls:
-        raise UnsupportedModelError(f"family {family.name}: with these inputs the model runs none of its blocks")
+        raise OtherPathError(f"family {family.name}: with these inputs the model runs none of its blocks")
     looked_at, result, decisive = made_of(recording, calls, given)
     last = len(calls) - 1
     looked_at[last] |= frozenset(source for source in result if source < 0)  # its rank returns the result

@@ -12,9 +12,9 @@ from asyncdiff_nodes.engine import (
     AsyncDiffError,
     DeadlineError,
     GroupClosedError,
+    OtherPathError,
     Placement,
     RepeatedBlockError,
-    UnsupportedModelError,
     WorkerError,
     WorkerGroup,
 )
@@ -29,7 +29,7 @@ FAILURES = (WorkerError, DeadlineError)  # errors of ranks that failed
 
 _TAKEN = "ComfyUI took the ranks' memory back before the first call; their weights were sent again"
 
-_MOST = 2  # how often blocks are placed anew in a sampling, for calls that take other paths than those before
+_MOST = 4  # how often blocks are placed anew in a sampling, for calls that take other paths than those before
 
 Result = TypeVar("Result")
 
@@ -71,21 +71,27 @@ class Ranks:
         self._request = replace(self._request, entry=entry, places=places, arguments=arguments)
         self._try(lambda: None)
 
-    def place_anew(self, arguments: dict[str, Any], error: UnsupportedModelError) -> None:
+    def place_anew(self, arguments: dict[str, Any], error: OtherPathError) -> None:
         """Get a group whose blocks suit a call with these ``arguments``, which raised ``error`` on the present one.
 
         Raises:
-            UnsupportedModelError: ``error``, if another group would be no better; and whatever :meth:`start` raises.
+            OtherPathError: ``error``, if that was done too often; and whatever :meth:`start` raises. The next call then has the
+                blocks where they were.
         """
-        if isinstance(error, RepeatedBlockError):  # such as one that also embeds pictures to refer to
-            avoid(fingerprint_of(self._request.patcher), error.block)
-        elif self._placed_anew == _MOST:
+        if self._placed_anew == _MOST:
             raise error
         self._placed_anew += 1
+        if isinstance(error, RepeatedBlockError):  # such as one that also embeds pictures to refer to
+            avoid(fingerprint_of(self._request.patcher), error.block)
         log.info("AsyncDiff: placing blocks anew: %s", error)
         POOL.discard(self.group)
-        self.group, self._request = None, replace(self._request, arguments=arguments)
-        self._enter()
+        before, self.group = self._request, None
+        self._request = replace(before, arguments=arguments)
+        try:
+            self._enter()
+        except BaseException:
+            self._request = before
+            raise
 
     def begin(self, first: Callable[[], None], begin: Callable[[WorkerGroup], None]) -> None:
         """Begin the sampling with ``first``; a group that replaces another one begins with ``begin``."""

@@ -18,6 +18,7 @@ from asyncdiff_nodes.engine import (
     AsyncDiffError,
     CallRecord,
     GroupClosedError,
+    OtherPathError,
     Plan,
     ScheduleError,
     UnsupportedModelError,
@@ -322,7 +323,7 @@ class Sampling:
                 return self.group(stream=stream, **given)
             except ScheduleError:
                 self._do_without_schedule()
-            except UnsupportedModelError as error:
+            except OtherPathError as error:
                 self._ranks.place_anew(given, error)
 
     def _compared(

@@ -138,6 +138,18 @@ class ReadsValues(Transformer):
         return self.end(hidden, x)
 
 
+class ReadsLongPrompts(Transformer):
+    """Looks at the values of its hidden states where the prompt is long."""
+
+    def forward(self, x, timestep, context, **kwargs):
+        emb, hidden = self.start(x, timestep)
+        for layer in self.layers:
+            hidden = layer(emb, context, hidden)
+            if context.shape[1] > 7 and hidden.abs().max().item() > 1e6:
+                break
+        return self.end(hidden, x)
+
+
 class Draws(Transformer):
     """Adds noise."""
 

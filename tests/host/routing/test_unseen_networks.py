@@ -34,8 +34,10 @@ def model_of(network, seed=0):
     return ModelPatcher(base.eval(), comfy.model_management.get_torch_device(), torch.device("cpu"))
 
 
-def sampled(model, steps=6, cfg=3.0):
-    prompts = [[[torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(seed)), {}]] for seed in (1, 2)]
+def sampled(model, steps=6, cfg=3.0, tokens=(7, 7)):
+    prompts = [
+        [[torch.randn(1, n, 32, generator=torch.Generator().manual_seed(n + place)), {}]] for place, n in enumerate(tokens)
+    ]
     return ksampler(model, prompts, steps=steps, cfg=cfg, scheduler="simple")
 
 
@@ -78,6 +80,17 @@ def test_a_network_that_would_be_wrong_is_sampled_as_usual_and_says_why(network)
     model, same = model_of(network), model_of(network)
     assert torch.equal(sampled(attach(model, EXACT)), sampled(same))
     assert last_run().stats is None and REASONS[network] in last_run().notes[0]
+
+
+@pytest.mark.parametrize("tokens", [(7, 9), (9, 7)], ids=["the negative prompt", "the prompt"])
+def test_a_prompt_whose_calls_cannot_be_split_leaves_the_others_their_ranks(tokens):
+    model = model_of(toys.ReadsLongPrompts)
+    sampled(attach(model, EXACT), tokens=(7, 7))
+    pids = [rank.pid for rank in last_run().stats.ranks]
+    stock = sampled(model, tokens=tokens)
+    assert torch.equal(sampled(attach(model, EXACT), tokens=tokens), stock)
+    assert len(last_run().notes) == 1 and "depends on values" in last_run().notes[0]
+    assert last_run().stats.records and [rank.pid for rank in last_run().stats.ranks] == pids
 
 
 def test_a_closure_is_no_obstacle_where_a_rank_can_build_the_network():
