@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
+from .bands import Bands
 from .inputs import Packed
 from .tensors import TensorMeta
 
@@ -17,11 +18,13 @@ class Opening(NamedTuple):
     Attributes:
         structure, positional: as in :class:`~.inputs.Inputs`.
         layouts: output layouts of all blocks.
+        bands: how the stream's calls are computed in bands, if they are.
     """
 
     structure: Any
     positional: bool
     layouts: tuple[Layout, ...]
+    bands: Bands | None = None
 
 
 class CallMessage(NamedTuple):  # which pickles without the names

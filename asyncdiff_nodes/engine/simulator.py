@@ -202,6 +202,8 @@ class Simulator:
         results = dict(call.results)
         crossed: dict[str, Any] = {}
         for rank in range(len(call.targets)):
+            if rank >= self._run_plan.segments and rank not in results:
+                continue  # it has a part of what the first rank is taken to compute as a whole
             output, own = self._segment(stream, call, call, rank, call.reads[rank], inputs)
             if rank in results:
                 stream.results[results[rank]] = output

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from asyncdiff_nodes.engine.bands import Bands
 from asyncdiff_nodes.engine.batch import batch_of, concatenated
 from asyncdiff_nodes.engine.devices import resolve_devices
 from asyncdiff_nodes.engine.errors import DeviceError, PlanError, UnsupportedModelError
 from asyncdiff_nodes.engine.inputs import Inputs, SentParameters, on_cpu
+from asyncdiff_nodes.engine.planning.bands import find_bands
 from asyncdiff_nodes.engine.planning.discovery import discover
 from asyncdiff_nodes.engine.planning.family import UNKNOWN, Family, example_of, listed_family
 from asyncdiff_nodes.engine.planning.graph import BlockGraph
@@ -100,8 +102,13 @@ class WorkerGroup:
         self.devices = resolve_devices(devices)
         if len(self.devices) != plan.world_size:
             raise DeviceError(
-                f"{len(self.devices)} devices for segments={plan.segments}, stride={plan.stride}, branches={plan.branches}: "
-                f"name branches * (segments + stride - 1) = {plan.world_size} devices"
+                f"{len(self.devices)} devices for segments={plan.segments}, stride={plan.stride}, branches={plan.branches}"
+                + (
+                    f", bands={plan.bands}: name branches * bands"
+                    if plan.bands > 1
+                    else ": name branches * (segments + stride - 1)"
+                )
+                + f" = {plan.world_size} devices"
             )
         if weights is None:
             weights = tensors_of(module)
@@ -112,6 +119,7 @@ class WorkerGroup:
         self._skeleton = meta_copy(module)
         self._pickled = pickled(self._skeleton, build)
         self._graphs: dict[Any, BlockGraph] = {}
+        self._bands: dict[Any, Bands] = {}
         self._run = Run(0, plan)
         self._parameters = [SentParameters() for _ in range(plan.world_size)]
         # all by branch and stream
@@ -171,6 +179,8 @@ class WorkerGroup:
         how, self._to_place = self._to_place, None
         try:
             graph = self._graph_of(args, kwargs)
+            part = self.family.parts(args, kwargs, self.plan.branches)[0]
+            self._bands_for(Inputs.take(*part, self.family.timestep))  # before anything is sent anywhere
             costs, speeds, pause = (how.estimate and how.estimate(graph)) or (None, None, 0.0)
             placement = place(graph, self.plan, speeds, costs, pause, how.room)
             if how.on_placed is not None:
@@ -365,9 +375,11 @@ class WorkerGroup:
                 self._accept(message)
         # of the branches that the first stream was divided among
         first = next((stream for _, stream in self._streams), None)
-        graphs = [state.graph for (_, stream), state in self._streams.items() if stream == first] or [self.placement.graph]
+        states = [state for (_, stream), state in self._streams.items() if stream == first]
+        graphs = [state.graph for state in states] or [self.placement.graph]
         plan = replace(self.plan, compression=self._run.plan.compression)
         planned = sum(Placement(graph, plan, self.placement.starts).bytes_per_call for graph in graphs)
+        planned += sum(state.bands.bytes_per_call for state in states if state.bands is not None)
         return RunStats(planned, tuple(reports[rank].having(self._records) for rank in sorted(reports)))
 
     def close(self) -> None:
@@ -450,7 +462,10 @@ class WorkerGroup:
             parts = self._microbatches(inputs, graph)
             first = branch * self.plan.branch_size
             sent = self._parameters[first : first + self.plan.branch_size]
-            self._streams[branch, key] = Stream(key, self._run, inputs, self.family.sample, graph, self.placement, sent, parts)
+            bands = self._bands_for(inputs)
+            self._streams[branch, key] = Stream(
+                key, self._run, inputs, self.family.sample, graph, self.placement, sent, parts, bands
+            )
         return self._streams[branch, key]
 
     def _microbatches(self, inputs: Inputs, graph: BlockGraph) -> int:
@@ -470,6 +485,15 @@ class WorkerGroup:
             graph = trace(self._skeleton, self.family, *inputs.arguments())
             self._graphs[signature] = graph.within(self.placement.graph)
         return self._graphs[signature]
+
+    def _bands_for(self, inputs: Inputs) -> Bands | None:
+        """Find how these inputs are computed in bands, if the plan says so."""
+        if self.plan.bands == 1:
+            return None
+        signature = inputs.signature
+        if signature not in self._bands:
+            self._bands[signature] = find_bands(self._skeleton, self.family, *inputs.arguments(), self.plan.bands)
+        return self._bands[signature]
 
     def _result(self, key: tuple[int, Hashable, int], deadline: float) -> tuple[list[torch.Tensor], Any, bool]:
         while key not in self._results:

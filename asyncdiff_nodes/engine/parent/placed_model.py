@@ -125,8 +125,9 @@ class PlacedModel:
 
     def _connect(self, deadline: float) -> None:
         world, shares = self.placement.plan.world_size, list(shares_of(self.placement))
-        pairs = sorted({(own.first + sender, own.rank) for own in shares for sender in own.sources.values()})
-        self.send_all(("connect", pairs), deadline)
+        pairs = {(own.first + sender, own.rank) for own in shares for sender in own.sources.values()}
+        pairs |= {(partner, own.rank) for own in shares for partner in own.partners if partner != own.rank}
+        self.send_all(("connect", sorted(pairs)), deadline)
         ready: set[int] = set()
         while len(ready) < world:
             message = self._ranks.next_message(deadline, f"ranks {sorted(set(range(world)) - ready)} to start")

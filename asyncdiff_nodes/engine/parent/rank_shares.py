@@ -42,4 +42,5 @@ def _share(placement: Placement, rank: int) -> Share:
         sources={names[p]: placement.segments[p] for p in placement.incoming(segment)},
         sinks=sinks,
         hidden=placement.hidden,
+        bands=plan.bands,
     )

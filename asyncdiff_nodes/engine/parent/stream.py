@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from asyncdiff_nodes.engine.bands import Bands
 from asyncdiff_nodes.engine.errors import InputChangedError
 from asyncdiff_nodes.engine.inputs import Inputs, Packed, SentParameters, difference, only
 from asyncdiff_nodes.engine.messages import CallMessage, Opening
@@ -31,6 +32,7 @@ class Stream:
         graph: traced with these inputs.
         parameters: what each rank of the branch has of earlier runs.
         parts: micro-batches of a synchronous call.
+        bands: how its calls are computed in bands, if they are.
 
     Raises:
         ScheduleError: the first call's timestep is none of the run's.
@@ -46,8 +48,9 @@ class Stream:
         placement: Placement,
         parameters: Sequence[SentParameters],
         parts: int = 1,
+        bands: Bands | None = None,
     ) -> None:
-        self.graph = graph
+        self.graph, self.bands = graph, bands
         self._key, self._run, self._parameters, self._parts = key, run, parameters, parts
         self._signature = inputs.signature
         self._samples = inputs.samples(sample)
@@ -95,7 +98,8 @@ class Stream:
         return tuple(hidden.union(*(self._reads[i] for i in blocks)) for blocks in owned)
 
     def _opening(self, inputs: Inputs) -> Opening:
-        return Opening(inputs.structure, inputs.positional, tuple((b.outputs, b.structure) for b in self.graph.blocks))
+        layouts = tuple((block.outputs, block.structure) for block in self.graph.blocks)
+        return Opening(inputs.structure, inputs.positional, layouts, self.bands)
 
     def _message(
         self,

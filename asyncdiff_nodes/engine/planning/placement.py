@@ -108,8 +108,8 @@ class Placement(Mapping[str, int]):
     def cost(self, steps: int, levels: NoiseLevels | None = None, plan: Plan | None = None) -> float:
         """Reckon a run of ``steps`` calls with these noise levels, in evaluations of the unrouted model on the fastest device.
 
-        Communication is left out. Batches are taken to divide evenly, over branches and into micro-batches, and their parts to
-        cost so much less.
+        Communication is left out. Batches are taken to divide evenly, over branches and into micro-batches, and pictures into
+        bands, and their parts to cost so much less.
 
         Args:
             plan: of the run, if not the placement's own; see ``WorkerGroup.begin``.
@@ -121,7 +121,7 @@ class Placement(Mapping[str, int]):
         first, again = self._times()
         slowest = max(map(sum, zip(first, again, strict=True)))
         together = (sum(first) + (parts - 1) * slowest) / parts
-        return (synchronous * together + batches * slowest + self._lag(batches, first, again)) / plan.branches
+        return (synchronous * together + batches * slowest + self._lag(batches, first, again)) / plan.branches / plan.bands
 
     def _times(self) -> tuple[list[float], list[float]]:
         """Sum up the blocks that each segment alone computes, and those that it computes again; in the unit of :meth:`cost`."""

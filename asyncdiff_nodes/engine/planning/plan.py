@@ -20,7 +20,8 @@ class Plan:
     """Wishes of the user: how a model is split, and how stale its parts may be (paper section 3).
 
     Attributes:
-        segments: N, the number of parts that the network is cut into, 2 up to the number of blocks; 1 with several branches.
+        segments: N, the number of parts that the network is cut into, 2 up to the number of blocks; 1 with several branches or
+            bands.
         stride: S, denoising steps served by one parallel call, 1 to 4. Each branch needs ``N + S - 1`` devices.
         warmup: W >= 1, leading synchronous calls. The last one fills the caches. With S > 1 choose W = 1 + a multiple of S:
             otherwise the calls before the first full batch repeat the result of call W - 1.
@@ -43,6 +44,9 @@ class Plan:
             at the same time there, too (GPipe, arXiv 1811.06965). The result is the model's for each part by itself: bit by bit
             that for the whole batch only with 1.
         compression: of the values that cross in asynchronous calls: none, half or int8; see :mod:`.compression`.
+        bands: R, ranks of a branch that compute each call together, each of them a part of the picture's tokens or rows with the
+            whole network's weights; see :mod:`.bands`. With one segment. Nothing is stale: the result is the model's up to
+            rounding, at any number of steps and with any sampler.
     """
 
     segments: int = 2
@@ -56,11 +60,13 @@ class Plan:
     branches: int = 1
     microbatches: int = 1
     compression: str = "none"
+    bands: int = 1
 
     def __post_init__(self) -> None:
         for name, low, high in (
             ("branches", 1, None),
-            ("segments", 1 if self.branches != 1 else 2, None),
+            ("bands", 1, None),
+            ("segments", 1 if self.branches != 1 or self.bands != 1 else 2, None),
             ("stride", 1, MAX_STRIDE),
             ("warmup", 1, None),
             ("forecast", 0, 1),
@@ -74,6 +80,8 @@ class Plan:
                 raise PlanError(f"{name}={value} is out of range: choose {low} " + ("or more" if high is None else f"to {high}"))
         if self.segments == 1 and self.stride > 1:
             raise PlanError(f"stride={self.stride} with segments=1: take 2 segments or more, or stride 1")
+        if self.segments > 1 and self.bands > 1:
+            raise PlanError(f"bands={self.bands} with segments={self.segments}: take segments=1, or bands=1")
         if self.compression not in COMPRESSIONS:
             raise PlanError(f"compression={self.compression!r}: choose one of {', '.join(COMPRESSIONS)}")
         for name in ("time_shift", "fresh_skips"):
@@ -98,8 +106,8 @@ class Plan:
 
     @property
     def branch_size(self) -> int:
-        """Number of ranks of one branch: N + S - 1."""
-        return self.segments + self.stride - 1
+        """Number of ranks of one branch: N + S - 1, or as many as there are bands."""
+        return max(self.segments + self.stride - 1, self.bands)
 
     @property
     def world_size(self) -> int:

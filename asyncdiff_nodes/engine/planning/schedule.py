@@ -84,7 +84,7 @@ def call_at(plan: Plan, k: int, total: int | None) -> Call:
     """
     ranks, last = plan.branch_size, plan.segments - 1
     if plan.segments == 1:  # never behind
-        return Call(k, Kind.ASYNCHRONOUS, (k,), (k,), ((0, k),))
+        return Call(k, Kind.ASYNCHRONOUS, (k,) * ranks, (k,) * ranks, ((0, k),))
     if plan.stride > 1 and total is None:
         raise ScheduleError(f"stride={plan.stride} needs the whole schedule: call begin(timesteps) before the first call")
     if total is not None and k >= total and (plan.stride > 1 or plan.forecast or plan.cooldown):

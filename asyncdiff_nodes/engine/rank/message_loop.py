@@ -185,7 +185,7 @@ class Rank:
         opening, known = self._known.get(message.stream, (None, []))
         if message.opening is not None:
             opening = message.opening
-            self._model.set_layouts(message.stream, opening.layouts)
+            self._model.open(message.stream, opening)
         assert opening is not None, "a stream begins with one"
         leaves = [
             known[i] if kind == "same" else self._leaf(kind, what, tensors) for i, (kind, what) in enumerate(message.leaves)

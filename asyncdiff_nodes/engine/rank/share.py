@@ -16,6 +16,7 @@ class Share:
         sources: block of another segment that this rank reads -> the rank that sends it.
         sinks: own block -> the ranks that read it.
         hidden: as in :class:`~.placement.Placement`.
+        bands: how many ranks of the branch compute each call together.
     """
 
     rank: int
@@ -26,3 +27,9 @@ class Share:
     sources: dict[str, int]
     sinks: dict[str, tuple[int, ...]]
     hidden: Hidden | None = None
+    bands: int = 1
+
+    @property
+    def partners(self) -> range:
+        """The ranks that compute each call together with this one, itself included."""
+        return range(self.first, self.first + self.bands)

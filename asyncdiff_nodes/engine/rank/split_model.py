@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from asyncdiff_nodes.engine.bands import BandMode
 from asyncdiff_nodes.engine.batch import Arguments, concatenated, sample_of
-from asyncdiff_nodes.engine.messages import CallMessage, Layout
+from asyncdiff_nodes.engine.messages import CallMessage, Opening
 from asyncdiff_nodes.engine.planning.profile import block_marks
 from asyncdiff_nodes.engine.stub import make_stub, runner
 from asyncdiff_nodes.engine.telemetry import CallRecord, Stopwatch
@@ -19,6 +20,7 @@ from asyncdiff_nodes.engine.tensors import TensorMeta, tensors_of
 from asyncdiff_nodes.engine.trees import flatten, unflatten
 
 from .call_log import CallLog, LoggedCall
+from .exchange import RankExchange
 from .finite import origins
 from .hidden_states import add_states, take_states
 from .receiver import Receiver
@@ -49,6 +51,8 @@ class SplitModel:
         self._watch = Stopwatch(device)
         self._receiver = Receiver(share, transport, self._watch)
         self._log = CallLog(self._watch)
+        self._exchange = RankExchange(share, transport, self._watch)
+        self._bands = BandMode(self._exchange)
         for name in share.blocks:
             block = module.get_submodule(name)
             if name not in share.owned:
@@ -116,10 +120,11 @@ class SplitModel:
         if (stream := self._streams.pop(key, None)) is not None:
             stream.settle()
 
-    def set_layouts(self, key: Hashable, layouts: Sequence[Layout]) -> None:
-        """Take the output layouts of all blocks for the inputs of this stream; before its first call."""
+    def open(self, key: Hashable, opening: Opening) -> None:
+        """Take what stays as it is in all calls of this stream; before its first one."""
         stream = self._streams.setdefault(key, StreamState(self._share))
-        stream.layouts = dict(zip(self._share.blocks, layouts, strict=True))
+        stream.layouts = dict(zip(self._share.blocks, opening.layouts, strict=True))
+        stream.bands = opening.bands
 
     # -- one call ----------------------------------------------------------------------------------------------------
 
@@ -136,7 +141,8 @@ class SplitModel:
         """
         stream = self._streams[message.stream]
         start, sent = self._watch.mark(), self._transport.bytes_sent
-        self._transport.begin_call(message.synchronous)
+        self._transport.begin_call(message.synchronous or stream.bands is not None)
+        self._exchange.waits = []
         passes = self._receiver.expect(stream, message, [items for items, _ in parts])
         output: tuple[list[torch.Tensor], Any] | None = None
         blocks: Mapping[str, Any] = {}
@@ -148,6 +154,7 @@ class SplitModel:
             stream.settle(leave=1)
             if message.ahead:  # nothing was done here that anybody would want to know of
                 return None
+        waits = self._receiver.waits + self._exchange.waits
         record = CallRecord(
             stream=str(message.stream),
             call=message.index,
@@ -163,7 +170,7 @@ class SplitModel:
             bytes_sent=self._transport.bytes_sent - sent,
             not_finite=tuple(not_finite),
         )
-        self._log.add(LoggedCall(record, start, self._watch.mark(), self._receiver.waits, blocks, stream.inboxes))
+        self._log.add(LoggedCall(record, start, self._watch.mark(), waits, blocks, stream.inboxes))
         return output
 
     def _compute(
@@ -175,21 +182,24 @@ class SplitModel:
             What :meth:`call` does; marks of when each block began and ended, if they were to be timed; the blocks that NaN or
             infinity come from, if these were to be looked for.
         """
-        own, outputs = self._share.owned, []
+        own, outputs, bands = self._share.owned, [], passes[0].stream.bands
         with contextlib.ExitStack() as stack:
             blocks = stack.enter_context(block_marks(self._module, own, self._watch)) if message.timed else {}
             not_finite = stack.enter_context(origins(self._module, own)) if message.checked else []
+            if bands is not None:
+                stack.enter_context(self._bands.scoped(self._module, bands))
             for part, (args, kwargs) in zip(passes, arguments, strict=True):
                 self._running = part
-                outputs.append(flatten(self._run(*args, **kwargs)))
+                output = self._run(*args, **kwargs) if bands is None else self._bands.run(bands, self._run, args, kwargs)
+                outputs.append(flatten(output))
         self._running = None
         for part in passes:
             part.states = None  # a video's hidden states are large
         self._transport.end_call()
         if len(passes) > 1:  # all of it is there
             passes[0].stream.settle()
-        output = None if message.result is None else (concatenated([leaves for leaves, _ in outputs]), outputs[0][1])
-        return output, blocks, not_finite
+        result = None if message.result is None else (concatenated([leaves for leaves, _ in outputs]), outputs[0][1])
+        return result, blocks, not_finite
 
     def note_drift(self) -> None:
         """Note how much the values of the last call differ from those before; see :meth:`.CallLog.note_drift`."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from asyncdiff_nodes.engine.bands import Bands
 from asyncdiff_nodes.engine.compression import Decoder, Encoder
 from asyncdiff_nodes.engine.messages import CallMessage, Layout
 
@@ -20,12 +21,14 @@ class StreamState:
 
     Attributes:
         layouts: of the outputs of all blocks, for the whole batch.
+        bands: as in :class:`~.messages.Opening`.
         encoders, decoders: of what crosses, by block and number of the tensor in its output.
         inboxes: by block of another segment that this rank reads.
     """
 
     def __init__(self, share: Share) -> None:
         self.layouts: dict[str, Layout] = {}
+        self.bands: Bands | None = None
         self.encoders: defaultdict[tuple[str, int], Encoder] = defaultdict(Encoder)
         self.decoders: defaultdict[tuple[str, int], Decoder] = defaultdict(Decoder)
         # what a segment works ahead for is read as many batches later as there are segments between

@@ -176,6 +176,12 @@ class Transport:
             work = link.group.recv([flat(value)], 0, 0)
         return Incoming(work, value, self._device)
 
+    def settle(self) -> None:
+        """Wait until all that was sent in this call has left, and free it. The other ranks must receive it by themselves."""
+        for work, _ in self._sending:
+            work.wait()
+        self._sending = []
+
     def flush(self) -> None:
         """Wait until all that was sent has arrived, and forget it. The other ranks must receive it."""
         self._stager.flush()

@@ -1,0 +1,311 @@
+"""Bands: one call that several ranks compute at once, each with a part of the tokens, or of the rows, of everything.
+
+Each rank runs the model's own forward. Within a **scope**, a module that was seen to work so, the tensors on a rank are its
+**band**. Nothing there is stale. What needs the others is exchanged, and nothing else is: attention gathers keys and values,
+convolutions the rows beyond the edge, group norms their sums. The result is the model's up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .trees import flatten, unflatten
+
+Place = tuple[int, int]  # number of a leaf among a module's arguments or results, and its dimension
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A dimension that is divided into bands: of tokens, or of rows.
+
+    Attributes:
+        parts: what follows each other on it, such as the prompt's tokens and the picture's: for each part where every rank's band
+            begins, and the end. A part of two numbers, begin and end, is not divided: every rank has all of it.
+
+    Two ranks; three tokens that both have, and six of a picture:
+
+    >>> axis, whole = Axis(((0, 3), (0, 3, 6))), torch.arange(9)
+    >>> axis.length, axis.band(1), axis.share(1)
+    (9, 6, 3)
+    >>> bands = [axis.cut(whole, 0, rank) for rank in range(2)]
+    >>> bands[1], axis.own(bands[1], 0, 1)
+    (tensor([0, 1, 2, 6, 7, 8]), tensor([6, 7, 8]))
+    >>> axis.joined(bands[1], 1, [axis.own(band, 0, rank) for rank, band in enumerate(bands)], 0)
+    tensor([0, 1, 2, 3, 4, 5, 6, 7, 8])
+    """
+
+    parts: tuple[tuple[int, ...], ...]
+
+    @property
+    def length(self) -> int:
+        """Number of tokens or rows of the whole."""
+        return sum(bounds[-1] for bounds in self.parts)
+
+    @property
+    def divided(self) -> int:
+        """How many of them are divided."""
+        return sum(bounds[-1] for bounds in self.parts if len(bounds) > 2)
+
+    def _pieces(self, rank: int) -> Iterator[tuple[int, int, int, int, bool]]:
+        """Yield for each part: begin and end of the band of ``rank``, in the whole and in the band; whether it is divided."""
+        whole = band = 0
+        for bounds in self.parts:
+            divided = len(bounds) > 2
+            begin, end = bounds[rank : rank + 2] if divided else bounds
+            yield whole + begin, whole + end, band, band + end - begin, divided
+            whole, band = whole + bounds[-1], band + end - begin
+
+    def band(self, rank: int) -> int:
+        """Return how many of them ``rank`` has."""
+        return sum(end - begin for begin, end, *_ in self._pieces(rank))
+
+    def share(self, rank: int) -> int:
+        """Return how many of them ``rank`` alone has."""
+        return sum(end - begin for begin, end, _, _, divided in self._pieces(rank) if divided)
+
+    def cut(self, whole: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+        """Take the band of ``rank`` out of the whole; a view where it is in one piece."""
+        return _joined([whole.narrow(dim, begin, end - begin) for begin, end, *_ in self._pieces(rank)], dim)
+
+    def own(self, band: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+        """Take out of the band of ``rank`` what no other rank has."""
+        return _joined([band.narrow(dim, begin, end - begin) for *_, begin, end, divided in self._pieces(rank) if divided], dim)
+
+    def joined(self, band: torch.Tensor, rank: int, owns: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+        """Put the whole together from what each rank alone has, and what is not divided from the ``band`` of ``rank``."""
+        pieces, starts = [], [0] * len(owns)
+        for bounds, (_, _, begin, end, divided) in zip(self.parts, self._pieces(rank), strict=True):
+            if not divided:
+                pieces.append(band.narrow(dim, begin, end - begin))
+                continue
+            for other, (first, last) in enumerate(pairwise(bounds)):
+                pieces.append(owns[other].narrow(dim, starts[other], last - first))
+                starts[other] += last - first
+        return torch.cat(pieces, dim)
+
+
+def _joined(pieces: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """A module that computes in bands.
+
+    Attributes:
+        takes: what is whole before it, among its arguments: its band is passed instead.
+        gives: what is gathered after it, among its results, and the whole's length; the rest is handed on as a band.
+        axes: by length of the whole.
+        exchanges: for each attention, convolution and group norm in it, in order: the whole's length of what it needs of all
+            ranks, keys or rows, or None where every rank has the whole.
+    """
+
+    takes: tuple[Place, ...]
+    gives: tuple[tuple[int, int, int], ...]
+    axes: Mapping[int, Axis]
+    exchanges: tuple[int | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Bands:
+    """How one call of a model is computed in bands.
+
+    Attributes:
+        scopes: by name of the module; "" for the model itself, which is then the only one.
+        bytes_per_call: what all ranks together send.
+    """
+
+    scopes: Mapping[str, Scope]
+    bytes_per_call: int
+
+
+class Exchange(Protocol):
+    """What a rank needs of those that it shares a call with.
+
+    Attributes:
+        rank, ranks: which one it is, of how many.
+    """
+
+    rank: int
+    ranks: int
+
+    def gather(self, owns: Sequence[torch.Tensor], dim: int, lengths: Sequence[int]) -> list[list[torch.Tensor]]:
+        """Return for each of ``owns`` what every rank has, so much of ``lengths`` on ``dim``, given what this one has."""
+
+    def neighbours(self, band: torch.Tensor, dim: int, above: int, below: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return the last ``above`` rows of the rank before, and the first ``below`` ones of the rank after this one.
+
+        None where there is no such rank, or no such row is asked for.
+        """
+
+
+class BandMode(TorchFunctionMode):
+    """Computes in bands what runs in scopes while it is entered; see :meth:`scoped` and :meth:`run`."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        super().__init__()
+        self._exchange = exchange
+        self._scope: Scope | None = None  # which runs
+        self._next = 0  # of what is exchanged in it
+        self._as_is = False
+
+    # -- scopes ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def scoped(self, module: nn.Module, bands: Bands) -> Iterator[None]:
+        """Enter, and have the scopes within ``module`` computed in bands."""
+        with ExitStack() as hooks, self:
+            for name, scope in bands.scopes.items():
+                if name:
+                    child = module.get_submodule(name)
+                    hooks.callback(child.register_forward_pre_hook(partial(self._begins, scope), with_kwargs=True).remove)
+                    hooks.callback(child.register_forward_hook(partial(self._ends, scope)).remove)
+            yield
+
+    def run(self, bands: Bands, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call ``function``, the model itself, which may be a scope, too."""
+        scope = bands.scopes.get("")
+        if scope is None:
+            return function(*args, **kwargs)
+        args, kwargs = self._begins(scope, None, args, kwargs)
+        return self._ends(scope, None, None, function(*args, **kwargs))
+
+    def _begins(self, scope: Scope, _: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        leaves, structure = flatten((args, kwargs))
+        for number, dim in scope.takes:
+            leaf = leaves[number]
+            leaves[number] = scope.axes[leaf.shape[dim]].cut(leaf, dim, self._exchange.rank)
+        self._scope, self._next = scope, 0
+        made: tuple[Any, Any] = unflatten(leaves, structure)
+        return made
+
+    def _ends(self, scope: Scope, _: Any, __: Any, output: Any) -> Any:
+        self._scope = None
+        leaves, structure = flatten(output)
+        for number, dim, length in scope.gives:
+            (leaves[number],) = self._gathered([leaves[number]], dim, scope.axes[length])
+        return unflatten(leaves, structure)
+
+    def _gathered(self, bands: Sequence[torch.Tensor], dim: int, axis: Axis) -> list[torch.Tensor]:
+        rank, lengths = self._exchange.rank, [axis.share(other) for other in range(self._exchange.ranks)]
+        owns = self._exchange.gather([axis.own(band, dim, rank) for band in bands], dim, lengths)
+        return [axis.joined(band, rank, own, dim) for band, own in zip(bands, owns, strict=True)]
+
+    def _needed(self, length: int) -> Axis | None:
+        """Return the axis of what is exchanged next, of which this rank has ``length``; None where that is the whole."""
+        if self._scope is None:
+            return None
+        whole = self._scope.exchanges[self._next]
+        self._next += 1
+        return None if whole is None else self._scope.axes[whole]
+
+    # -- what is exchanged -------------------------------------------------------------------------------------------
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        replaced = None if self._as_is or self._scope is None else REPLACED.get(func)
+        return func(*args, **(kwargs or {})) if replaced is None else replaced(self, func, args, kwargs or {})
+
+    @contextmanager
+    def as_is(self) -> Iterator[None]:
+        """While this lasts, compute what runs as it is: it has all that it needs."""
+        self._as_is = True
+        try:
+            yield
+        finally:
+            self._as_is = False
+
+    def attended(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dim: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return keys, values and mask as the queries of this band need them: of all tokens.
+
+        Args:
+            query, key, value: tokens on ``dim``.
+            mask: [..., queries or 1, keys], of all queries.
+        """
+        axis = self._needed(key.shape[dim])
+        if self._scope is not None and mask is not None and mask.ndim > 1 and mask.shape[-2] not in (1, query.shape[dim]):
+            mask = self._scope.axes[mask.shape[-2]].cut(mask, -2, self._exchange.rank)
+        if axis is not None:
+            key, value = self._gathered([key, value], dim, axis)
+        return key, value, mask
+
+    def _attention(self, func: Any, args: Any, kwargs: Any) -> Any:
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        key, value, mask = self.attended(given["query"], given["key"], given["value"], given.get("attn_mask"), -2)
+        return func(**given | {"key": key, "value": value, "attn_mask": mask})
+
+    def _convolution(self, func: Any, args: Any, kwargs: Any) -> Any:
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        band, weight = given["input"], given["weight"]
+        dim = rows_of(band)
+        if self._needed(band.shape[dim]) is None:
+            return func(*args, **kwargs)
+        stride, padding, dilation = (_each(given.get(name, usual), weight.ndim - 2) for name, usual in _USUAL.items())
+        edge = padding[dim]
+        below = max(0, dilation[dim] * (weight.shape[dim] - 1) + 1 - stride[dim] - edge)
+        if not edge and not below:
+            return func(*args, **kwargs)
+        first, last = self._exchange.neighbours(band, dim, edge, below)
+        shape = [*band.shape]
+        shape[dim] = edge
+        beyond = band.new_zeros(shape)  # of the picture
+        if first is None:
+            first = beyond
+        if last is None and self._exchange.rank == self._exchange.ranks - 1:
+            last = beyond
+        padding[dim] = 0
+        given["input"] = torch.cat([rows for rows in (first, band, last) if rows is not None], dim)
+        return func(**given | {"padding": tuple(padding)})
+
+    def _group_norm(self, func: Any, args: Any, kwargs: Any) -> Any:
+        names = ("input", "num_groups", "weight", "bias", "eps")
+        given = {"weight": None, "bias": None, "eps": 1e-5} | dict(zip(names, args, strict=False)) | kwargs
+        band, groups = given["input"], given["num_groups"]
+        axis = self._needed(band.shape[rows_of(band)])
+        if axis is None:
+            return func(*args, **kwargs)
+        items, channels = band.shape[:2]
+        variance, mean = torch.var_mean(band.reshape(items, groups, -1).float(), -1, correction=0)
+        (parts,) = self._exchange.gather([torch.stack([mean, variance])], 0, [2] * self._exchange.ranks)
+        shares = mean.new_tensor([axis.share(rank) / axis.length for rank in range(self._exchange.ranks)])[:, None, None]
+        means, variances = torch.stack(parts).unbind(1)  # [ranks, items, groups] each
+        mean = (shares * means).sum(0)
+        variance = (shares * (variances + (means - mean).square())).sum(0)
+        # as a norm over the batch whose sums are known: one pass over the values, in the precision of a group norm
+        each = channels // groups
+        flat = band.reshape(1, items * channels, *band.shape[2:])
+        mean, variance = (value.reshape(-1).repeat_interleave(each) for value in (mean, variance))
+        weight, bias = (None if value is None else value.float().repeat(items) for value in (given["weight"], given["bias"]))
+        return F.batch_norm(flat, mean, variance, weight, bias, eps=given["eps"]).reshape(band.shape)
+
+
+_USUAL = {"stride": 1, "padding": 0, "dilation": 1}
+REPLACED: dict[Any, Callable[[BandMode, Any, Any, Any], Any]] = {
+    F.scaled_dot_product_attention: BandMode._attention,
+    F.conv1d: BandMode._convolution,
+    F.conv2d: BandMode._convolution,
+    F.conv3d: BandMode._convolution,
+    F.group_norm: BandMode._group_norm,
+}
+
+
+def rows_of(tensor: torch.Tensor) -> int:
+    """Return the dimension of rows of a tensor with channels: the last but one; of a sequence the only one."""
+    return -2 if tensor.ndim > 3 else -1
+
+
+def _each(value: Any, dims: int) -> list[int]:
+    return [value] * dims if isinstance(value, int) else list(value)
