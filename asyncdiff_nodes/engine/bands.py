@@ -7,6 +7,7 @@ convolutions the rows beyond the edge, group norms their sums. The result is the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from .errors import UnsupportedModelError
 from .trees import flatten, unflatten
 
 Place = tuple[int, int]  # number of a leaf among a module's arguments or results, and its dimension
@@ -73,6 +75,11 @@ class Axis:
         """Return how many of them ``rank`` alone has."""
         return sum(end - begin for begin, end, _, _, divided in self._pieces(rank) if divided)
 
+    def borders(self, rank: int) -> list[tuple[int, int]]:
+        """Return where parts end, in the whole and in the band of ``rank``."""
+        ends = list(itertools.accumulate(bounds[-1] for bounds in self.parts))
+        return list(zip(ends, (end for _, _, _, end, _ in self._pieces(rank)), strict=True))
+
     def cut(self, whole: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
         """Take the band of ``rank`` out of the whole; a view where it is in one piece."""
         return _joined([whole.narrow(dim, begin, end - begin) for begin, end, *_ in self._pieces(rank)], dim)
@@ -106,8 +113,8 @@ class Scope:
         takes: what is whole before it, among its arguments: its band is passed instead.
         gives: what is gathered after it, among its results, and the whole's length; the rest is handed on as a band.
         axes: by length of the whole.
-        exchanges: for each attention, convolution and group norm in it, in order: the whole's length of what it needs of all
-            ranks, keys or rows, or None where every rank has the whole.
+        exchanges: for each attention, convolution, group norm and interpolation in it, in order: the whole's length of its keys
+            or rows, or None where every rank has the whole of them.
     """
 
     takes: tuple[Place, ...]
@@ -152,9 +159,10 @@ class Exchange(Protocol):
 class BandMode(TorchFunctionMode):
     """Computes in bands what runs in scopes while it is entered; see :meth:`scoped` and :meth:`run`."""
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchange, prepare: Callable[[Any, Any, BandMode], Any] | None = None) -> None:
+        """``prepare`` is ``banded`` of the model's :class:`~.planning.family.Family`."""
         super().__init__()
-        self._exchange = exchange
+        self._exchange, self._prepare = exchange, prepare
         self._scope: Scope | None = None  # which runs
         self._next = 0  # of what is exchanged in it
         self._as_is = False
@@ -174,6 +182,8 @@ class BandMode(TorchFunctionMode):
 
     def run(self, bands: Bands, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``function``, the model itself, which may be a scope, too."""
+        if self._prepare is not None:
+            args, kwargs = self._prepare(args, kwargs, self)
         scope = bands.scopes.get("")
         if scope is None:
             return function(*args, **kwargs)
@@ -270,6 +280,14 @@ class BandMode(TorchFunctionMode):
         given["input"] = torch.cat([rows for rows in (first, band, last) if rows is not None], dim)
         return func(**given | {"padding": tuple(padding)})
 
+    def _interpolation(self, func: Any, args: Any, kwargs: Any) -> Any:
+        names = ("input", "size", "scale_factor", "mode")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        rows = given["input"].shape[rows_of(given["input"])]
+        if self._needed(rows) is not None and not given.get("mode", "nearest").startswith("nearest"):
+            raise UnsupportedModelError(f"it interpolates between rows ({given['mode']})")
+        return func(*args, **kwargs)
+
     def _group_norm(self, func: Any, args: Any, kwargs: Any) -> Any:
         names = ("input", "num_groups", "weight", "bias", "eps")
         given = {"weight": None, "bias": None, "eps": 1e-5} | dict(zip(names, args, strict=False)) | kwargs
@@ -299,6 +317,7 @@ REPLACED: dict[Any, Callable[[BandMode, Any, Any, Any], Any]] = {
     F.conv2d: BandMode._convolution,
     F.conv3d: BandMode._convolution,
     F.group_norm: BandMode._group_norm,
+    F.interpolate: BandMode._interpolation,
 }
 
 

@@ -53,6 +53,7 @@ class OptionValues:
         stride, warmup, time_shift, forecast, cooldown: see :class:`~asyncdiff_nodes.engine.Plan`.
         speedup: the target for the whole run. The warm-up is then as long as that allows, whatever ``warmup`` says. 0: none.
         branches: see :class:`~asyncdiff_nodes.engine.Plan`; 0 for as many as are useful.
+        bands: see :class:`~asyncdiff_nodes.engine.Plan`; 0 for as many as the devices allow.
         control_nets: ``shared``: the ranks compute ControlNets together with the network, so their values may be stale too;
             ``fresh``: the host computes them before each call.
         on_failure: what happens when a rank dies or hangs. ``restart``: new ranks take over at the current step, once per
@@ -77,6 +78,7 @@ class OptionValues:
     on_failure: str = "restart"
     compression: str = "none"
     verify: str = "auto"
+    bands: int = 1
 
 
 # defaults of ComfyUI's settings under AsyncDiff; a test compares them with js/settings.js

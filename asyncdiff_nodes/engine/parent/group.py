@@ -448,6 +448,7 @@ class WorkerGroup:
                 sample=self.family.sample,
                 entry=self.family.entry,
                 divide=self.family.divide,
+                banded=self.family.banded,
                 timeout=self._call_timeout,
                 staged=options.staged,
                 replicated_bytes=self.placement.graph.glue_bytes,

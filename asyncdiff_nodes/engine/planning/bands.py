@@ -8,8 +8,8 @@ none of them would need what others have but for those that are exchanged, the r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -17,23 +17,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
-from asyncdiff_nodes.engine.bands import REPLACED, Axis, BandMode, Bands, Place, Scope
+from asyncdiff_nodes.engine.bands import Axis, Bands, Place, Scope
 from asyncdiff_nodes.engine.batch import sample_of
 from asyncdiff_nodes.engine.errors import UnsupportedModelError
 from asyncdiff_nodes.engine.tensors import meta_copy
 from asyncdiff_nodes.engine.trees import flatten
 
 from .family import Family
-from .local_operations import mixes, varying
+from .local_operations import mixes, torn, varying
 from .on_meta import on_meta, shapes_kept, to_meta
 from .provenance import memory_of
 from .recording import ModuleCall, Operation, Recording, record
+from .rehearsal import Nobody, Rehearsal, sized
 
 _TALLER = 64  # rows that the other picture has more: what resamplings divide by
-_LEAST_WORK = 40  # multiply-accumulates per byte that is gathered after a block, for which that is worth it
+_LEAST_WORK = 40  # multiply-accumulates per byte that is gathered after a module, for which that is worth it
+_MOST_FAULTS = 6  # kinds of modules that do not compute in bands, until nothing does
 _cat = torch.ops.aten.cat
 
 
@@ -41,7 +42,7 @@ def find_bands(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwarg
     """Find out how a call of ``skeleton``, which is on meta, is computed by ``ranks`` ranks in bands.
 
     Where that works for the model as a whole, from the first operation to the last, these are bands of rows of the picture. Else
-    they are bands of tokens, in blocks that hand them on to each other; what is around these is computed by every rank.
+    they are bands of tokens, in modules that hand them on to each other; what is around these is computed by every rank.
 
     Raises:
         UnsupportedModelError: it cannot be; says why.
@@ -51,114 +52,25 @@ def find_bands(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwarg
         return finder.as_a_whole()
     except UnsupportedModelError as whole:
         try:
-            return finder.by_blocks()
+            return finder.by_modules()
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{family.name} cannot be computed in bands: {error} (as a whole: {whole})") from error
 
 
-# -- rehearsals ------------------------------------------------------------------------------------------------------
+class _ScopeError(UnsupportedModelError):
+    """A scope does not compute in bands what it does as a whole."""
+
+    def __init__(self, why: str, scope: str | None) -> None:
+        super().__init__(why)
+        self.scope = scope
 
 
-class _Nobody:
-    """Stands for the other ranks, on meta.
+class _FramesError(UnsupportedModelError):
+    """Tokens are looked at in so many equal parts."""
 
-    Attributes:
-        nbytes: what all ranks together would have sent.
-    """
-
-    def __init__(self, rank: int, ranks: int) -> None:
-        self.rank, self.ranks, self.nbytes = rank, ranks, 0
-
-    def gather(self, owns: Sequence[torch.Tensor], dim: int, lengths: Sequence[int]) -> list[list[torch.Tensor]]:
-        """Make something of these lengths up."""
-        others = [[_sized(own, dim, length) for length in lengths] for own in owns]
-        self.nbytes += sum(tensor.nbytes for row in others for tensor in row) * (self.ranks - 1)
-        return others
-
-    def neighbours(self, band: torch.Tensor, dim: int, above: int, below: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Make up rows."""
-        first, last = _sized(band, dim, above), _sized(band, dim, below)
-        self.nbytes += (first.nbytes + last.nbytes) * (self.ranks - 1)
-        return first if above and self.rank else None, last if below and self.rank < self.ranks - 1 else None
-
-
-def _sized(tensor: torch.Tensor, dim: int, length: int) -> torch.Tensor:
-    shape = [*tensor.shape]
-    shape[dim] = length
-    return tensor.new_empty(shape)
-
-
-class _Rehearsal(BandMode):
-    """Runs on meta, with nothing recorded of what is replaced or exchanged.
-
-    Args:
-        expected: by module, what the same call of the whole needed; None for that one itself.
-
-    Attributes:
-        needs: lengths of keys or rows of everything that may be exchanged, with the module that it was in, in order.
-        masks: memory of the masks of attentions.
-        exchanges: by module: as of a scope.
-    """
-
-    def __init__(self, exchange: _Nobody, expected: Mapping[str, Sequence[int]] | None = None) -> None:
-        super().__init__(exchange)
-        self._expected = expected
-        self._names: dict[int, str] = {}
-        self.needs: list[tuple[str, int]] = []
-        self.masks: set[int] = set()
-        self.exchanges: dict[str, list[int | None]] = {}
-
-    def name(self, scopes: Mapping[str, Scope]) -> None:
-        """Take the names of scopes."""
-        self._names = {id(scope): name for name, scope in scopes.items()}
-
-    def _begins(self, scope: Scope, module: Any, args: Any, kwargs: Any) -> Any:
-        with _disable_current_modes():
-            self.exchanges[self._names[id(scope)]] = []
-            return super()._begins(scope, module, args, kwargs)
-
-    def _ends(self, scope: Scope, module: Any, args: Any, output: Any) -> Any:
-        with _disable_current_modes():
-            leaves = flatten(output)[0]
-            for number, dim, length in scope.gives:
-                if leaves[number].shape[dim] != scope.axes[length].band(self._exchange.rank):
-                    raise UnsupportedModelError(f"{self._names[id(scope)]} returns {leaves[number].shape[dim]} of {length}")
-            return super()._ends(scope, module, args, output)
-
-    def _needed(self, length: int) -> Axis | None:
-        name = "" if self._scope is None else self._names[id(self._scope)]
-        if self._expected is None or self._scope is None:
-            self.needs.append((name, length))
-            return None
-        done = self.exchanges[name]
-        whole = self._expected[name][len(done)]
-        done.append(None if whole == length else whole)
-        if whole == length:
-            return None
-        axis = self._scope.axes.get(whole)
-        if axis is None or axis.band(self._exchange.rank) != length:
-            raise UnsupportedModelError(f"{name or 'it'} attends to {length} of {whole} tokens or rows, which are no band")
-        return axis
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        replaced = None if self._as_is else REPLACED.get(func)
-        if replaced is None:
-            return func(*args, **(kwargs or {}))
-        with _disable_current_modes():
-            return replaced(self, func, args, kwargs or {})
-
-    @contextmanager
-    def as_is(self) -> Iterator[None]:
-        """As of bands; nothing is recorded."""
-        with super().as_is(), _disable_current_modes():
-            yield
-
-    def attended(self, query: Any, key: Any, value: Any, mask: Any, dim: int) -> Any:
-        """As of bands; notes the mask."""
-        if mask is not None:
-            self.masks.add(memory_of(mask))
-        with _disable_current_modes():
-            return super().attended(query, key, value, mask, dim)
+    def __init__(self, frames: int, where: str) -> None:
+        super().__init__(f"tokens are looked at in {frames} parts in {where}")
+        self.frames = frames
 
 
 class _Finder:
@@ -166,78 +78,85 @@ class _Finder:
 
     def __init__(self, skeleton: nn.Module, family: Family, args: Any, kwargs: Any, ranks: int) -> None:
         self._skeleton, self._family, self._ranks, self._call = skeleton, family, ranks, (args, kwargs)
-        blocks = {name: Scope((), (), {}) for name in family.block_names(skeleton)}
-        self._whole, mode, _ = self._rehearse(self._call, blocks)
-        self._needs, self._masks = mode.needs, mode.masks
-        self._taller, self._more = self._another(blocks)
+        self._whole, mode = self._rehearse(self._call, Rehearsal(Nobody(0, ranks), {}), {})
+        self._masks = mode.masks
+        places = {id(made): index for index, each in enumerate(self._whole.operations) for made in each.makes}
+        self._needs = [(places[id(tensor)], length) for tensor, length in mode.needs]  # at which operation
+        self._taller, self._more = self._another()
 
-    def _another(self, blocks: Mapping[str, Scope]) -> tuple[Recording, int]:
+    def _another(self) -> tuple[Recording, int]:
         """Record the same call for a picture of another height; returns by how many rows, or tokens, it is taller, too."""
         faults = []
         for dim, more in _heights(sample_of(*self._call, self._family.sample)):
+            call = _grown(*self._call, self._family.sample, dim, more)
             try:
-                recording, *_ = self._rehearse(_grown(*self._call, self._family.sample, dim, more), blocks)
+                recording, _ = self._rehearse(call, Rehearsal(Nobody(0, self._ranks), {}), {})
             except Exception as error:  # whatever a forward may raise
                 faults.append(str(error))
                 continue
-            if _alike(self._whole, recording):
+            if [call.name for call in recording.calls] == [call.name for call in self._whole.calls]:
                 return recording, more
             faults.append("it takes another path there")
         why = f" ({faults[0].splitlines()[0]})" if faults else ""
         raise UnsupportedModelError(f"{self._family.name} cannot be tried with a picture of another height{why}")
 
-    def _rehearse(
-        self,
-        call: tuple[Any, Any],
-        scopes: Mapping[str, Scope],
-        expected: Mapping[str, Sequence[int]] | None = None,
-        rank: int = 0,
-    ) -> tuple[Recording, _Rehearsal, int]:
-        """Run the model on meta, with these scopes in the bands of ``rank``, if what they need is given."""
+    def _rehearse(self, call: tuple[Any, Any], mode: Rehearsal, scopes: Mapping[str, Scope]) -> tuple[Recording, Rehearsal]:
+        """Run the model on meta."""
         module, family = meta_copy(self._skeleton), self._family
-        exchange = _Nobody(rank, self._ranks)
-        mode = _Rehearsal(exchange, expected)
-        mode.name(scopes)
         (args, kwargs), known = to_meta(call)
         if family.trace_inputs is not None:
             args, kwargs = family.trace_inputs(args, kwargs)
-        with (
-            family.tracing(),
-            on_meta(known) as values,
-            shapes_kept(module, family.keep_shape),
-            mode.scoped(module, Bands(scopes, 0)),
-        ):
-            try:
-                root = scopes.get("")
-                if root is not None:
-                    args, kwargs = mode._begins(root, None, args, kwargs)
-                recording = record(module, args, kwargs, values, family.entry)
-                if root is not None:
-                    mode._ends(root, None, None, recording.root.output)
-            except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-                if expected is None:
-                    raise
-                raise UnsupportedModelError(f"it does not run on bands ({str(error).splitlines()[0]})") from error
-        return recording, mode, exchange.nbytes
+        if family.banded is not None:
+            args, kwargs = family.banded(args, kwargs, mode)
+        kept = shapes_kept(module, family.keep_shape)
+        with family.tracing(), on_meta(known) as values, kept, mode.scoped(module, Bands(scopes, 0)):
+            if (root := scopes.get("")) is not None:
+                args, kwargs = mode._begins(root, None, args, kwargs)
+            recording = record(module, args, kwargs, values, family.entry)
+            if root is not None:
+                mode._ends(root, None, None, recording.root.output)
+        return recording, mode
+
+    def _needed_in(self, name: str) -> list[int]:
+        """List the lengths of keys and rows that a module needs; "" for the model itself."""
+        call = next((call for call in self._whole.calls if call.name == name), self._whole.root)
+        return [length for place, length in self._needs if call.begins <= place < call.ends]
 
     def _tried(self, scopes: Mapping[str, Scope]) -> Bands:
-        """Run the first and the last rank's part, and look whether any operation would need more than that."""
-        expected = {name: [length for block, length in self._needs if name in ("", block)] for name in scopes}
+        """Run the first and the last rank's part, and look whether any operation would need more than that.
+
+        Raises:
+            _ScopeError: one does, or fails.
+        """
+        expected = {name: self._needed_in(name) for name in scopes}
         axes = [axis for scope in scopes.values() for axis in scope.axes.values()]
+        parts = {axis.length: len(axis.parts) for axis in axes}
         for rank in (0, self._ranks - 1):
-            band, mode, nbytes = self._rehearse(self._call, scopes, expected, rank)
+            exchange = Nobody(rank, self._ranks)
+            mode = Rehearsal(exchange, scopes, expected)
+            try:
+                band, _ = self._rehearse(self._call, mode, scopes)
+            except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+                where = f" in {mode.running}" if mode.running else ""
+                raise _ScopeError(f"{str(error).splitlines()[0]}{where}", mode.running) from error
             if not _alike(self._whole, band):
-                raise UnsupportedModelError("it takes another path on bands")
-            sizes = {(axis.length, axis.band(rank)) for axis in axes}
+                raise _ScopeError("it takes another path on bands", _first_other(self._whole, band, scopes))
+            borders = {(axis.length, axis.band(rank)): axis.borders(rank) for axis in axes}
             for one, other in zip(self._whole.operations, band.operations, strict=True):
-                if why := mixes(one, other, lambda *size, sizes=sizes: size in sizes):
-                    raise UnsupportedModelError(f"{why} in {one.call.name or 'its own forward'}")
-        return Bands({name: replace(scope, exchanges=tuple(mode.exchanges[name])) for name, scope in scopes.items()}, nbytes)
+                if (frames := torn(one, other, parts)) is not None:
+                    raise _FramesError(frames, one.call.name or "its own forward")
+                if why := mixes(one, other, borders, self._family.local):
+                    raise _ScopeError(f"{why} in {one.call.name or 'its own forward'}", _scope_of(one.call, scopes))
+        return Bands(
+            {name: replace(scope, exchanges=tuple(mode.exchanges[name])) for name, scope in scopes.items()}, exchange.nbytes
+        )
 
     # -- as a whole --------------------------------------------------------------------------------------------------
 
     def as_a_whole(self) -> Bands:
         """Find bands of rows of the picture."""
+        if not _alike(self._whole, self._taller):
+            raise UnsupportedModelError("it takes another path for another height")
         shares = {one.shape[dim]: Fraction(other.shape[dim] - one.shape[dim], self._more) for one, other, dim in self._tensors()}
         height = next((length for length, share in shares.items() if share == 1), 0)
         unit = math.lcm(*(share.denominator for share in shares.values()))
@@ -255,8 +174,10 @@ class _Finder:
         )
         if not gives:
             raise UnsupportedModelError("its result has no rows")
-        takes = tuple((number, dim) for number, dim, _ in _places(self._whole.root, self._taller.root))
-        return self._tried({"": Scope(takes, gives, axes)})
+        places = _places(self._whole.root, self._taller.root)
+        used = {length for *_, length in (*places, *gives)} | {length for _, length in self._needs}
+        takes = tuple((number, dim) for number, dim, _ in places)
+        return self._tried({"": Scope(takes, gives, {length: axis for length, axis in axes.items() if length in used})})
 
     def _tensors(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         """Yield each tensor of the call and of the taller one that differ, and the dimension."""
@@ -267,13 +188,32 @@ class _Finder:
             for one, other in zip(operation.makes, taller.makes, strict=True):
                 yield from ((one, other, dim) for dim in varying(one, other))
 
-    # -- by blocks ---------------------------------------------------------------------------------------------------
+    # -- by modules --------------------------------------------------------------------------------------------------
 
-    def by_blocks(self) -> Bands:
-        """Find bands of tokens."""
-        blocks = self._blocks()
-        if not blocks:
-            raise UnsupportedModelError("no block takes tokens and hands them on")
+    def by_modules(self) -> Bands:
+        """Find bands of tokens, in modules that take them and return as many."""
+        avoided, faults = set[type](), list[str]()
+        self._frames = 1
+        while len(faults) < _MOST_FAULTS:
+            blocks = self._blocks(avoided)
+            if not blocks:
+                faults.append("nothing takes tokens and returns as many")
+                break
+            try:
+                return self._tried(self._chained(blocks))
+            except _FramesError as error:  # each frame is looked at by itself: bands are of rows of all of them
+                if self._frames != 1:
+                    raise
+                self._frames = error.frames
+            except _ScopeError as error:
+                faults.append(str(error))
+                if error.scope is None:
+                    break
+                avoided.add(type(self._skeleton.get_submodule(error.scope)))
+        raise UnsupportedModelError(faults[0])
+
+    def _chained(self, blocks: Sequence[_Block]) -> dict[str, Scope]:
+        """Make the scopes of these blocks, which hand bands on to each other where nobody else reads them."""
         scopes, bands = {}, set[int]()  # tensors that are bands when they are passed
         for index, block in enumerate(blocks):
             leaves = flatten(block.call.arguments)[0]
@@ -282,62 +222,80 @@ class _Finder:
             for give in block.gives:
                 (bands.discard if give in gives else bands.add)(id(block.call.returned[give[0]]))
             scopes[block.call.name] = Scope(takes, gives, block.axes)
-        return self._tried(scopes)
+        return scopes
 
-    def _blocks(self) -> list[_Block]:
-        """Find the blocks that take tokens and return as many, and are worth what is gathered after them."""
+    def _blocks(self, avoided: Collection[type]) -> list[_Block]:
+        """Find the largest modules, of none of these classes, that take tokens, return as many, and are worth gathering these."""
         twins = {call.name: call for call in self._taller.calls}
-        names, found = set(self._family.block_names(self._skeleton)), list[_Block]()
-        prompts, tokens = set[int](), set[int]()  # tensors that blocks have returned
-        for call in self._whole.calls:
-            if call.name not in names:
-                continue
-            lengths = {length for *_, length in _places(call, twins[call.name])}
-            returned = list(_pairs(call.returned, twins[call.name].returned))
-            changed = [(number, one, varying(one, other)) for number, one, other in returned if varying(one, other)]
-            if not changed or not all(len(dims) == 1 and one.shape[dims[0]] in lengths for _, one, dims in changed):
-                continue
-            passed = {id(leaf) for leaf in call.given} & tokens
-            if not passed and call.macs < _LEAST_WORK * sum(one.nbytes for _, one, _ in changed):
-                continue
-            gives = [(number, dims[0], one.shape[dims[0]]) for number, one, dims in changed]
-            tokens.update(id(one) for _, one, _ in changed)
-            block = self._block(call, twins[call.name], gives, prompts)
-            prompts.update(id(call.returned[number]) for number, *_ in block.gives[len(gives) :])
-            found.append(block)
+        times = Counter(call.name for call in self._whole.calls)
+        found, prompts, tokens = list[_Block](), set[int](), set[int]()  # tensors that blocks have returned
+
+        def walk(outer: ModuleCall) -> None:
+            for call in outer.children:
+                block = None
+                if times[call.name] == 1 and type(call.module) not in avoided:
+                    block = self._block(call, twins[call.name], prompts, tokens)
+                if block is None:
+                    walk(call)
+                else:
+                    found.append(block)
+
+        walk(self._whole.root)
         return found
 
-    def _block(self, call: ModuleCall, twin: ModuleCall, gives: list[tuple[int, int, int]], prompts: set[int]) -> _Block:
-        """Find what is divided in a block that returns ``gives``; a prompt's tokens are, if it hands these on as well."""
+    def _block(self, call: ModuleCall, twin: ModuleCall, prompts: set[int], tokens: set[int]) -> _Block | None:
+        """Find what is divided in a module; a prompt's tokens are, if it hands these on as well. None if it is none.
+
+        Args:
+            prompts, tokens: tensors that such modules before it have returned; those of this one are added.
+        """
+        lengths = {length for *_, length in _places(call, twin)}
+        returned = [(number, one, varying(one, other)) for number, one, other in _pairs(call.returned, twin.returned)]
+        changed = [(number, one, dims) for number, one, dims in returned if dims]
+        if not changed or not all(len(dims) == 1 and one.shape[dims[0]] in lengths for _, one, dims in changed):
+            return None
+        passed = {id(leaf) for leaf in call.given} & tokens
+        if not passed and call.macs < _LEAST_WORK * sum(one.nbytes for _, one, _ in changed):
+            return None
+        gives = [(number, dims[0], one.shape[dims[0]]) for number, one, dims in changed]
         leaves = flatten(call.arguments)[0]
         operations = self._whole.operations[call.begins : call.ends]
         written = {memory_of(tensor) for operation in operations for tensor in operation.writes}
-        axes = {length: Axis((self._bounds(length),)) for *_, length in gives}
+        axes = {length: self._axis(length) for *_, length in gives}
+        for number, dim, length in gives:
+            axes |= _flattened(call.returned[number].shape, dim, axes[length])
         takes = list[Place]()
         for number, one, other in _pairs(leaves, flatten(twin.arguments)[0]):
             if one.ndim < 3 or varying(one, other):
                 continue
-            for place, result, _ in _pairs(call.returned, twin.returned):
-                if result.shape == one.shape and (result is not one or memory_of(one) in written):
-                    gives = [*gives, (place, 1, one.shape[1])]
+            for place, result, dims in returned:
+                if not dims and result.shape == one.shape and (result is not one or memory_of(one) in written):
+                    gives.append((place, 1, one.shape[1]))
                     break
             else:
                 if id(one) not in prompts:
                     continue
             takes.append((number, 1))
-            axes[one.shape[1]] = Axis((self._bounds(one.shape[1]),))
+            axes[one.shape[1]] = self._axis(one.shape[1])
         places = [place for place in _places(call, twin) if memory_of(leaves[place[0]]) not in self._masks]
-        for length in (*(length for *_, length in places), *(length for name, length in self._needs if name == call.name)):
+        for length in (*(length for *_, length in places), *self._needed_in(call.name)):
             if length not in axes and (axis := _put_together(operations, length, axes)) is not None:
                 axes[length] = axis
-        if missing := next((length for *_, length in places if length not in axes), None):
-            raise UnsupportedModelError(f"{call.name} takes {missing} tokens, which it does not hand on")
+        if any(length not in axes for *_, length in places):
+            return None
+        tokens.update(id(one) for _, one, _ in changed)
+        prompts.update(id(call.returned[number]) for number, *_ in gives[len(changed) :])
         return _Block(call, (*takes, *((number, dim) for number, dim, _ in places)), tuple(gives), axes)
 
     def _bounds(self, length: int) -> tuple[int, ...]:
         if length < self._ranks:
             raise UnsupportedModelError(f"{length} tokens are too few for {self._ranks} ranks")
         return tuple(length * rank // self._ranks for rank in range(self._ranks + 1))
+
+    def _axis(self, length: int) -> Axis:
+        """Return the axis of so many tokens."""
+        frames = 1 if length % self._frames else self._frames
+        return Axis((self._bounds(length // frames),) * frames)
 
     def _read_whole(self, tensor: torch.Tensor, blocks: Sequence[_Block]) -> bool:
         """Whether anything reads what the first of these blocks has returned but for later ones, which take bands."""
@@ -370,6 +328,23 @@ class _Block:
     axes: Mapping[int, Axis]
 
 
+def _flattened(shape: Sequence[int], dim: int, axis: Axis) -> dict[int, Axis]:
+    """Find the axis of tokens that are the places of a tensor whose rows, on ``dim``, are divided: those of one frame together.
+
+    >>> _flattened((1, 3, 4, 2, 64), 2, Axis(((0, 2, 4),)))  # frames, rows, columns, channels
+    {24: Axis(parts=((0, 4, 8), (0, 4, 8), (0, 4, 8)))}
+    """
+    if len(shape) < 4:
+        return {}
+    inner = {math.prod(shape[dim + 1 : -1]), shape[dim + 1]}  # with or without the batch
+    outer = {math.prod(shape[1:dim]), math.prod(shape[:dim])}
+    return {
+        frames * axis.length * columns: Axis((tuple(bound * columns for bound in axis.parts[0]),) * frames)
+        for columns in inner
+        for frames in outer
+    }
+
+
 def _put_together(operations: Sequence[Operation], length: int, axes: Mapping[int, Axis]) -> Axis | None:
     """Find the axis of so many tokens that are some of these axes, and others, one after the other."""
     for operation in operations:
@@ -396,6 +371,23 @@ def _pairs(leaves: Sequence[Any], others: Sequence[Any]) -> Iterator[tuple[int, 
             yield number, one, other
 
 
+def _scope_of(call: ModuleCall | None, scopes: Collection[str]) -> str | None:
+    """Find the scope that a call is in."""
+    while call is not None:
+        if call.name in scopes:
+            return call.name
+        call = call.parent
+    return None
+
+
+def _first_other(whole: Recording, band: Recording, scopes: Collection[str]) -> str | None:
+    """Find the scope in which the first operation is that only one of the two has."""
+    for one, other in zip(whole.operations, band.operations, strict=False):
+        if one.func != other.func:
+            return _scope_of(one.call, scopes)
+    return None
+
+
 def _alike(one: Recording, other: Recording) -> bool:
     return [operation.func for operation in one.operations] == [operation.func for operation in other.operations]
 
@@ -420,7 +412,7 @@ def _grown(args: tuple[Any, ...], kwargs: dict[str, Any], place: tuple[int, str]
             times = _times(leaf.shape[-2], height, leaf.shape[-1], width) if leaf.ndim > 2 else None
         else:
             times = Fraction(1) if leaf.shape[dim] == height else None
-        return leaf if times is None else _sized(leaf.to("meta"), dim, leaf.shape[dim] + int(more * times))
+        return leaf if times is None else sized(leaf.to("meta"), dim, leaf.shape[dim] + int(more * times))
 
     made: tuple[Any, Any] = tree_map(grown, (args, kwargs))
     return made

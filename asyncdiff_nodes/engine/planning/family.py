@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from asyncdiff_nodes.engine.bands import BandMode
 from asyncdiff_nodes.engine.batch import Arguments, divide, sample_of
 from asyncdiff_nodes.engine.errors import UnsupportedModelError
 from asyncdiff_nodes.extensions import families
@@ -61,6 +62,9 @@ class Family:
             forward cannot run on the meta device with these; ``None`` changes nothing.
         tracing: makes what is entered while a trace runs.
         divide: ``(args, kwargs, batch, parts)`` -> the same call for each part of the batch; see :func:`~.batch.divide`.
+        banded: ``(args, kwargs, mode) -> (args, kwargs)``, the same call whose attentions ask ``mode`` for keys and values, where
+            they are not PyTorch's own; it may say that a call cannot be computed in bands.
+        local: names of others' operators that give for some tokens what they give for them among all.
         hidden: of a transformer; ``None`` where nothing is known of its hidden states, or there are none.
         entry: the method of the model that a call is of.
         keep_shape: modules within blocks that look at values, but return what is like their largest argument.
@@ -75,6 +79,8 @@ class Family:
     tracing: Callable[[], AbstractContextManager[Any]] = nullcontext
     sample: tuple[int, str] = (0, "sample")
     divide: Callable[[tuple[Any, ...], dict[str, Any], int, int], list[Arguments]] = divide
+    banded: Callable[[tuple[Any, ...], dict[str, Any], BandMode], Arguments] | None = None
+    local: frozenset[str] = frozenset()
     hidden: HiddenStates | None = None
     entry: str = "forward"
     keep_shape: tuple[str, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from .recording import Operation
 
 _aten = torch.ops.aten
 
+Borders = Sequence[tuple[int, int]]  # of the parts of an axis: in the whole, and in a band
+
 # whatever its values, or none at all
-_CONSTANT = {_aten.zeros, _aten.ones, _aten.full, _aten.empty, _aten.empty_strided, _aten.scalar_tensor}
+_CONSTANT = {_aten.zeros, _aten.ones, _aten.full, _aten.empty, _aten.empty_strided, _aten.scalar_tensor, _aten.expand}
 # the same values, otherwise arranged; shapes alone show what is cut off or put together
 _ARRANGED = {
     *(_aten.view, _aten._unsafe_view, _aten.reshape, _aten._reshape_alias, _aten.as_strided, _aten.transpose, _aten.t),
@@ -20,10 +22,11 @@ _ARRANGED = {
     *(_aten.copy_, _aten.unbind, _aten.select, _aten.slice, _aten.split, _aten.split_with_sizes, _aten.cat, _aten.stack),
     *(_aten.new_empty, _aten.new_zeros, _aten.new_ones, _aten.new_full, _aten.empty_like, _aten.zeros_like, _aten.ones_like),
     *(_aten.full_like, _aten.lift_fresh, _aten.contiguous, _aten.zero_, _aten.fill_, _aten.native_dropout, _aten.dropout),
-    *(_aten.pixel_shuffle, _aten.pixel_unshuffle, _aten.upsample_nearest2d, _aten._upsample_nearest_exact2d),
-    *(_aten.upsample_nearest3d, _aten.upsample_nearest1d, _aten.view_as_complex, _aten.view_as_real, _aten.unflatten),
+    *(_aten.pixel_shuffle, _aten.pixel_unshuffle, _aten.view_as_complex, _aten.view_as_real, _aten.unflatten),
 }
-_PICKED = {_aten.slice, _aten.split, _aten.split_with_sizes, _aten.cat, _aten.select, _aten.narrow}
+_VIEWS = {_aten.view, _aten._unsafe_view, _aten.reshape}
+_DIMS = {_aten.slice: 1, _aten.split: 2, _aten.split_with_sizes: 2, _aten.cat: 1, _aten.select: 1}  # place of the dimension
+_PICKED = _DIMS.keys()
 _PRODUCTS = {_aten.mm: (0, 1), _aten.bmm: (0, 1), _aten.addmm: (1, 2), _aten.baddbmm: (1, 2), _aten.linear: (0, 1)}
 _NORMS = {_aten.native_layer_norm, _aten.layer_norm, _aten.rms_norm, _aten._fused_rms_norm}
 _OVER_ONE = {_aten._softmax, _aten.softmax, _aten._log_softmax}
@@ -33,28 +36,94 @@ _OVER_SOME = {
 }
 
 
-def mixes(whole: Operation, band: Operation, known: Callable[[int, int], bool]) -> str | None:
+def mixes(whole: Operation, band: Operation, axes: Mapping[tuple[int, int], Borders], local: Collection[str]) -> str | None:
     """Say what an operation on a band needs of other bands, given the same one on the whole; None if nothing.
 
     Args:
-        known: whether so many of the whole, in a band so many, are an axis that is divided.
+        axes: by length of the whole and of the band.
+        local: as of :class:`~.family.Family`.
     """
     func = whole.func._overloadpacket
     reads = [varying(one, other) for one, other in zip(whole.reads, band.reads, strict=True)]
     makes = [varying(one, other) for one, other in zip(whole.makes, band.makes, strict=True)]
     if not any(reads):
-        return f"{func} makes positions" if any(makes) and func not in _CONSTANT else None
+        same = func in _CONSTANT or (func is _aten.repeat and _repeats_one(whole, makes[0]))
+        return f"{func} makes positions" if any(makes) and not same else None
+    if str(func) in local:  # whose shapes are not checked
+        lengths = {one.shape[dim] for one, dims in zip(whole.reads, reads, strict=True) for dim in dims}
+        if any(not dims and lengths & set(one.shape[:-1]) for one, dims in zip(whole.reads, reads, strict=True)):
+            return f"{func} of all tokens or rows"
+        return None
     if not _is_local(func, whole, reads, makes):
         return f"{func} of all tokens or rows"
-    if func in _PICKED:
-        sizes = (
-            (one.shape[dim], other.shape[dim])
-            for one, other in zip(whole.makes, band.makes, strict=True)
-            for dim in varying(one, other)
-        )
-        if not all(known(*size) for size in sizes) or len(makes) != sum(map(bool, makes)):
-            return f"{func} takes some of the tokens or rows"
+    if func in _PICKED and not _between_parts(func, whole, band, reads[0], axes):
+        return f"{func} takes some of the tokens or rows"
     return None
+
+
+def _between_parts(
+    func: Any, whole: Operation, band: Operation, dims: Sequence[int], axes: Mapping[tuple[int, int], Borders]
+) -> bool:
+    """Whether what is picked of an axis, or put together, is whole parts of it."""
+    source, ends = whole.reads[0], [(0, 0)]
+    dim = (whole.args[_DIMS[func]] if len(whole.args) > _DIMS[func] else 0) % source.ndim
+    if func is _aten.cat:
+        sizes = whole.makes[0].shape[dim], band.makes[0].shape[dim]
+        return (
+            sizes[0] == sizes[1]
+            or sizes in axes
+            or not any(dim in varying(*pair) for pair in zip(whole.reads, band.reads, strict=True))
+        )
+    if dim not in dims:
+        return True
+    if func is _aten.select:
+        return False
+    sizes = source.shape[dim], band.reads[0].shape[dim]
+    if func is _aten.slice:
+        ends = list(zip(_slice_of(whole, dim), _slice_of(band, dim), strict=True))
+    else:
+        for one, other in zip(whole.makes, band.makes, strict=True):
+            ends.append((ends[-1][0] + one.shape[dim], ends[-1][1] + other.shape[dim]))
+    return set(ends) <= {(0, 0), sizes, *axes.get(sizes, ())}
+
+
+def _slice_of(operation: Operation, dim: int) -> tuple[int, int]:
+    """Return where a slice begins and ends."""
+    start, end = (*operation.args[2:4], None, None)[:2]
+    begin, stop, _ = slice(start, end).indices(operation.reads[0].shape[dim])
+    return begin, stop
+
+
+def torn(whole: Operation, band: Operation, axes: Mapping[int, int]) -> int | None:
+    """Return into how many parts a view tears tokens that are an axis of fewer: which a band's places do not follow.
+
+    Args:
+        axes: length of each axis -> of how many parts it is.
+
+    Twelve tokens of three frames; a band is the first six of them, or the first two of each frame:
+
+    >>> from types import SimpleNamespace
+    >>> view = [SimpleNamespace(func=_aten.view.default, reads=[torch.empty(n)], makes=[torch.empty(3, n // 3)]) for n in (12, 6)]
+    >>> torn(*view, {12: 1}), torn(*view, {12: 3})
+    (3, None)
+    """
+    if whole.func._overloadpacket not in _VIEWS:
+        return None
+    source, made = whole.reads[0], whole.makes[0]
+    lengths = {source.shape[dim] for dim in varying(source, band.reads[0]) if source.shape[dim] in axes}
+    lengths -= {made.shape[dim] for dim in varying(made, band.makes[0])}
+    for length in lengths:
+        for dim in varying(made, band.makes[0]):
+            parts = length // made.shape[dim] if made.shape[dim] and length % made.shape[dim] == 0 else 0
+            if parts > 1 and dim and made.shape[dim - 1] == parts != axes[length]:
+                return parts
+    return None
+
+
+def _repeats_one(whole: Operation, dims: Sequence[int]) -> bool:
+    """Whether what a tensor is repeated along is one value on each of ``dims``."""
+    source, made = whole.reads[0], whole.makes[0]
+    return all(dim < made.ndim - source.ndim or source.shape[dim - made.ndim] == 1 for dim in dims)
 
 
 def varying(whole: torch.Tensor, band: torch.Tensor) -> list[int]:
@@ -82,6 +151,8 @@ def _is_local(func: Any, whole: Operation, reads: Sequence[Sequence[int]], makes
             over = whole.args[2] if len(whole.args) > 2 else None
         over = [over] if isinstance(over, int) else list(over or ())
         return bool(over) and not {dim % tensor.ndim for dim in over}.intersection(dims)
+    if func is _aten.repeat:
+        return all(whole.args[1][dim - tensor.ndim] == 1 for dim in dims)
     if func is _aten.embedding:
         return not reads[0]
     if func is _aten.constant_pad_nd:

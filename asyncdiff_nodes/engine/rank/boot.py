@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from asyncdiff_nodes.engine.bands import BandMode
 from asyncdiff_nodes.engine.batch import Arguments
 from asyncdiff_nodes.engine.rendezvous import Rendezvous
 
@@ -25,7 +26,7 @@ class Boot:
         timestep, sample: position and keyword of each in a call.
         entry: the method of the model that a call is of.
         threads: intra-op threads of PyTorch.
-        divide: as in :class:`~.family.Family`.
+        divide, banded: as in :class:`~.family.Family`.
         timeout: seconds until a link whose other end says nothing fails.
         staged: as of the group.
         replicated_bytes: bytes of the weights that every rank holds.
@@ -42,6 +43,7 @@ class Boot:
     sample: tuple[int, str]
     entry: str
     divide: Callable[[tuple[Any, ...], dict[str, Any], int, int], list[Arguments]]
+    banded: Callable[[tuple[Any, ...], dict[str, Any], BandMode], Arguments] | None
     timeout: float
     staged: Collection[frozenset[str]]
     replicated_bytes: int

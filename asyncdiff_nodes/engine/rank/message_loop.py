@@ -105,7 +105,7 @@ class Rank:
         self._store = open_store(boot.rendezvous, boot.timeout, send, receive)
         self._transport = Transport(boot.share.rank, boot.locations, self._store, boot.timeout, boot.staged)
         self._share = boot.share
-        self._model = SplitModel(_built(boot), boot.share, self.device, self._transport, boot.entry)
+        self._model = SplitModel(_built(boot), boot.share, self.device, self._transport, boot)
         self._known: dict[Hashable, tuple[Opening, list[Any]]] = {}  # of each stream, with the leaves of its last call
         self._parameters: dict[int, torch.Tensor] = {}  # by the parent's numbers
         self._used: set[int] = set()
@@ -167,7 +167,7 @@ class Rank:
         self._send_records(wait=True)
         self._model.reset()
         self._known.clear()
-        model = SplitModel(_built(self._boot), share, self.device, self._transport, self._boot.entry)
+        model = SplitModel(_built(self._boot), share, self.device, self._transport, self._boot)
         model.take_over(self._model)
         self._share, self._model = share, model
         _free(self.device)

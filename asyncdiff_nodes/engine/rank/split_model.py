@@ -19,6 +19,7 @@ from asyncdiff_nodes.engine.telemetry import CallRecord, Stopwatch
 from asyncdiff_nodes.engine.tensors import TensorMeta, tensors_of
 from asyncdiff_nodes.engine.trees import flatten, unflatten
 
+from .boot import Boot
 from .call_log import CallLog, LoggedCall
 from .exchange import RankExchange
 from .finite import origins
@@ -37,10 +38,10 @@ class SplitModel:
     one. ``c`` and ``d`` compute. What another rank reads of them is sent as soon as it is there.
     """
 
-    def __init__(self, module: nn.Module, share: Share, device: torch.device, transport: Transport, entry: str) -> None:
-        """Put stubs into ``module`` (on the meta device), which runs by its method ``entry``; for weights see :meth:`load`."""
+    def __init__(self, module: nn.Module, share: Share, device: torch.device, transport: Transport, boot: Boot) -> None:
+        """Put stubs into ``module`` (on the meta device); for weights see :meth:`load`."""
         self._module = module.eval()
-        self._run = runner(self._module, entry)
+        self._run = runner(self._module, boot.entry)
         self._share = share
         self._device = device
         self._transport = transport
@@ -52,7 +53,7 @@ class SplitModel:
         self._receiver = Receiver(share, transport, self._watch)
         self._log = CallLog(self._watch)
         self._exchange = RankExchange(share, transport, self._watch)
-        self._bands = BandMode(self._exchange)
+        self._bands = BandMode(self._exchange, boot.banded)
         for name in share.blocks:
             block = module.get_submodule(name)
             if name not in share.owned:

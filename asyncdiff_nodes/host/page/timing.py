@@ -42,9 +42,10 @@ class Timing:
 
     @cached_property
     def _ranks(self) -> list[int]:
-        """One rank per segment, in the branches that compute."""
+        """One rank per segment or band, in the branches that compute."""
         branches = sorted({record.rank // self._size for record in self.records})
-        return [branch * self._size + segment for branch in branches for segment in range(self.plan.segments)]
+        used = max(self.plan.segments, self.plan.bands)
+        return [branch * self._size + rank for branch in branches for rank in range(used)]
 
     @cached_property
     def calls(self) -> dict[tuple[str, int], bool]:

@@ -139,7 +139,7 @@ def _joined(result: Any) -> torch.Tensor:
 def _bit_by_bit(group: WorkerGroup, device: torch.device) -> bool:
     """Whether the host's result on ``device`` must be the same bit for bit: the whole batch, on devices of the same kind."""
     plan = group.plan
-    if plan.branches > 1 or plan.microbatches > 1:
+    if plan.branches > 1 or plan.microbatches > 1 or plan.bands > 1:
         return False
     if any(on_cluster(each) or torch.device(each).type != device.type for each in group.devices):
         return False

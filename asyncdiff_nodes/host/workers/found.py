@@ -25,6 +25,7 @@ from asyncdiff_nodes.engine.trees import flatten
 from asyncdiff_nodes.host.attributes import replaced
 
 from . import user_files
+from .banded import LOCAL, in_bands
 from .divide import divide
 
 _FILE, _KEPT = "found", 400
@@ -67,7 +68,7 @@ def family_of(
     if family is None:
         own = entry if type(skeleton) is type(patcher.model.diffusion_model) else "forward"
         family = _found(skeleton, fingerprint, own, places, call)
-    return replace(family, trace_inputs=traceable, tracing=tracing, divide=divide)
+    return replace(family, trace_inputs=traceable, tracing=tracing, divide=divide, banded=in_bands, local=LOCAL)
 
 
 def _found(skeleton: nn.Module, fingerprint: str, entry: str, places: tuple[Place, Place] | None, call: Arguments) -> Family:

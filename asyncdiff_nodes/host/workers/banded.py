@@ -1,0 +1,58 @@
+"""Calls of the host's networks in bands. Ranks import this, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from asyncdiff_nodes.engine.bands import BandMode
+from asyncdiff_nodes.engine.batch import Arguments
+from asyncdiff_nodes.engine.errors import UnsupportedModelError
+
+# comfy_kitchen's: norms over channels, and rotary positions, of each token by itself
+LOCAL = frozenset(
+    f"comfy_kitchen.{norm}{rope}{half}{count}{in_place}"
+    for norm, rope in (("apply_", "rope"), ("rms_", "rope"))
+    for half in ("", "_split_half")
+    for count in ("", "1")
+    for in_place in ("", "_")
+) | {"comfy_kitchen.adaln", "comfy_kitchen.rms_adaln", "comfy_kitchen.quantize_int8_rowwise", "comfy_kitchen.int8_linear"}
+_PATCHES = ("patches", "patches_replace")
+
+
+def in_bands(args: tuple[Any, ...], kwargs: dict[str, Any], mode: BandMode) -> Arguments:
+    """The same call, whose attentions gather keys and values, whichever of its attentions the host uses.
+
+    Raises:
+        UnsupportedModelError: it has patches of other nodes, which may look at all rows at once.
+    """
+    options = kwargs.get("transformer_options")
+    if options is None:
+        return args, kwargs
+    if any(options.get(kind) for kind in _PATCHES):
+        raise UnsupportedModelError("other nodes have put patches into its layers")
+    return args, {**kwargs, "transformer_options": {**options, "optimized_attention_override": partial(_attention, mode)}}
+
+
+def _attention(
+    mode: BandMode,
+    func: Callable[..., torch.Tensor],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    heads: int,
+    mask: torch.Tensor | None = None,
+    attn_precision: Any = None,
+    skip_reshape: bool = False,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """An attention of the host, ``func``: [B, tokens, heads * D], or with ``skip_reshape`` [B, heads, tokens, D]."""
+    k, v, mask = mode.attended(q, k, v, mask, 2 if skip_reshape else 1)
+    if q.is_meta:  # where some of them call kernels that do not run
+        from comfy.ldm.modules.attention import attention_pytorch as func
+    with mode.as_is():
+        return func(q, k, v, heads, mask, attn_precision, skip_reshape, *args, **kwargs)
