@@ -161,8 +161,14 @@ def sampled(
     """What KSampler makes, all tensors of a nested latent in one row."""
     prompts = denoiser.conditioning(prompt), denoiser.conditioning(4)
     start = denoiser.latent(latent) if isinstance(latent, int) else latent
-    found = nodes.KSampler().sample(model, 5, steps, cfg, "euler", "simple", *prompts, start, denoise)[0]["samples"]
-    return torch.cat([tensor.flatten() for tensor in (found.unbind() if found.is_nested else [found])])
+    found = nodes.KSampler().sample(model, 5, steps, cfg, "euler", "simple", *prompts, start, denoise)[0]
+    return torch.cat([tensor.flatten() for tensor in tensors_of(found)])
+
+
+def tensors_of(latent: dict) -> list[torch.Tensor]:
+    """Of a LATENT, those that are nested in it, or the one that there is."""
+    samples = latent["samples"]
+    return list(samples.unbind()) if samples.is_nested else [samples]
 
 
 def lora(model: comfy.model_patcher.ModelPatcher) -> dict:
