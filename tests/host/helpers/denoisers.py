@@ -71,6 +71,12 @@ class Denoiser:
         device = comfy.model_management.get_torch_device()
         return comfy.model_patcher.ModelPatcher(base.eval(), device, torch.device("cpu"))
 
+    def detected(self, model: comfy.model_patcher.ModelPatcher) -> dict:
+        """What the host would detect in a file of ``model``, were it as large as a real one."""
+        known = getattr(comfy.supported_models, self.config).unet_config
+        config = {key: value for key, value in model.model.model_config.unet_config.items() if key != "dtype"}
+        return config | {key: known[key] for key in known.keys() & {"image_model"}}
+
     def conditioning(self, seed: int = 1) -> list:
         """A CONDITIONING; the model's own ``extra_conds`` makes of it what its network reads."""
         draw = Draw(seed)

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import comfy.model_detection
 import comfy.sd
-import comfy.supported_models
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -42,9 +41,7 @@ def load(tmp_path, monkeypatch):
         with torch.inference_mode(False), torch.no_grad():
             save_file(quantised(made.model.diffusion_model, form), path)
         # the host knows a network from the sizes in its file; these are smaller than all that it knows
-        known = getattr(comfy.supported_models, denoiser.config).unet_config
-        config = {key: value for key, value in made.model.model_config.unet_config.items() if key != "dtype"}
-        config |= {key: known[key] for key in known.keys() & {"image_model"}}
+        config = denoiser.detected(made)
         monkeypatch.setattr(comfy.model_detection, "detect_unet_config", lambda *_, **__: dict(config))
         model = comfy.sd.load_diffusion_model(path)
         for weight in model.model.diffusion_model.parameters():
@@ -78,13 +75,7 @@ def quantised(network, form):
     return tensors
 
 
-FAST = {
-    ("minimax_h3", "int8_tensorwise"),
-    ("minimax_h3", "int8_convrot"),
-    ("ltx2", "float8_e4m3fn"),
-    ("krea2", "nvfp4"),
-    ("z_image", "mxfp8"),
-}
+FAST = {("minimax_h3", "int8_tensorwise"), ("ltx2", "float8_e4m3fn"), ("krea2", "nvfp4"), ("z_image", "mxfp8")}
 
 
 def cases():
