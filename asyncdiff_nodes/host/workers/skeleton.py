@@ -63,7 +63,9 @@ def skeleton_of(patcher: ModelPatcher, nets: Sequence[nn.Module] = ()) -> nn.Mod
     operations = quantised.operations_of(patcher)
 
     def build(classes: type) -> nn.Module:
-        return type(live)(**patcher.model.model_config.unet_config, device="meta", operations=classes)
+        config = patcher.model.model_config
+        given = classes if operations is None else config.custom_operations or classes  # GGUF's loader gives an object
+        return type(live)(**config.unet_config, device="meta", operations=given)
 
     rebuilt = _rebuilt(live, build, operations, originals_of(patcher)).requires_grad_(False).eval()
     if patcher.force_cast_weights:  # another node chose the precision of the computation

@@ -11,8 +11,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from frontend import PACK_FOLDER
 from PIL import Image, ImageChops
+from safetensors.torch import load_file
 
 from asyncdiff_nodes.cli.comfyui import to_prompt
 from helpers import checkpoints
@@ -23,6 +25,17 @@ NOT_RUN = {name for name, path in WORKFLOWS.items() if {file for _, file in chec
 SLOW = {"asyncdiff_inpaint"}  # another network: its ranks have to be started, those of the others are shared
 RUN = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in WORKFLOWS if name not in {DEMO, *NOT_RUN}]
 SMALL = {"width": 64, "height": 64, "steps": 5}
+# the network that the test pack has in place of files which cannot be small
+FAMILIES = {
+    "asyncdiff_flux": "flux",
+    "asyncdiff_ltx2": "ltx2",
+    "asyncdiff_minimax_h3": "minimax_h3",
+    "asyncdiff_qwen_image": "qwen_image",
+    "asyncdiff_wan_video": "wan",
+    "asyncdiff_z_image": "z_image",
+}
+FAST = {"asyncdiff_minimax_h3"}
+NEWER, SINCE = {"asyncdiff_ltx2", "asyncdiff_minimax_h3"}, (0, 33)  # older ComfyUI lacks some of their nodes
 EVENTS = """() => {
   if (!window.lines) app.api.addEventListener("progress_text", event => lines.push(event.detail.text));
   window.lines = [];
@@ -60,6 +73,13 @@ def read(name):
     return json.loads(WORKFLOWS[name].read_text(encoding="utf-8"))
 
 
+def needs_its_nodes(server, name):
+    """Skip the test where this ComfyUI is older than a workflow's nodes."""
+    version = server.get("/system_stats")["system"]["comfyui_version"]
+    if name in NEWER and tuple(map(int, version.split("."))) < SINCE:
+        pytest.skip(f"ComfyUI {version} has other nodes")
+
+
 def of_nodes(workflow, kind):
     """By node."""
     return {node["id"]: node.get(kind) for node in workflow["nodes"]}
@@ -87,7 +107,8 @@ def pictures(server, outputs):
 
 
 @each
-def test_the_page_shows_it_without_complaint_and_saves_it_unchanged(frontend, name):
+def test_the_page_shows_it_without_complaint_and_saves_it_unchanged(frontend, server, name):
+    needs_its_nodes(server, name)
     saved = read(name)
     frontend.load(saved)
     assert frontend.page.evaluate(COMPLAINTS) == {"unknown": [], "marked": [], "shown": []}
@@ -103,7 +124,8 @@ def test_the_page_shows_it_without_complaint_and_saves_it_unchanged(frontend, na
 
 
 @each
-def test_the_page_keeps_the_sizes_of_nodes(frontend, name):
+def test_the_page_keeps_the_sizes_of_nodes(frontend, server, name):
+    needs_its_nodes(server, name)
     frontend.needs(1, 28)  # before, it chose them itself
     saved = read(name)
     frontend.load(saved)
@@ -112,6 +134,7 @@ def test_the_page_keeps_the_sizes_of_nodes(frontend, name):
 
 @each
 def test_the_server_accepts_what_the_page_makes_of_it(frontend, server, infos, name):
+    needs_its_nodes(server, name)
     frontend.load(WORKFLOWS[name])
     prompt = frontend.prompt()
     own = to_prompt(read(name), infos)
@@ -157,6 +180,77 @@ def test_it_runs_on_two_ranks(frontend, server, name):
         assert ImageChops.difference(stock, routed).getbbox() is None
         (report,) = {text for output in history["outputs"].values() for text in output.get("text", [])}
         assert report.startswith("Plan: 2 segments")
+
+
+def without_files(prompt, infos, family):
+    """What a workflow has between its files and what it samples, with a small network and its inputs where files are needed."""
+    graph = {"small": {"class_type": "AsyncDiffTestDenoiser", "inputs": {"name": family}}}
+    outputs = infos["AsyncDiffTestDenoiser"]["output"]
+
+    def keep(key):
+        graph[key] = prompt[key]
+        inputs = prompt[key]["inputs"]
+        for name, (source, slot) in [(name, value) for name, value in inputs.items() if isinstance(value, list)]:
+            kind, used = prompt[source]["class_type"], prompt[source]["inputs"]
+            if kind.endswith(("Loader", "LoaderSimple")) or used.keys() & {"clip", "vae", "audio_vae"}:
+                last = kind == "LTXVEmptyLatentAudio"
+                inputs[name] = ["small", 3 if last else outputs.index(infos[kind]["output"][slot])]
+            else:
+                keep(source)
+
+    (sampler,) = (key for key, node in prompt.items() if node["class_type"] in ("AsyncDiffKSampler", "SamplerCustomAdvanced"))
+    keep(sampler)
+    return graph, sampler
+
+
+def stock(graph):
+    """The same as ComfyUI alone samples it, beside it."""
+    found = {}
+    for key, node in graph.items():
+        if node["class_type"] in ("AsyncDiffOptions", "AsyncDiffModel", "AsyncDiffTestDenoiser"):
+            continue
+        inputs = {name: value for name, value in node["inputs"].items() if name != "options"}
+        for name, value in inputs.items():
+            if isinstance(value, list) and graph[value[0]]["class_type"] == "AsyncDiffModel":
+                value = graph[value[0]]["inputs"]["model"]
+            if isinstance(value, list):
+                inputs[name] = value if value[0] == "small" else [f"stock {value[0]}", value[1]]
+        kind = "KSampler" if node["class_type"] == "AsyncDiffKSampler" else node["class_type"]
+        found[f"stock {key}"] = {"class_type": kind, "inputs": inputs}
+    return found
+
+
+def test_every_workflow_is_run():
+    assert {parameter.values[0] for parameter in RUN} | FAMILIES.keys() == WORKFLOWS.keys() - {DEMO, "asyncdiff_sdxl_refiner"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in FAMILIES])
+def test_its_graph_is_exact_on_two_ranks_with_a_small_network(frontend, server, infos, name):
+    from helpers.denoisers import DENOISERS  # as late as the host, which it imports
+
+    if FAMILIES[name] not in DENOISERS:
+        pytest.skip("this ComfyUI does not know the network")
+    needs_its_nodes(server, name)
+    frontend.load(WORKFLOWS[name])
+    prompt = frontend.prompt()
+    for node in prompt.values():
+        node["inputs"].update({key: value for key, value in SMALL.items() if key in node["inputs"]})
+        if node["class_type"] == "AsyncDiffOptions":
+            node["inputs"].update(devices="cpu, cpu", preset="Exact")
+    graph, sampler = without_files(prompt, infos, FAMILIES[name])
+    graph |= stock(graph)
+    for key in (sampler, f"stock {sampler}"):
+        graph[f"save {key}"] = {"class_type": "AsyncDiffTestSave", "inputs": {"latent": [key, 0], "name": f"{name} {key}"}}
+    frontend.page.evaluate(EVENTS)
+    history = server.wait(accepted(server, graph, frontend.page.evaluate("app.api.clientId")))
+    assert history["status"]["status_str"] == "success", history["status"]
+    frontend.page.wait_for_function("lines.length > 0")
+    (line,) = frontend.page.evaluate("lines")
+    assert line.startswith("AsyncDiff: 2 segments on cpu, cpu")
+    found, expected = (
+        load_file(server.base / "output" / f"{name} {key}.safetensors")["samples"] for key in (sampler, f"stock {sampler}")
+    )
+    assert torch.equal(found, expected) and found.isfinite().all() and found.unique().numel() > 100
 
 
 def test_a_picture_brings_its_graph_back(frontend, server):

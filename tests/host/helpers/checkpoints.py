@@ -9,12 +9,16 @@ from typing import Any
 
 WORKFLOWS = Path(__file__).resolve().parents[3] / "workflows"
 # SDXL is known by the depths of all its transformers, and has two text encoders: no file of a few hundred MB is taken for it.
-# Those of FLUX.1 and Wan have billions of parameters.
+# Those of the other families have billions of parameters, or text encoders that have.
 NOT_SMALL = {
     "sd_xl_base_1.0.safetensors",
     "sd_xl_refiner_1.0.safetensors",
     "flux1-dev-fp8.safetensors",
     "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+    "qwen3vl_32b_minimax_h3_nvfp4_awq.safetensors",
+    "qwen_2.5_vl_7b_fp8_scaled.safetensors",
+    "gemma_3_12B_it_fp4_mixed.safetensors",
+    "qwen_3_4b.safetensors",
 }
 
 

@@ -71,6 +71,12 @@ class Denoiser:
         device = comfy.model_management.get_torch_device()
         return comfy.model_patcher.ModelPatcher(base.eval(), device, torch.device("cpu"))
 
+    def detected(self, model: comfy.model_patcher.ModelPatcher) -> dict:
+        """What the host would detect in a file of ``model``, were it as large as a real one."""
+        known = getattr(comfy.supported_models, self.config).unet_config
+        config = {key: value for key, value in model.model.model_config.unet_config.items() if key != "dtype"}
+        return config | {key: known[key] for key in known.keys() & {"image_model"}}
+
     def conditioning(self, seed: int = 1) -> list:
         """A CONDITIONING; the model's own ``extra_conds`` makes of it what its network reads."""
         draw = Draw(seed)
@@ -161,8 +167,14 @@ def sampled(
     """What KSampler makes, all tensors of a nested latent in one row."""
     prompts = denoiser.conditioning(prompt), denoiser.conditioning(4)
     start = denoiser.latent(latent) if isinstance(latent, int) else latent
-    found = nodes.KSampler().sample(model, 5, steps, cfg, "euler", "simple", *prompts, start, denoise)[0]["samples"]
-    return torch.cat([tensor.flatten() for tensor in (found.unbind() if found.is_nested else [found])])
+    found = nodes.KSampler().sample(model, 5, steps, cfg, "euler", "simple", *prompts, start, denoise)[0]
+    return torch.cat([tensor.flatten() for tensor in tensors_of(found)])
+
+
+def tensors_of(latent: dict) -> list[torch.Tensor]:
+    """Of a LATENT, those that are nested in it, or the one that there is."""
+    samples = latent["samples"]
+    return list(samples.unbind()) if samples.is_nested else [samples]
 
 
 def lora(model: comfy.model_patcher.ModelPatcher) -> dict:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import comfy.sd
 import folder_paths
+import torch
 from comfy_api.latest import ComfyExtension, io
 from safetensors.torch import save_file
 
@@ -12,7 +13,7 @@ _TESTS = str(Path(__file__).resolve().parent.parent)
 if _TESTS not in sys.path:
     sys.path.append(_TESTS)
 
-from helpers import small  # noqa: E402
+from helpers import denoisers, small  # noqa: E402
 
 CATEGORY = "AsyncDiff/tests"
 
@@ -34,6 +35,26 @@ class AsyncDiffTestModel(io.ComfyNode):
         return io.NodeOutput(small.model(kind, seed), small.conditioning(kind, 1), small.conditioning(kind, 2))
 
 
+class AsyncDiffTestDenoiser(io.ComfyNode):
+    """A tiny model of one of the host's networks, a prompt and a latent for it; of a nested latent also the last one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AsyncDiffTestDenoiser",
+            category=CATEGORY,
+            inputs=[io.Combo.Input("name", options=list(denoisers.DENOISERS))],
+            outputs=[io.Model.Output(), io.Conditioning.Output(), io.Latent.Output(), io.Latent.Output("last")],
+        )
+
+    @classmethod
+    def execute(cls, name) -> io.NodeOutput:
+        denoiser = denoisers.DENOISERS[name]
+        latent = denoiser.latent()
+        last = {"samples": denoisers.tensors_of(latent)[-1]}
+        return io.NodeOutput(denoiser.model(), denoiser.conditioning(), latent, last)
+
+
 class AsyncDiffTestLora(io.ComfyNode):
     """The model with a LoRA."""
 
@@ -52,7 +73,7 @@ class AsyncDiffTestLora(io.ComfyNode):
 
 
 class AsyncDiffTestSave(io.ComfyNode):
-    """``samples`` of a latent, in ``output/NAME.safetensors``."""
+    """``samples`` of a latent, in ``output/NAME.safetensors``; those of a nested one in one row."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -72,15 +93,17 @@ class AsyncDiffTestSave(io.ComfyNode):
     @classmethod
     def execute(cls, latent, name) -> io.NodeOutput:
         path = Path(folder_paths.get_output_directory()) / f"{name}.safetensors"
-        save_file({"samples": latent["samples"].contiguous()}, path)
+        tensors = denoisers.tensors_of(latent)
+        samples = tensors[0].contiguous() if len(tensors) == 1 else torch.cat([tensor.flatten() for tensor in tensors])
+        save_file({"samples": samples}, path)
         return io.NodeOutput()
 
 
 class TestExtension(ComfyExtension):
-    """The three nodes."""
+    """The nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [AsyncDiffTestModel, AsyncDiffTestLora, AsyncDiffTestSave]
+        return [AsyncDiffTestModel, AsyncDiffTestDenoiser, AsyncDiffTestLora, AsyncDiffTestSave]
 
 
 async def comfy_entrypoint() -> ComfyExtension:

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import comfy.model_detection
 import comfy.ops
 import comfy.sd
 import comfy.utils
@@ -14,7 +15,8 @@ from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
 from asyncdiff_nodes.host.workers.pool import POOL
-from helpers import packs, sampling, small
+from helpers import denoisers, packs, sampling, small
+from helpers.denoisers import DENOISERS
 from helpers.sampling import EXACT, ksampler
 from helpers.simulated import simulated
 
@@ -39,16 +41,21 @@ def network(**where):
     return Flux(**small.unet_config("flux") | SHAPE, dtype=torch.float32, operations=comfy.ops.disable_weight_init, **where)
 
 
-def write(path, form, seed=5):
-    """A FLUX.1 with random weights: matrices in ``form``, or in 8 bits at each eighth layer, the rest in 16 or 32."""
-    kinds = gguf.GGMLQuantizationType
+def flux(seed):
     with torch.inference_mode(False), torch.no_grad():
         made = network()
         small.randomise(made, seed)
-    writer = gguf.GGUFWriter(path, "flux")
+    return made
+
+
+def write(path, made, form, architecture="flux"):
+    """A network's weights: matrices in ``form``, or in 8 bits at each eighth layer, the rest in 16 or 32."""
+    kinds = gguf.GGMLQuantizationType
+    writer = gguf.GGUFWriter(path, architecture)
     for index, (name, weight) in enumerate(made.named_parameters()):
         kind = kinds[form] if index % 8 else kinds.Q8_0
-        if weight.ndim < 2 or "_in." in name:
+        layer = made.get_submodule(name.rpartition(".")[0])
+        if not (isinstance(layer, torch.nn.Linear) and weight.ndim == 2 and weight.shape[1] % 32 == 0) or "_in." in name:
             kind = kinds.F32 if index % 2 else kinds.F16
         writer.add_tensor(name, gguf.quants.quantize(weight.detach().numpy(), kind), raw_dtype=kind)
     writer.write_header_to_file()
@@ -63,7 +70,7 @@ def load(loaders):
 
     def loaded(form, seed=5, loader="UnetLoaderGGUF", **options):
         folder, mappings = loaders
-        write(folder / f"{form}{seed}.gguf", form, seed)
+        write(folder / f"{form}{seed}.gguf", flux(seed), form)
         return mappings[loader]().load_unet(f"{form}{seed}.gguf", **options)[0]
 
     return loaded
@@ -162,3 +169,42 @@ def test_patches_of_another_kind_are_the_hosts_by_name(load):
     stock = sampled(changed)
     assert torch.equal(sampled(attach(changed, EXACT)), stock) and not torch.equal(stock, sampled(model))
     assert "a patch on its quantised weights has a function, which a rank cannot get" in last_run().notes[0]
+
+
+# network -> what its files say that it is
+OTHERS = {"qwen_image": "qwen_image", "wan": "wan", "z_image": "lumina2", "ltx2": "ltxv"}
+
+
+@pytest.fixture
+def load_other(loaders, monkeypatch):
+    """The MODEL of a file of a small network of this name, and the same network as it was before."""
+
+    def loaded(name, form):
+        folder, mappings = loaders
+        made = DENOISERS[name].model(seed=5)
+        config = DENOISERS[name].detected(made)
+        monkeypatch.setattr(comfy.model_detection, "detect_unet_config", lambda *_, **__: dict(config))
+        write(folder / f"{name}{form}.gguf", made.model.diffusion_model, form, OTHERS[name])
+        return mappings["UnetLoaderGGUF"]().load_unet(f"{name}{form}.gguf")[0], made
+
+    return loaded
+
+
+def other_files():
+    """Every network in several forms; by default LTX-2, which keeps what its layers were made of."""
+    for name in [name for name in OTHERS if name in DENOISERS]:
+        for form in ("Q4_0", "Q5_1", "Q8_0"):
+            yield pytest.param(name, form, marks=() if (name, form) == ("ltx2", "Q4_0") else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name, form", list(other_files()))
+def test_other_networks(load_other, name, form):
+    denoiser = DENOISERS[name]
+    model, made = load_other(name, form)
+    kinds = [getattr(weight, "tensor_type", None) for weight in model.model.diffusion_model.parameters()]
+    assert kinds.count(gguf.GGMLQuantizationType[form]) > len(kinds) / 8, "hardly any matrix is quantised"
+    plain = sampling.assert_exact(model, lambda each: denoisers.sampled(each, denoiser))
+    held = [sum(rank.weights.values()) for rank in last_run().stats.ranks]
+    assert max(held) < sum(weight.nbytes for weight in model.model.diffusion_model.parameters())
+    changed = comfy.sd.load_lora_for_models(model, None, denoisers.lora(made), 0.8, 0)[0]
+    assert not torch.equal(sampling.assert_exact(changed, lambda each: denoisers.sampled(each, denoiser)), plain)
