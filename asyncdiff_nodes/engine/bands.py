@@ -113,6 +113,7 @@ class Scope:
         takes: what is whole before it, among its arguments: its band is passed instead.
         gives: what is gathered after it, among its results, and the whole's length; the rest is handed on as a band.
         axes: by length of the whole.
+        borders: numbers of the leaves among its arguments that say where parts of an axis begin and end, and its length.
         exchanges: for each attention, convolution, group norm and interpolation in it, in order: the whole's length of its keys
             or rows, or None where every rank has the whole of them.
     """
@@ -120,6 +121,7 @@ class Scope:
     takes: tuple[Place, ...]
     gives: tuple[tuple[int, int, int], ...]
     axes: Mapping[int, Axis]
+    borders: tuple[tuple[int, int], ...] = ()
     exchanges: tuple[int | None, ...] = ()
 
 
@@ -194,7 +196,10 @@ class BandMode(TorchFunctionMode):
         leaves, structure = flatten((args, kwargs))
         for number, dim in scope.takes:
             leaf = leaves[number]
-            leaves[number] = scope.axes[leaf.shape[dim]].cut(leaf, dim, self._exchange.rank)
+            # laid out as the whole is, so that the same kernels serve it
+            leaves[number] = scope.axes[leaf.shape[dim]].cut(leaf, dim, self._exchange.rank).contiguous()
+        for number, length in scope.borders:
+            leaves[number] = dict(scope.axes[length].borders(self._exchange.rank)).get(leaves[number], 0)
         self._scope, self._next = scope, 0
         made: tuple[Any, Any] = unflatten(leaves, structure)
         return made

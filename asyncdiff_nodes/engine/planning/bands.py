@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from asyncdiff_nodes.engine.bands import Axis, Bands, Place, Scope
-from asyncdiff_nodes.engine.batch import sample_of
+from asyncdiff_nodes.engine.batch import batch_of, sample_of
 from asyncdiff_nodes.engine.errors import UnsupportedModelError
 from asyncdiff_nodes.engine.tensors import meta_copy
 from asyncdiff_nodes.engine.trees import flatten
@@ -33,7 +33,7 @@ from .recording import ModuleCall, Operation, Recording, record
 from .rehearsal import Nobody, Rehearsal, sized
 
 _TALLER = 64  # rows that the other picture has more: what resamplings divide by
-_LEAST_WORK = 40  # multiply-accumulates per byte that is gathered after a module, for which that is worth it
+_LEAST_WORK = 30  # multiply-accumulates, without attention's, per byte that is gathered after a module, for which it is worth it
 _MOST_FAULTS = 6  # kinds of modules that do not compute in bands, until nothing does
 _cat = torch.ops.aten.cat
 
@@ -47,6 +47,10 @@ def find_bands(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwarg
     Raises:
         UnsupportedModelError: it cannot be; says why.
     """
+    if family.keep_shape:
+        raise UnsupportedModelError(
+            f"{family.name} cannot be computed in bands: what {family.keep_shape[0]} does depends on values, and is not tried out"
+        )
     finder = _Finder(skeleton, family, args, kwargs, ranks)
     try:
         return finder.as_a_whole()
@@ -122,15 +126,18 @@ class _Finder:
         call = next((call for call in self._whole.calls if call.name == name), self._whole.root)
         return [length for place, length in self._needs if call.begins <= place < call.ends]
 
-    def _tried(self, scopes: Mapping[str, Scope]) -> Bands:
+    def _tried(self, scopes: Mapping[str, Scope], further: Collection[int] = ()) -> Bands:
         """Run the first and the last rank's part, and look whether any operation would need more than that.
+
+        Args:
+            further: lengths of axes that nothing is exchanged of.
 
         Raises:
             _ScopeError: one does, or fails.
         """
         expected = {name: self._needed_in(name) for name in scopes}
         axes = [axis for scope in scopes.values() for axis in scope.axes.values()]
-        parts = {axis.length: len(axis.parts) for axis in axes}
+        parts = dict.fromkeys(further, 1) | {axis.length: len(axis.parts) for axis in axes}
         for rank in (0, self._ranks - 1):
             exchange = Nobody(rank, self._ranks)
             mode = Rehearsal(exchange, scopes, expected)
@@ -177,7 +184,9 @@ class _Finder:
         places = _places(self._whole.root, self._taller.root)
         used = {length for *_, length in (*places, *gives)} | {length for _, length in self._needs}
         takes = tuple((number, dim) for number, dim, _ in places)
-        return self._tried({"": Scope(takes, gives, {length: axis for length, axis in axes.items() if length in used})})
+        items = batch_of(*self._call, self._family.sample)
+        single = {length for length in shares if items == 1 or length % items or length // items not in shares}
+        return self._tried({"": Scope(takes, gives, {length: axis for length, axis in axes.items() if length in used})}, single)
 
     def _tensors(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         """Yield each tensor of the call and of the taller one that differ, and the dimension."""
@@ -221,7 +230,7 @@ class _Finder:
             gives = tuple(give for give in block.gives if self._read_whole(block.call.returned[give[0]], blocks[index:]))
             for give in block.gives:
                 (bands.discard if give in gives else bands.add)(id(block.call.returned[give[0]]))
-            scopes[block.call.name] = Scope(takes, gives, block.axes)
+            scopes[block.call.name] = Scope(takes, gives, block.axes, block.borders)
         return scopes
 
     def _blocks(self, avoided: Collection[type]) -> list[_Block]:
@@ -264,6 +273,14 @@ class _Finder:
         axes = {length: self._axis(length) for *_, length in gives}
         for number, dim, length in gives:
             axes |= _flattened(call.returned[number].shape, dim, axes[length])
+        borders = list[tuple[int, int]]()
+        for length in list(axes):
+            for numbers, sizes in _chains(call.arguments, length):
+                axes |= {size: self._axis(size) for size in sizes if size >= self._ranks}
+                axes[length] = Axis(
+                    tuple(part for size in sizes for part in (axes[size].parts if size in axes else ((0, size),)))
+                )
+                borders += [(number, length) for number in numbers]
         takes = list[Place]()
         for number, one, other in _pairs(leaves, flatten(twin.arguments)[0]):
             if one.ndim < 3 or varying(one, other):
@@ -285,7 +302,7 @@ class _Finder:
             return None
         tokens.update(id(one) for _, one, _ in changed)
         prompts.update(id(call.returned[number]) for number, *_ in gives[len(changed) :])
-        return _Block(call, (*takes, *((number, dim) for number, dim, _ in places)), tuple(gives), axes)
+        return _Block(call, (*takes, *((number, dim) for number, dim, _ in places)), tuple(gives), axes, tuple(borders))
 
     def _bounds(self, length: int) -> tuple[int, ...]:
         if length < self._ranks:
@@ -320,12 +337,45 @@ class _Finder:
 
 @dataclass(frozen=True)
 class _Block:
-    """A block that can compute in bands; ``takes``, ``gives`` and ``axes`` as if everything were whole around it."""
+    """A block that can compute in bands; ``takes`` and ``gives`` as if everything were whole around it."""
 
     call: ModuleCall
     takes: tuple[Place, ...]
     gives: tuple[tuple[int, int, int], ...]
     axes: Mapping[int, Axis]
+    borders: tuple[tuple[int, int], ...]
+
+
+def _chains(arguments: Any, length: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Find among a module's arguments lists of (begin, end, ...) that make up so many tokens.
+
+    Yields:
+        Numbers of the leaves that are borders, and the sizes of the parts.
+
+    >>> list(_chains((torch.empty(12), [(0, 3, "prompt"), (3, 12, "picture")]), 12))
+    [([1, 2, 4, 5], [3, 9])]
+    """
+    leaves, structure = flatten(arguments)
+
+    def walk(node: Any) -> Iterator[tuple[list[int], list[int]]]:
+        if isinstance(node, dict):
+            node = list(node.values())
+        if not isinstance(node, list | tuple):
+            return
+        pairs = [item[:2] for item in node if isinstance(item, tuple) and len(item) > 1 and all(map(_is_int, item[:2]))]
+        if pairs and len(pairs) == len(node):
+            begins, ends = ([leaves[pair[side]] for pair in pairs] for side in (0, 1))
+            if all(map(_is_int, (*begins, *ends))) and [*begins, length] == [0, *ends]:
+                yield [number for pair in pairs for number in pair], [b - a for a, b in zip(begins, ends, strict=True)]
+                return
+        for item in node:
+            yield from walk(item)
+
+    yield from walk(structure)
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int
 
 
 def _flattened(shape: Sequence[int], dim: int, axis: Axis) -> dict[int, Axis]:

@@ -95,7 +95,7 @@ def _slice_of(operation: Operation, dim: int) -> tuple[int, int]:
 
 
 def torn(whole: Operation, band: Operation, axes: Mapping[int, int]) -> int | None:
-    """Return into how many parts a view tears tokens that are an axis of fewer: which a band's places do not follow.
+    """Return of how many parts a view takes tokens to be that are an axis of fewer: bands of it are other tokens than it says.
 
     Args:
         axes: length of each axis -> of how many parts it is.
@@ -109,13 +109,18 @@ def torn(whole: Operation, band: Operation, axes: Mapping[int, int]) -> int | No
     """
     if whole.func._overloadpacket not in _VIEWS:
         return None
-    source, made = whole.reads[0], whole.makes[0]
-    lengths = {source.shape[dim] for dim in varying(source, band.reads[0]) if source.shape[dim] in axes}
-    lengths -= {made.shape[dim] for dim in varying(made, band.makes[0])}
-    for length in lengths:
-        for dim in varying(made, band.makes[0]):
-            parts = length // made.shape[dim] if made.shape[dim] and length % made.shape[dim] == 0 else 0
-            if parts > 1 and dim and made.shape[dim - 1] == parts != axes[length]:
+    source, made = (whole.reads[0], band.reads[0]), (whole.makes[0], band.makes[0])
+    return _parted(source, made, axes) or _parted(made, source, axes)
+
+
+def _parted(
+    one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor], axes: Mapping[int, int]
+) -> int | None:
+    """Find an axis of ``one``, whole and band, that is several equal parts in ``other``."""
+    here, there = ({each[0].shape[dim]: each[0].shape[dim - 1] if dim else 1 for dim in varying(*each)} for each in (one, other))
+    for length in here.keys() & axes.keys() - there.keys():
+        for part, parts in there.items():
+            if parts > 1 and part * parts == length and parts != axes[length]:
                 return parts
     return None
 

@@ -1,4 +1,4 @@
-"""The first use of a network whose blocks were found automatically: ranks and ComfyUI compute two calls, which are compared.
+"""The first use of a network whose blocks, or bands, were found automatically: two calls are compared with ComfyUI's own.
 
 What would make splitting wrong is looked for on the meta device before, in what the network does there. This is for the rest:
 what only shows with values, and in a second call. It is done once per network and version, and kept in the user's folder.
@@ -28,14 +28,14 @@ _FILE, _KEPT = "checked", 200
 _OWN = frozenset(vars(nn.Module()))  # attributes that every module has
 
 
-def due(family: Family, fingerprint: str) -> bool:
-    """Whether a network with this fingerprint is still to be compared."""
-    return family.found is not None and _key(fingerprint) not in user_files.load(_FILE)
+def due(family: Family, fingerprint: str, bands: bool) -> bool:
+    """Whether a network with this fingerprint is still to be compared, in bands or not."""
+    return (bands or family.found is not None) and _key(fingerprint, bands) not in user_files.load(_FILE)
 
 
-def passed(fingerprint: str, network: str) -> None:
+def passed(fingerprint: str, bands: bool, network: str) -> None:
     """Note that networks with this fingerprint, of the class ``network``, gave the same in two calls."""
-    user_files.save(_FILE, user_files.load(_FILE) | {_key(fingerprint): network}, _KEPT)
+    user_files.save(_FILE, user_files.load(_FILE) | {_key(fingerprint, bands): network}, _KEPT)
 
 
 def computed(
@@ -78,5 +78,6 @@ def _copied(value: Any) -> Any:
     return copy.copy(value) if isinstance(value, dict | list | set) else value
 
 
-def _key(fingerprint: str) -> str:
-    return hashlib.sha256(f"{fingerprint} {comfyui_version} {__version__}".encode()).hexdigest()[:24]
+def _key(fingerprint: str, bands: bool) -> str:
+    how = " in bands" if bands else ""
+    return hashlib.sha256(f"{fingerprint} {comfyui_version} {__version__}{how}".encode()).hexdigest()[:24]

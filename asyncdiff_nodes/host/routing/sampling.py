@@ -355,7 +355,8 @@ class Sampling:
             None if they agree; else a report, and the host's result for ``called``.
         """
         first, self._begun = not self._begun, True
-        if not first or nets or not (self._audit.watches and first_use.due(self.group.family, self._fingerprint)):
+        bands = self._plan.bands > 1
+        if not first or nets or not (self._audit.watches and first_use.due(self.group.family, self._fingerprint, bands)):
             return None
         try:
             with POOL.kept(self.group):  # the host offloads what does not fit beside the ranks
@@ -371,7 +372,7 @@ class Sampling:
             if report := self._audit.differs(self.group, ours, theirs, call.x, facts, rounds=call.x.device.type != "cpu"):
                 return report, expected[0][1]
         self._ranks.resume()
-        first_use.passed(self._fingerprint, type(called.network).__name__)
+        first_use.passed(self._fingerprint, bands, type(called.network).__name__)
         return None
 
     def close(self) -> None:

@@ -1,0 +1,108 @@
+"""Networks for bands: some that can be computed so, and some that need what other ranks have. Ranks import this module, too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from unlisted import WIDTH, Layer, OddTransformer
+
+
+class Joint(nn.Module):
+    """Two streams, whose tokens attend to each other with positions and a mask; the prompt's comes first there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.picture, self.prompt = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, hidden: torch.Tensor, text: torch.Tensor, where: torch.Tensor, mask: torch.Tensor) -> Any:
+        streams = zip(self.prompt(text).chunk(3, -1), self.picture(hidden).chunk(3, -1), strict=True)
+        q, k, v = (torch.cat(pair, 1) for pair in streams)
+        seen = F.scaled_dot_product_attention(q * where, k * where, v, attn_mask=mask)
+        text = text + seen[:, : text.shape[1]]
+        hidden = hidden + seen[:, text.shape[1] :]
+        return hidden + self.mlp(hidden), text
+
+
+class JointTransformer(nn.Module):
+    """Positions are made in its forward, from the picture's shape, so that only its blocks can be computed in bands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 4)
+        self.blocks = nn.ModuleList(Joint() for _ in range(4))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(x.flatten(2).transpose(1, 2)) * (t / 1000).cos()[:, None, None]
+        where = torch.linspace(0.5, 1.5, text.shape[1] + hidden.shape[1], device=x.device)[None, :, None]
+        seen = torch.cat([mask, mask.new_ones(hidden.shape[:2])], 1)
+        seen = seen[:, None, :] | ~seen[:, :, None]  # those that are not seen look at all
+        for block in self.blocks:
+            hidden, text = block(hidden, text, where, seen)
+        return self.head(hidden).transpose(1, 2).reshape(x.shape)
+
+
+class _Mixing(Layer):
+    """What some of the tokens need of all others, in a way that is not exchanged."""
+
+    def forward(self, emb: torch.Tensor, text: torch.Tensor, hidden: torch.Tensor) -> Any:
+        return self.mixed(super().forward(emb, text, hidden))
+
+
+class _Mean(_Mixing):
+    def mixed(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden - hidden.mean(1, keepdim=True)
+
+
+class _Rolled(_Mixing):
+    def mixed(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.roll(1, 1)
+
+
+class _First(_Mixing):
+    def mixed(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + hidden[:, :1]
+
+
+class _Summed(_Mixing):
+    def mixed(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden @ (hidden.transpose(1, 2) @ hidden)
+
+
+class _Counted(_Mixing):
+    def mixed(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + torch.arange(hidden.shape[1], device=hidden.device)[:, None]
+
+
+class _Shuffled(_Mixing):
+    def mixed(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.flip(1)
+
+
+class _Paired(_Mixing):
+    def mixed(self, hidden: torch.Tensor) -> torch.Tensor:
+        items, tokens, width = hidden.shape
+        halves = hidden.reshape(items, 2, tokens // 2, width)
+        return (halves + halves.flip(1)).reshape(hidden.shape)
+
+
+# what they do -> what is said of it
+MIXING = {
+    _Mean: "mean of all tokens",
+    _Rolled: "roll of all tokens",
+    _First: "takes some of the tokens",
+    _Summed: "bmm of all tokens",
+    _Counted: "makes positions",
+    _Shuffled: "flip of all tokens",
+}
+
+
+def mixing(layer: type[nn.Module]) -> nn.Module:
+    """A transformer of such layers."""
+    net = OddTransformer(depth=0)
+    net.layers.extend(layer() for _ in range(4))
+    return net

@@ -1,0 +1,171 @@
+"""Bands: one call on several ranks, each with a part of the tokens or rows, gives the model's result up to rounding."""
+
+import pytest
+import torch
+from torch import nn
+
+import banded
+import unlisted
+from asyncdiff_nodes.engine import Plan, PlanError, Simulator, UnsupportedModelError, WorkerGroup
+
+NEAR = 1e-5  # relative
+
+
+def flux(height=12):
+    from diffusers import FluxTransformer2DModel
+
+    net = FluxTransformer2DModel(
+        num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=4, joint_attention_dim=32,
+        pooled_projection_dim=16, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    ids = torch.stack([torch.zeros(height, 10), *torch.meshgrid(torch.arange(height), torch.arange(10), indexing="ij")], -1)
+
+    def call(batch):
+        return (), {
+            "hidden_states": torch.randn(batch, height * 10, 64), "encoder_hidden_states": torch.randn(batch, 9, 32),
+            "pooled_projections": torch.randn(batch, 16), "timestep": torch.full((batch,), 0.5), "img_ids": ids.reshape(-1, 3),
+            "txt_ids": torch.zeros(9, 3), "return_dict": False,
+        }  # fmt: skip
+
+    return net, call
+
+
+def wan():
+    from diffusers import WanTransformer3DModel
+
+    net = WanTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=32, freq_dim=32, ffn_dim=128,
+        num_layers=2,
+    )  # fmt: skip
+    given = {"timestep": torch.tensor([5]), "return_dict": False}
+    return net, lambda batch: (
+        (),
+        {**given, "hidden_states": torch.randn(batch, 4, 3, 14, 10), "encoder_hidden_states": torch.randn(batch, 7, 32)},
+    )
+
+
+def unet(height, width=16):
+    from diffusers import UNet2DConditionModel
+
+    net = UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=8,
+    )  # fmt: skip
+    return net, lambda batch: (
+        (torch.randn(batch, 4, height, width), torch.tensor(5), torch.randn(batch, 7, 16)),
+        {"return_dict": False},
+    )
+
+
+def joint():
+    def call(batch):
+        mask = torch.rand(batch, 6) > 0.3
+        return (torch.randn(batch, 4, 8, 8), torch.full((batch,), 300.0), torch.randn(batch, 6, unlisted.WIDTH), mask), {}
+
+    return banded.JointTransformer(), call
+
+
+def odd(net):
+    def call(batch):
+        return (torch.randn(batch, 5, unlisted.WIDTH), torch.full((batch,), 300.0), torch.randn(batch, 4, 8, 8)), {}
+
+    return net, call
+
+
+NETS = {
+    "tokens": lambda: odd(unlisted.OddTransformer()),
+    "joint streams with a mask": joint,
+    "flux": flux,
+    "wan": wan,
+    "unet": lambda: unet(16),
+    "unet of odd size": lambda: unet(19, 17),
+}
+
+
+def compared(net, call, ranks, batch=1, **plan):
+    torch.manual_seed(0)
+    net = net.eval()
+    args, kwargs = call(batch)
+    with torch.inference_mode():
+        expected = net(*args, **kwargs)
+    with WorkerGroup(net, Plan(segments=1, bands=ranks, **plan), ["cpu"] * ranks * plan.get("branches", 1)) as group:
+        group.begin()
+        for _ in range(2):
+            result = group(*args, **kwargs)
+        stats = group.stats()
+    expected, result = (each if isinstance(each, torch.Tensor) else each[0] for each in (expected, result))
+    assert (result - expected).abs().max() <= NEAR * expected.abs().max()
+    assert stats.bytes_per_call == stats.planned_bytes > 0
+    return stats
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_bands_are_the_model(name):
+    compared(*NETS[name](), ranks=2)
+
+
+@pytest.mark.parametrize(("ranks", "batch"), [(3, 3), pytest.param(4, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        each if each in ("joint streams with a mask", "unet of odd size") else pytest.param(each, marks=pytest.mark.slow)
+        for each in NETS
+    ],
+)
+def test_more_ranks_and_items(name, ranks, batch):
+    compared(*NETS[name](), ranks=ranks, batch=batch)
+
+
+def test_branches_have_bands_of_their_own():
+    stats = compared(*unet(16), ranks=2, batch=2, branches=2)
+    assert len(stats.ranks) == 4
+
+
+def test_every_rank_has_the_whole_network():
+    net, call = odd(unlisted.OddTransformer())
+    stats = compared(net, call, ranks=2)
+    whole = sum(weight.nbytes for weight in net.parameters())
+    assert [rank.weight_bytes for rank in stats.ranks] == [whole, whole]
+
+
+def test_the_simulator_is_the_model():
+    net, call = odd(unlisted.OddTransformer().eval())
+    args, kwargs = call(1)
+    with torch.inference_mode():
+        expected = net(*args, **kwargs)
+        with Simulator(net, Plan(segments=1, bands=2), example_inputs=(args, kwargs)) as simulator:
+            assert torch.equal(simulator(*args, **kwargs), expected)
+
+
+@pytest.mark.parametrize("layer", banded.MIXING, ids=lambda layer: layer.__name__)
+def test_what_needs_all_tokens_is_refused_by_name(layer):
+    net, call = odd(banded.mixing(layer).eval())
+    args, kwargs = call(1)
+    with (
+        pytest.raises(UnsupportedModelError, match=f"cannot be computed in bands: .*{banded.MIXING[layer]}"),
+        WorkerGroup(net, Plan(segments=1, bands=2), example_inputs=(args, kwargs)),
+    ):
+        pass
+
+
+def test_tokens_that_are_looked_at_in_halves_are_bands_of_each_half():
+    compared(*odd(banded.mixing(banded._Paired)), ranks=2)
+
+
+def test_too_small_a_picture_is_refused():
+    net, _ = odd(unlisted.OddUNet().eval())
+    call = (torch.tensor([3.0]), torch.randn(1, 5, unlisted.WIDTH), torch.randn(1, 4, 4, 4))
+    with pytest.raises(UnsupportedModelError, match="4 rows in steps of 2 are too few for 3 ranks"):
+        WorkerGroup(net, Plan(segments=1, bands=3), ["cpu"] * 3, example_inputs=(call, {}))
+
+
+@pytest.mark.parametrize("wrong", [{"bands": 0}, {"bands": True}, {"bands": 2, "segments": 2}])
+def test_wrong_plans_are_refused_by_name(wrong):
+    with pytest.raises(PlanError, match="bands"):
+        Plan(**{"segments": 1, **wrong})
+
+
+def test_too_few_devices_are_named():
+    with pytest.raises(Exception, match=r"bands=3: name branches \* bands = 3 devices"):
+        WorkerGroup(nn.Linear(1, 1), Plan(segments=1, bands=3), ["cpu"] * 2)
