@@ -18,7 +18,7 @@ class Opening(NamedTuple):
     Attributes:
         structure, positional: as in :class:`~.inputs.Inputs`.
         layouts: output layouts of all blocks.
-        bands: how the stream's calls are computed in bands, if they are.
+        bands: how calls of the stream are computed in bands, if any are.
     """
 
     structure: Any
@@ -35,6 +35,7 @@ class CallMessage(NamedTuple):  # which pickles without the names
         targets, reads: as in :class:`~.schedule.Call`; ``reads`` is this rank's.
         why: it is synchronous: "warm-up", "move", "cool-down", or "" where it is not.
         ahead: the call is no call of the caller's; see :func:`~.schedule.calls_ahead`.
+        banded: all ranks of the branch compute it together, in bands.
         parts: of its batch, that the rank is to compute one after the other.
         compression: of the values that cross in it.
         timed: its record is to say how long each block took.
@@ -52,6 +53,7 @@ class CallMessage(NamedTuple):  # which pickles without the names
     why: str
     computes: bool
     ahead: bool
+    banded: bool
     parts: int
     compression: str
     timed: bool

@@ -150,6 +150,16 @@ class Course:
         plan = self._foreseeing
         return call.index - self._cold <= TIMED or 0 <= call.index - plan.warmup <= TIMED * plan.stride
 
+    def banded(self, call: Call) -> bool:
+        """Whether all ranks of a branch compute ``call`` together, if the plan lets them.
+
+        What the first asynchronous calls read is not there after such a call: it is, where it is worked ahead.
+        """
+        if self._foreseeing.segments == 1:
+            return True
+        last = call.index == self._foreseeing.warmup - 1 and call.index + 1 != self._total
+        return call.kind is Kind.SYNCHRONOUS and not (last and not calls_ahead(self._plan, call.index, self._total))
+
     def why(self, call: Call) -> str:
         """Say why a call is synchronous; empty if it is not."""
         if call.kind is not Kind.SYNCHRONOUS:

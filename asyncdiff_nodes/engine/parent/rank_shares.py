@@ -16,6 +16,8 @@ def shares_of(placement: Placement) -> Iterator[Share]:
 def ranks_with(placement: Placement, weight: str) -> set[int]:
     """Find the ranks that compute with a weight, by its name; all of them for glue."""
     plan, parts = placement.plan, weight.split(".")
+    if plan.bands > 1:
+        return set(range(plan.world_size))
     prefixes = {".".join(parts[:i]) for i in range(1, len(parts))}
     segments = set(range(plan.segments))
     index = next((i for i, name in enumerate(placement.graph.names) if name in prefixes), None)

@@ -111,8 +111,9 @@ class Stream:
         opening: Opening | None,
     ) -> tuple[CallMessage, list[torch.Tensor]]:
         plan, course = self._run.plan, self._course
-        computes = call.works(rank, plan.segments)
-        needed = self._needs[min(rank, plan.segments - 1)]
+        banded = self.bands is not None and course.banded(call)
+        computes = banded or call.works(rank, plan.segments)
+        needed = frozenset().union(*self._needs) if banded else self._needs[min(rank, plan.segments - 1)]
         target = call.targets[rank] if computes else call.index
         expected = course.expected_samples(call, target) if needed.intersection(self._samples) else ()
         if expected:
@@ -125,7 +126,7 @@ class Stream:
             for position in inputs.echoes:
                 tensors[packed[position][1]] = timestep
         leaves, sent = only(packed, tensors, needed, self._parameters[rank])
-        parts = self._parts if call.kind is Kind.SYNCHRONOUS else 1
+        parts = self._parts if call.kind is Kind.SYNCHRONOUS and not banded else 1
         times, structure = flatten(timestep)
         places = itertools.count(len(sent))
         sent += [copied(leaf) for leaf in times if isinstance(leaf, torch.Tensor)]
@@ -137,9 +138,10 @@ class Stream:
             why=course.why(call),
             computes=computes,
             ahead=call.kind is Kind.AHEAD,
+            banded=banded,
             parts=parts,
             compression="none" if call.kind is Kind.SYNCHRONOUS else plan.compression,
-            timed=parts == 1 and course.timed(call),
+            timed=parts == 1 and not banded and course.timed(call),
             checked=self._run.checked,
             targets=call.targets,
             reads=call.reads[rank] if computes else None,

@@ -120,8 +120,10 @@ class Placement(Mapping[str, int]):
         parts = plan.microbatches if self.pipelines else 1
         first, again = self._times()
         slowest = max(map(sum, zip(first, again, strict=True)))
-        together = (sum(first) + (parts - 1) * slowest) / parts
-        return (synchronous * together + batches * slowest + self._lag(batches, first, again)) / plan.branches / plan.bands
+        together = (sum(first) + (parts - 1) * slowest) / parts if plan.bands == 1 else sum(first) / plan.bands
+        if plan.segments == 1:
+            slowest /= plan.bands
+        return (synchronous * together + batches * slowest + self._lag(batches, first, again)) / plan.branches
 
     def _times(self) -> tuple[list[float], list[float]]:
         """Sum up the blocks that each segment alone computes, and those that it computes again; in the unit of :meth:`cost`."""
@@ -173,6 +175,8 @@ class Placement(Mapping[str, int]):
 
     def weight_bytes(self, segment: int) -> int:
         """Bytes of the weights that one rank of ``segment`` holds, those that every rank holds included."""
+        if self.plan.bands > 1:
+            return self.graph.glue_bytes + sum(block.weight_bytes for block in self.graph.blocks)
         return self.graph.glue_bytes + sum(self.graph.blocks[i].weight_bytes for i in self.owned(segment))
 
     def received_bytes(self, segment: int) -> int:

@@ -44,9 +44,10 @@ class Plan:
             at the same time there, too (GPipe, arXiv 1811.06965). The result is the model's for each part by itself: bit by bit
             that for the whole batch only with 1.
         compression: of the values that cross in asynchronous calls: none, half or int8; see :mod:`.compression`.
-        bands: R, ranks of a branch that compute each call together, each of them a part of the picture's tokens or rows with the
-            whole network's weights; see :mod:`.bands`. With one segment. Nothing is stale: the result is the model's up to
-            rounding, at any number of steps and with any sampler.
+        bands: R, ranks of a branch that compute a call together, each of them a part of the picture's tokens or rows; see
+            :mod:`.bands`. Every rank then has the whole network's weights. With one segment these are all calls: nothing is
+            stale, and the result is the model's up to rounding, at any number of steps and with any sampler. With more segments
+            they are the synchronous calls, of all ranks of the branch.
     """
 
     segments: int = 2
@@ -80,8 +81,11 @@ class Plan:
                 raise PlanError(f"{name}={value} is out of range: choose {low} " + ("or more" if high is None else f"to {high}"))
         if self.segments == 1 and self.stride > 1:
             raise PlanError(f"stride={self.stride} with segments=1: take 2 segments or more, or stride 1")
-        if self.segments > 1 and self.bands > 1:
-            raise PlanError(f"bands={self.bands} with segments={self.segments}: take segments=1, or bands=1")
+        if self.segments > 1 and self.bands not in (1, self.segments + self.stride - 1):
+            raise PlanError(
+                f"bands={self.bands} with segments={self.segments} and stride={self.stride}: all ranks of a branch share a "
+                f"synchronous call: choose {self.segments + self.stride - 1}, or 1"
+            )
         if self.compression not in COMPRESSIONS:
             raise PlanError(f"compression={self.compression!r}: choose one of {', '.join(COMPRESSIONS)}")
         for name in ("time_shift", "fresh_skips"):

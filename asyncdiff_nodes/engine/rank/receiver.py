@@ -55,7 +55,8 @@ class Receiver:
 
     def _sent_in(self, message: CallMessage) -> Iterator[tuple[str, int]]:
         """Yield the blocks whose values are sent in this call, and the ranks that send them."""
-        return ((name, sender) for name, sender in self._share.sources.items() if sender < len(message.targets))
+        sources = {} if message.banded else self._share.sources
+        return ((name, sender) for name, sender in sources.items() if sender < len(message.targets))
 
     def _arrival(self, name: str, sender: int, part: Pass) -> Arrival:
         """Begin to receive the tensors of one value."""

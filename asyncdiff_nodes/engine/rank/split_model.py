@@ -48,6 +48,7 @@ class SplitModel:
         self._streams: dict[Hashable, StreamState] = {}
         self._placeholders: dict[TensorMeta, torch.Tensor] = {}
         self._running: Pass | None = None
+        self._foreign: dict[str, nn.Module] = {}  # blocks that are stubs in calls that are not in bands
         self._carriers: Mapping[str, int] = share.hidden.carriers if share.hidden else {}
         self._watch = Stopwatch(device)
         self._receiver = Receiver(share, transport, self._watch)
@@ -56,8 +57,10 @@ class SplitModel:
         self._bands = BandMode(self._exchange, boot.banded)
         for name in share.blocks:
             block = module.get_submodule(name)
-            if name not in share.owned:
+            if name not in share.owned and share.bands == 1:
                 make_stub(block, partial(self._handed_back, name))
+            elif name not in share.owned:
+                self._foreign[name] = block
             elif name in share.sinks:
                 block.register_forward_hook(partial(self._send, name))
         if share.hidden is not None:
@@ -142,7 +145,7 @@ class SplitModel:
         """
         stream = self._streams[message.stream]
         start, sent = self._watch.mark(), self._transport.bytes_sent
-        self._transport.begin_call(message.synchronous or stream.bands is not None)
+        self._transport.begin_call(message.synchronous or message.banded)
         self._exchange.waits = []
         passes = self._receiver.expect(stream, message, [items for items, _ in parts])
         output: tuple[list[torch.Tensor], Any] | None = None
@@ -183,11 +186,14 @@ class SplitModel:
             What :meth:`call` does; marks of when each block began and ended, if they were to be timed; the blocks that NaN or
             infinity come from, if these were to be looked for.
         """
-        own, outputs, bands = self._share.owned, [], passes[0].stream.bands
+        own, outputs = self._share.owned, []
+        bands = passes[0].stream.bands if message.banded else None
         with contextlib.ExitStack() as stack:
             blocks = stack.enter_context(block_marks(self._module, own, self._watch)) if message.timed else {}
             not_finite = stack.enter_context(origins(self._module, own)) if message.checked else []
-            if bands is not None:
+            if bands is None:
+                stack.enter_context(self._stubs())
+            else:
                 stack.enter_context(self._bands.scoped(self._module, bands))
             for part, (args, kwargs) in zip(passes, arguments, strict=True):
                 self._running = part
@@ -201,6 +207,20 @@ class SplitModel:
             passes[0].stream.settle()
         result = None if message.result is None else (concatenated([leaves for leaves, _ in outputs]), outputs[0][1])
         return result, blocks, not_finite
+
+    @contextlib.contextmanager
+    def _stubs(self) -> Iterator[None]:
+        """While this lasts, blocks of others are stubs whose weights this rank has as well."""
+        for name, block in self._foreign.items():
+            block.forward = partial(self._stub, name)
+        try:
+            yield
+        finally:
+            for block in self._foreign.values():
+                del block.forward
+
+    def _stub(self, name: str, *_: Any, **__: Any) -> Any:
+        return self._handed_back(name)
 
     def note_drift(self) -> None:
         """Note how much the values of the last call differ from those before; see :meth:`.CallLog.note_drift`."""
@@ -255,6 +275,8 @@ class SplitModel:
     def _send(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
         """Send what an own block has returned to the ranks that read it."""
         running, leaves = self._pass, flatten(output)[0]
+        if running.message.banded:
+            return
         if running.message.changes_cross and name in self._carriers:
             index = self._carriers[name]
             leaves = [*leaves[:index], leaves[index].clone(), *leaves[index + 1 :]]
