@@ -101,6 +101,7 @@ class RoutedDenoiser(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute one call of the denoiser; see the original's ``forward``."""
+        self.group.place(args, kwargs)  # only then its family is known
         timesteps = self._pipe.scheduler.timesteps
         if timesteps is not self._timesteps:
             given = Inputs.take(args, kwargs, self.group.family.timestep).timestep_number()
@@ -174,7 +175,7 @@ def accelerate(
     """Route ``pipe.unet`` or ``pipe.transformer`` to a worker group within the ``with`` block.
 
     Args:
-        pipe: a diffusers pipeline with a denoiser of a supported family and a ``scheduler``.
+        pipe: a diffusers pipeline with a denoiser that can be split and a ``scheduler``.
         plan, devices, options: as for :class:`~asyncdiff_nodes.engine.WorkerGroup`.
 
     Raises:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -300,7 +301,7 @@ def test_bench_measures_and_projects(tmp_path):
 @pytest.mark.slow
 def test_bench_runs_its_suite(tmp_path, monkeypatch, capsys):
     """With the demo model in place of the others, and fewer steps."""
-    monkeypatch.setattr("asyncdiff_nodes.cli.commands.bench.measure_link", lambda devices: Link(1e-3, 1e9))
+    monkeypatch.setattr("asyncdiff_nodes.cli.commands.bench.try_link", lambda devices: SimpleNamespace(link=Link(1e-3, 1e9)))
     monkeypatch.setattr("asyncdiff_nodes.cli.commands.bench.measure_round_trip", lambda devices: 5e-3)
     subjects = [replace(s, model="demo", size=32, steps=min(s.steps, 7)) for s in suite()]
     monkeypatch.setattr(

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 import torch.multiprocessing as mp
 
-from asyncdiff_nodes.engine import WorkerError, accelerator, block_seconds, find_family, meta_copy, trace
+from asyncdiff_nodes.engine import WorkerError, accelerator, block_seconds, family_of, meta_copy, trace
 
 from .zoo import Model
 
@@ -88,9 +88,10 @@ def _serve(
         marks.append(time.perf_counter())
 
     hooks = unet.register_forward_pre_hook(mark), unet.register_forward_hook(mark)
-    profiles = {}
+    profiles, skeleton = {}, meta_copy(unet)
+    family = family_of(skeleton, *inputs[1])
     for branches, (args, kwargs) in inputs.items():
-        graph = trace(meta_copy(unet), find_family(unet), args, kwargs)
+        graph = trace(skeleton, family, args, kwargs)
         marks.clear()
         blocks = block_seconds(unet, graph, args, kwargs, repeats)
         whole = [end - begin for begin, end in zip(marks[2::2], marks[3::2], strict=True)]  # the first call pays for memory

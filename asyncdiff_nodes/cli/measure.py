@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from asyncdiff_nodes.engine import Plan, RankOptions, WorkerGroup, find_family, place, trace
+from asyncdiff_nodes.engine import Plan, RankOptions, WorkerGroup, family_of, place, trace
 from asyncdiff_nodes.engine.inputs import Inputs
 from asyncdiff_nodes.engine.planning.clock import simulate, step_seconds
 from asyncdiff_nodes.engine.planning.run_times import Costs, Link
@@ -63,7 +63,7 @@ class Bench:
     def __init__(self, setting: Setting, model: Model, inputs: Any, copies: list[Baseline], costs: Mapping[int, Costs]) -> None:
         self._setting, self._model, self._inputs, self._copies, self._costs = setting, model, inputs, copies, costs
         skeleton = model.skeleton(setting.dtype)
-        self._family = find_family(skeleton)
+        self._family = family_of(skeleton, *inputs)
         self._graphs = {n: trace(skeleton, self._family, *self._family.parts(*inputs, n)[0]) for n in costs}
 
     def projected(self, plan: Plan) -> dict[str, Any]:

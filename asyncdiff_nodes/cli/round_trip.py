@@ -10,6 +10,7 @@ import torch
 
 from asyncdiff_nodes.engine import Plan, RankOptions, WorkerGroup
 
+from .example_calls import example_call
 from .zoo import find_model
 
 
@@ -23,8 +24,7 @@ def measure_round_trip(devices: Sequence[str]) -> float:
     plan = Plan(forecast=0)
     weights, ranks = model.random_weights(torch.float32), RankOptions(threads_per_rank=1)
     with WorkerGroup(skeleton, plan, devices, weights=weights, ranks=ranks) as group:
-        args, kwargs = group.family.example_inputs(skeleton, 40, 2)
-        args, kwargs = torch.utils._pytree.tree_map(_zeros, (args, kwargs))
+        args, kwargs = torch.utils._pytree.tree_map(_zeros, example_call(skeleton, 40))
         for _ in range(calls):
             group(*args, **kwargs)
         last = [record for record in group.stats().records if record.rank == 1]

@@ -15,8 +15,9 @@ from asyncdiff_nodes.demo import DemoPipeline
 from asyncdiff_nodes.demo.features import features, kernel_distance, training_features
 from asyncdiff_nodes.demo.pipeline import WEIGHTS
 from asyncdiff_nodes.diffusers import SCHEDULERS, RoutedDenoiser, denoiser_of, is_flow, make_scheduler, noise_levels
-from asyncdiff_nodes.engine import BlockGraph, NoiseLevels, PlanError, Simulator, find_family, meta_copy, trace
+from asyncdiff_nodes.engine import BlockGraph, NoiseLevels, PlanError, Simulator, family_of, meta_copy, trace
 
+from .example_calls import CLASSES, example_call
 from .zoo import PUBLISHED_CUTS
 
 HELP = "demo, demo-transformer, or a diffusers folder"
@@ -76,8 +77,9 @@ def find_subject(name: str) -> Subject:
 
 def graph_of(denoiser: nn.Module) -> BlockGraph:
     """For inputs of the model's own size, batch 2."""
-    family, skeleton = find_family(denoiser), meta_copy(denoiser)
-    return trace(skeleton, family, *family.example_inputs(skeleton, None, 2))
+    skeleton = meta_copy(denoiser)
+    call = example_call(skeleton)
+    return trace(skeleton, family_of(skeleton, *call), *call)
 
 
 class _Demo:
@@ -141,7 +143,8 @@ class _Folder:
             self.denoiser = getattr(pipe, denoiser_of(pipe))
         except TypeError as error:
             raise ValueError(f"--model {folder}: {error}") from None
-        find_family(self.denoiser)  # here, so that an unsupported one is refused before anything is drawn
+        if (kind := type(self.denoiser).__name__) not in CLASSES:
+            raise ValueError(f"--model {folder}: its denoiser is a {kind}, not one of {', '.join(CLASSES)}")
 
     def prompts(self, count: int) -> list[str]:
         return [_PROMPTS[index % len(_PROMPTS)] for index in range(count)]

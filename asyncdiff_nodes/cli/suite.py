@@ -10,10 +10,11 @@ from typing import Any
 import psutil
 import torch
 
-from asyncdiff_nodes.engine import DeviceError, Plan, find_family
+from asyncdiff_nodes.engine import DeviceError, Plan, family_of
 from asyncdiff_nodes.engine.planning.run_times import Costs
 
 from .baseline import Baseline
+from .example_calls import example_call
 from .machine import cores
 from .measure import Bench, Setting
 from .zoo import Model, find_model
@@ -60,7 +61,7 @@ class Results:
         held = max(plan.branches for plan in (*subject.plans, *subject.runs)) if measured else 0
         _check_memory(model, setting.dtype, copies_on, held)
         inputs = _inputs(model, model.latent_size(subject.size), setting.batch, setting.dtype)
-        parts = find_family(model.skeleton(setting.dtype)).parts
+        parts = family_of(model.skeleton(setting.dtype), *inputs).parts
         branches = {1} | {plan.branches for plan in (*subject.plans, *subject.runs)}
         by_branches = {n: parts(*inputs, n)[0] for n in sorted(branches)}
         threads = subject.threads or setting.threads
@@ -118,7 +119,6 @@ def suite() -> tuple[Subject, ...]:
 
 def _inputs(model: Model, size: int, batch: int, dtype: torch.dtype) -> Any:
     """``(args, kwargs)`` of one call on the CPU: noise in the layout of ``size`` latent pixels a side."""
-    skeleton = model.skeleton(dtype)
     generator = torch.Generator().manual_seed(0)
 
     def real(leaf: Any) -> Any:
@@ -128,7 +128,7 @@ def _inputs(model: Model, size: int, batch: int, dtype: torch.dtype) -> Any:
             return torch.zeros(leaf.shape, dtype=leaf.dtype)
         return torch.randn(leaf.shape, generator=generator).to(leaf.dtype)
 
-    return torch.utils._pytree.tree_map(real, find_family(skeleton).example_inputs(skeleton, size, batch))
+    return torch.utils._pytree.tree_map(real, example_call(model.skeleton(dtype), size, batch))
 
 
 def _check_memory(model: Model, dtype: torch.dtype, copies: Sequence[str], more: int) -> None:

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from asyncdiff_nodes.engine.tensors import meta_copy, tensors_of
-from asyncdiff_nodes.models import FAMILIES
+
+from .example_calls import CLASSES
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
 
 _UNET = "UNet2DConditionModel"
-_SUPPORTED = sorted(name.removeprefix("diffusers.") for name in FAMILIES if name.startswith("diffusers."))
 _SDXL_DOWN = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
 _CONFIGS: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -157,8 +157,8 @@ def find_model(name: str) -> Model:
     for path in (folder / "unet" / "config.json", folder / "transformer" / "config.json", folder / "config.json"):
         if path.is_file():
             config = json.loads(path.read_text(encoding="utf-8"))
-            if (kind := config.get("_class_name", _UNET)) not in _SUPPORTED:
-                raise ValueError(f"--model {name}: {path} is a {kind}, not one of {', '.join(_SUPPORTED)}")
+            if (kind := config.get("_class_name", _UNET)) not in CLASSES:
+                raise ValueError(f"--model {name}: {path} is a {kind}, not one of {', '.join(CLASSES)}")
             return Model(name, config, pixels_per_latent=2 if name in DEMOS else _vae_scale(folder))
     raise FileNotFoundError(f"--model {name}: neither one of {', '.join(NAMES)} nor a diffusers folder with unet/config.json")
 

@@ -1,4 +1,4 @@
-"""The engine: any model with a block list, split over a process group. Needs torch and the standard library only.
+"""The engine: any model, split over a process group. Needs torch and the standard library only.
 
 >>> plan = Plan(segments=2, stride=1, warmup=1)
 >>> with WorkerGroup(unet, plan, devices=["cuda:0", "cuda:1"]) as group:
@@ -10,6 +10,7 @@ from asyncdiff_nodes.engine.parent.group import WorkerGroup
 from asyncdiff_nodes.engine.parent.rank_options import RankOptions
 from asyncdiff_nodes.engine.parent.worker_processes import IdleWorkers
 from asyncdiff_nodes.engine.planning.balance import BlockTimes, better, pause, slowest
+from asyncdiff_nodes.engine.planning.discovery import family_of
 from asyncdiff_nodes.engine.planning.family import Family, find_family
 from asyncdiff_nodes.engine.planning.graph import Block, BlockGraph
 from asyncdiff_nodes.engine.planning.lookahead import NoiseLevels
@@ -69,6 +70,7 @@ __all__ = [
     "better",
     "block_seconds",
     "call_at",
+    "family_of",
     "find_family",
     "meta_copy",
     "pause",

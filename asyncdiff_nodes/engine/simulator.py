@@ -105,13 +105,16 @@ class Simulator:
         self._simulated: SimulatedBlocks | None = None
         example_inputs = example_inputs or example_of(self._family, module)
         if example_inputs is not None:
-            self._place(*example_inputs)
+            self.place(*example_inputs)
         self._run_plan = plan
         self._timesteps: list[float] | None = None
         self._levels: NoiseLevels | None = None
         self._streams: dict[tuple[int, Hashable], _Stream] = {}
 
-    def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Place the blocks as for a call with these arguments; nothing if that is done. See ``WorkerGroup.place``."""
+        if self._simulated is not None:
+            return
         skeleton = meta_copy(self._module)
         if self._family is None:
             self._family, _ = discover(skeleton, args, kwargs)
@@ -152,8 +155,7 @@ class Simulator:
     @torch.no_grad()
     def __call__(self, *args: Any, stream: Hashable = None, **kwargs: Any) -> Any:
         """Compute one call; see ``WorkerGroup.__call__``."""
-        if self._simulated is None:
-            self._place(args, kwargs)
+        self.place(args, kwargs)
         parts = self.family.parts(args, kwargs, self.plan.branches)
         results = [self._call((branch, stream), *part) for branch, part in enumerate(parts)]
         leaves, (structure, *_) = zip(*map(flatten, results), strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -108,13 +108,16 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_buffers(remove_duplicate=False)
 
 
-def meta_copy(module: nn.Module) -> nn.Module:
+def meta_copy(module: nn.Module, hollow: Iterable[nn.Module] = ()) -> nn.Module:
     """Copy ``module`` with its parameters and buffers on the meta device; no weight is copied on the way.
+
+    Args:
+        hollow: modules within it whose copies have no weights and no children.
 
     Raises:
         UnsupportedModelError: the module tree holds tensors in other places, or cannot be copied.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(members): {} for each in hollow for members in (each._parameters, each._buffers, each._modules)}
     for _, tensor in tensors_of(module):
         shape_only = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(shape_only, requires_grad=False) if isinstance(tensor, nn.Parameter) else shape_only

@@ -1,13 +1,20 @@
 """Run the tests that show what is routed of each model family, the slow ones too, and write docs/data/coverage.json.
 
 python tools/measure/coverage.py [FILE]
+python tools/measure/coverage.py --host FOLDER [FILE]
+
+With --host, only one exact sampling on two ranks of each network that another ComfyUI has, in docs/data/coverage_hosts.json; what
+this has of other versions stays. Its Python is that in FOLDER, or in $COMFYUI_PYTHON.
 
 Then python tools/measure/tables.py for the page that shows it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -18,6 +25,8 @@ from typing import Any
 from asyncdiff_nodes.cli.report import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "docs" / "data"
+HOST, NETWORKS = "tests/host/run.py", "tests/host/routing/test_any_network.py"
 WHAT = ("exact", "async", "lora", "controlnet", "inpaint", "sharded")
 # family -> the tests' names of its kinds; those that people use most come first
 FAMILIES = {
@@ -92,11 +101,13 @@ FAMILIES = {
 }
 
 
-def covered(command: list[str]) -> list[dict[str, Any]]:
+def covered(command: list[str], **environment: str) -> list[dict[str, Any]]:
     """What the tests that ``command`` runs say that they cover."""
+    environment = {**os.environ, **environment}
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "covered.json"
-        subprocess.run([sys.executable, *command, "-m", "covers", "--covered", str(found)], cwd=ROOT, check=False)
+        command = [sys.executable, *command, "-m", "covers", "--covered", str(found)]
+        subprocess.run(command, cwd=ROOT, env=environment, check=False)
         return json.loads(found.read_text(encoding="utf-8"))
 
 
@@ -118,15 +129,43 @@ def rows_of(backend: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-if __name__ == "__main__":
-    path = sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "docs" / "data" / "coverage.json")
-    any_network, host = "tests/host/routing/test_any_network.py", "tests/host/run.py"
+def everything(file: Path) -> None:
+    """Write what all tests show to ``file``."""
     commands = [
-        [host, any_network],
-        [host, "tests/host", "--ignore", any_network],
+        [HOST, NETWORKS],
+        [HOST, "tests/host", "--ignore", NETWORKS],
         ["-m", "pytest", "tests/engine", "tests/test_diffusers.py"],
     ]
     with ThreadPoolExecutor(2) as two:  # at a time
         networks, others, engine = two.map(covered, commands)
     rows = [*rows_of("comfyui", [*networks, *others]), *rows_of("diffusers", engine)]
-    write_json(path, {"rows": rows}, "python tools/measure/coverage.py")
+    write_json(str(file), {"rows": rows}, "python tools/measure/coverage.py")
+
+
+def on_host(comfyui: Path, file: Path) -> None:
+    """Write what each network of this ComfyUI shows to ``file``, in place of what it has of this version."""
+    version = runpy.run_path(str(comfyui / "comfyui_version.py"))["__version__"]
+    found = covered([HOST, NETWORKS, "-k", "test_exact and -2] or refused"], COMFYUI_PATH=str(comfyui))
+    before = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    rows = [
+        *(row for row in before if row["comfyui"] != version),
+        *({"comfyui": version, **row} for row in rows_of("comfyui", found)),
+    ]
+    rows.sort(key=lambda row: [int(part) for part in row["comfyui"].split(".")], reverse=True)
+    write_json(str(file), {"rows": rows}, "python tools/measure/coverage.py --host FOLDER")
+
+
+def main() -> None:
+    """Run the tests that are asked for."""
+    parser = argparse.ArgumentParser(description="Find out what is routed of each model family.")
+    parser.add_argument("--host", metavar="FOLDER", type=Path)
+    parser.add_argument("file", nargs="?", type=Path)
+    given = parser.parse_args()
+    if given.host is None:
+        everything(given.file or DATA / "coverage.json")
+    else:
+        on_host(given.host.expanduser().resolve(), given.file or DATA / "coverage_hosts.json")
+
+
+if __name__ == "__main__":
+    main()

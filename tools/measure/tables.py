@@ -217,6 +217,20 @@ def coverage(name: str) -> str:
     return "\n".join(lines)
 
 
+def hosts(name: str) -> str:
+    """How many networks of each ComfyUI are split."""
+    lines = ["| ComfyUI | networks | exact on two ranks | fall back | cases |", "|---|---:|---:|---:|---:|"]
+    for version, rows in itertools.groupby(rows_of(name), key=lambda row: row["comfyui"]):
+        rows = list(rows)
+        networks = {network for row in rows for network in row["class"]}
+        fall_back = {network for row in rows if row["reason"] for network in row["class"]}
+        failed = {network for row in rows if not row["exact"] for network in row["class"]} - fall_back
+        cases = sum(len(row["tests"].get("exact", ())) for row in rows) + len(fall_back)
+        exact = len(networks - fall_back - failed)
+        lines.append(f"| {version} | {len(networks)} | {exact} | {len(fall_back)} | {cases} |")
+    return "\n".join(lines)
+
+
 def true_size(name: str) -> str:
     """Of the networks that people use most, at their true size."""
     lines = [
@@ -316,6 +330,7 @@ TABLES = {
     "sets": sets,
     "speed": speed,
     "coverage": coverage,
+    "hosts": hosts,
     "plans": plans,
     "true_size": true_size,
     "control_nets": control_nets,

@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from asyncdiff_nodes.cli.arguments import positive
+from asyncdiff_nodes.cli.example_calls import example_call
 from asyncdiff_nodes.cli.placements import describe
 from asyncdiff_nodes.cli.tables import console
 from asyncdiff_nodes.cli.zoo import NAMES, PUBLISHED_CUTS, find_model
-from asyncdiff_nodes.engine import Plan, PlanError, find_family, place, trace
+from asyncdiff_nodes.engine import Plan, PlanError, family_of, place, trace
 from asyncdiff_nodes.engine.compression import COMPRESSIONS
 
 
@@ -37,13 +38,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Print the table; returns the same numbers."""
     model = find_model(arguments.model)
     skeleton = model.skeleton(torch.float16)
-    family = find_family(skeleton)
     cuts = tuple(c.strip() for c in arguments.cuts.split(",")) if arguments.cuts else None
     names = ("segments", "stride", "forecast", "fresh_skips", "branches", "compression")
     knobs = {name: getattr(arguments, name) for name in names}
     plan = Plan(cuts=cuts, **knobs)
-    inputs = family.example_inputs(skeleton, model.latent_size(arguments.size), 2)
-    graph = trace(skeleton, family, *family.parts(*inputs, plan.branches)[0])
+    call = example_call(skeleton, model.latent_size(arguments.size))
+    family = family_of(skeleton, *call)
+    graph = trace(skeleton, family, *family.parts(*call, plan.branches)[0])
     speeds = _speeds(arguments.speeds, plan)
     placement = place(graph, plan, speeds)
     result = describe(placement, speeds)

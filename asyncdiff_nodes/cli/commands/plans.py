@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from asyncdiff_nodes.cli.example_calls import example_call
 from asyncdiff_nodes.cli.placements import describe
 from asyncdiff_nodes.cli.tables import MIB, console
 from asyncdiff_nodes.cli.zoo import DEMOS, NAMES, find_model
-from asyncdiff_nodes.engine import Plan, find_family, place, trace
+from asyncdiff_nodes.engine import Plan, family_of, place, trace
 from asyncdiff_nodes.engine.batch import sample_of
 
 DEVICES = (2, 3, 4)
@@ -28,8 +29,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         if name in DEMOS:
             continue
         skeleton = find_model(name).skeleton(torch.float16)
-        family = find_family(skeleton)
-        args, kwargs = family.example_inputs(skeleton, None, 2)
+        args, kwargs = example_call(skeleton)
+        family = family_of(skeleton, args, kwargs)
         graph = trace(skeleton, family, args, kwargs)
         for devices in DEVICES:
             placed = describe(place(graph, Plan(segments=devices)))

@@ -59,8 +59,8 @@ class WorkerGroup:
     """``module`` split over worker processes as ``plan`` says; call it with the arguments of ``module.forward``.
 
     Args:
-        module: the model, in evaluation mode, on any device. It is not changed, and its weights may be freed afterwards.
-            If ``weights`` are given, only its structure counts, and it may be on the meta device.
+        module: the model, in evaluation mode, on any device. It is not changed, and its weights may be freed once blocks are
+            placed. If ``weights`` are given, only its structure counts, and it may be on the meta device.
         plan: how to split; ``Plan()`` is two segments at automatic cuts.
         devices: one device string per rank, ``plan.world_size`` of them, one branch after the other; a device may be named
             repeatedly. Those of a Ray cluster are named as in :mod:`asyncdiff_nodes.cluster`.

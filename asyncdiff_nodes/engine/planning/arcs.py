@@ -53,6 +53,10 @@ class Arcs:
         """
         return sum(producer < first for producer in self._largest) + bool(self._hidden and self._hidden[0] < first)
 
+    def stale(self, first: int) -> bool:
+        """Whether the result does not depend on the current input, if the first cut is at block ``first``."""
+        return first == 0 and not (self.ahead and self._hidden and self._hidden[0] < first)
+
     def again(self, first: int) -> list[int]:
         """Find for each block those before the first cut at ``first`` that its segment must compute again: a bit for each."""
         again = [0] * self.count

@@ -17,7 +17,7 @@ from asyncdiff_nodes.engine.tensors import meta_copy
 from asyncdiff_nodes.engine.trees import flatten
 
 from .choice import Chosen, choose, following
-from .family import Family, Findings
+from .family import Family, Findings, listed_family
 from .graph import BlockGraph
 from .hidden import find_hidden
 from .meta_kernels import operands
@@ -74,6 +74,15 @@ def discover(
     with tracing():
         family, graph = _Discovery(skeleton, args, kwargs, entry, prepare, avoid).family(places)
     return replace(family, tracing=tracing), graph
+
+
+def family_of(skeleton: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Family:
+    """Return the family that lists the class of ``skeleton``, which is on meta; or what :func:`discover` finds for this call.
+
+    Raises:
+        UnsupportedModelError: none lists it, and it cannot be split.
+    """
+    return listed_family(skeleton) or discover(skeleton, args, kwargs)[0]
 
 
 class _Discovery:

@@ -13,9 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
-from torch.utils.weak import WeakIdKeyDictionary
 
-from .meta_kernels import operands, run
+from .meta_kernels import MetaKernels, operands
 
 _SMALL = 2**14  # elements of a value that is kept
 _aten = torch.ops.aten
@@ -42,10 +41,12 @@ class KnownValues(TorchDispatchMode):
 
     def __init__(self, known: Mapping[torch.Tensor, torch.Tensor]) -> None:
         super().__init__()
-        self._values = WeakIdKeyDictionary()
+        # id of a tensor on meta -> that tensor, so that no other takes its identity; the address of its memory; its values
+        self._values: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._kernels = MetaKernels()
         for meta, real in known.items():
             if real.numel() <= _SMALL:
-                self._values[meta] = real.detach().to("cpu", copy=True)
+                self.keep(meta, real.detach().to("cpu", copy=True))
         self.decisive: list[torch.Tensor] = []
         self.listener: Callable[[Any, Any, Any, Any], None] | None = None
         self._functions = _Functions(self)
@@ -61,15 +62,15 @@ class KnownValues(TorchDispatchMode):
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return the values of ``tensor``, which is on meta; None if they are not known."""
-        value: torch.Tensor | None = self._values.get(tensor)
-        if value is not None:
-            self.decisive.append(tensor)
-        return value
+        if id(tensor) not in self._values:
+            return None
+        self.decisive.append(tensor)
+        return self._values[id(tensor)][2]
 
     def keep(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         """Note the values of ``tensor``, which is on meta."""
         if value.numel() <= _SMALL:
-            self._values[tensor] = value
+            self._values[id(tensor)] = tensor, _address(tensor), value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -88,13 +89,13 @@ class KnownValues(TorchDispatchMode):
         metas = [tensor for tensor in tensors if tensor.is_meta]
         if not metas and str(kwargs.get("device", "")) != "meta":
             return func(*args, **kwargs)
-        if all(tensor in self._values for tensor in metas) and self._is_small(func, args, tensors):
+        if all(id(tensor) in self._values for tensor in metas) and self._is_small(func, args, tensors):
             return self._computed(func, args, kwargs)
         if func in _SELECTS:
             args = (args[0], self._places(args[1]), *args[2:])
         if func._schema.is_mutable and metas:
             self._forget(args[0])
-        return run(func, args, kwargs)
+        return self._kernels.run(func, args, kwargs)
 
     @staticmethod
     def _is_small(func: Any, args: Any, tensors: list[torch.Tensor]) -> bool:
@@ -142,14 +143,19 @@ class KnownValues(TorchDispatchMode):
 
     def _forget(self, tensor: torch.Tensor) -> None:
         """Forget the values in the memory of ``tensor``: unknown ones are written there."""
-        address = tensor.untyped_storage()._cdata
-        for other in [other for other in self._values if other.untyped_storage()._cdata == address]:
-            del self._values[other]
+        address = _address(tensor)
+        for key in [key for key, (_, held_at, _) in self._values.items() if held_at == address]:
+            del self._values[key]
 
     def _real(self, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor) and leaf.is_meta:
-            return self._values[leaf]
+            return self._values[id(leaf)][2]
         return torch.device("cpu") if isinstance(leaf, torch.device) and leaf.type == "meta" else leaf
+
+
+def _address(tensor: torch.Tensor) -> int:
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 class _Functions(TorchFunctionMode):

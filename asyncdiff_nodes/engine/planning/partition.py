@@ -4,7 +4,7 @@ A segment is an arc of the circle. Where segments work ahead, the circle is open
 wherever the first cut, and another segment that reads blocks before that cut computes them, and what they are made of, again.
 
 Time comes first: the slowest segment is within :data:`TIME_TOLERANCE` of the best possible. Among these cuts the one that sends
-the fewest bytes wins, then the one whose result depends on the current input (wrapped), then the fastest. All three are sums or
+the fewest bytes wins, then the one whose result depends on the current input, then the fastest. All three are sums or
 maxima over segments, so dynamic programming over the circle finds the exact optimum. With fresh skips, as many of the largest
 skip values as :data:`FRESH_SLACK` allows come before the first cut, where whoever reads them computes them itself; that is
 decided first. What a transformer's hidden states are made of is taken for such a skip; even without fresh skips it comes before
@@ -57,7 +57,7 @@ def best_starts(arcs: Arcs, speeds: Sequence[float], copies_of_last: int, fresh:
     for first in times:
         cuts = _fewest_bytes(_Segments(arcs, speeds, first), limit, copies_of_last)
         if cuts is not None:
-            candidate = ((cuts.sent, first == 0, cuts.slowest), cuts.starts)
+            candidate = ((cuts.sent, arcs.stale(first), cuts.slowest), cuts.starts)
             best = candidate if best is None else min(best, candidate)
     assert best is not None  # the placement that set the limit is always found
     return best[1]

@@ -71,8 +71,8 @@ class Placement(Mapping[str, int]):
 
     @property
     def wrapped(self) -> bool:
-        """Whether the last segment also computes the first blocks, so that the result depends on this call's input."""
-        return 0 in self.owned(self.plan.segments - 1)
+        """Whether the last segment computes the first blocks or hidden states, too: the result depends on this call's input."""
+        return 0 in self.owned(self.plan.segments - 1) or self.hidden is not None
 
     def owned(self, segment: int) -> tuple[int, ...]:
         """Indices of the blocks that ``segment`` computes, in execution order.

@@ -162,7 +162,7 @@ def stub_fault(module: nn.Module, chosen: Chosen, run: Any) -> tuple[str | None,
     Returns:
         None if it runs; else the block that is looked into, if it is known, and the error.
     """
-    stubs = meta_copy(module)
+    stubs = meta_copy(module, [module.get_submodule(call.name) for call in chosen.calls])  # most of it is in blocks
     for call in chosen.calls:
         leaves, structure = flatten(call.output)
         make_stub(stubs.get_submodule(call.name), _handing_back(leaves, structure))

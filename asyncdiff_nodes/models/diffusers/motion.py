@@ -9,8 +9,7 @@ import torch
 from asyncdiff_nodes.engine.batch import Arguments
 from asyncdiff_nodes.engine.batch import divide as divide_batch
 from asyncdiff_nodes.engine.planning.family import Family
-from asyncdiff_nodes.models.network import Network
-from asyncdiff_nodes.models.stack import meta
+from asyncdiff_nodes.models.network import Network, meta
 
 from .unet2d import block_names
 

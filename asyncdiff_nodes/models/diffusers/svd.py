@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from asyncdiff_nodes.engine.planning.family import Family
-from asyncdiff_nodes.models.network import Network
-from asyncdiff_nodes.models.stack import meta
+from asyncdiff_nodes.models.network import Network, meta
 
 from .unet2d import block_names
 

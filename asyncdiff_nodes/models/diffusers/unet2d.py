@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from asyncdiff_nodes.engine.planning.family import Family
-from asyncdiff_nodes.models.network import Network
+from asyncdiff_nodes.models.network import Network, meta
 
 _LAYER_LISTS = ("resnets", "attentions", "motion_modules", "downsamplers", "upsamplers")
 DEEP = 3  # transformer layers from which a block is too large to be placed as a whole; SDXL's have up to ten
@@ -44,21 +44,18 @@ def example_inputs(unet: Network, size: int | None = None, batch: int = 2) -> tu
     config, dtype = unet.config, next(unet.parameters()).dtype
     size = size or config.sample_size
 
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     height, width = (size, size) if isinstance(size, int) else size
     context = config.encoder_hid_dim or config.cross_attention_dim
     kwargs: dict[str, Any] = {
-        "encoder_hidden_states": empty(batch, 77, context if isinstance(context, int) else context[0]),
+        "encoder_hidden_states": meta(batch, 77, context if isinstance(context, int) else context[0], dtype=dtype),
         "return_dict": False,
     }
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        kwargs["added_cond_kwargs"] = {"text_embeds": empty(batch, pooled), "time_ids": empty(batch, 6)}
+        kwargs["added_cond_kwargs"] = {"text_embeds": meta(batch, pooled, dtype=dtype), "time_ids": meta(batch, 6, dtype=dtype)}
     if config.num_class_embeds is not None:
-        kwargs["class_labels"] = empty(batch, dtype=torch.long)
-    return (empty(batch, config.in_channels, height, width), 0), kwargs
+        kwargs["class_labels"] = meta(batch, dtype=torch.long)
+    return (meta(batch, config.in_channels, height, width, dtype=dtype), 0), kwargs
 
 
 FAMILY = Family("UNet2DConditionModel", block_names, timestep=(1, "timestep"), example_inputs=example_inputs)

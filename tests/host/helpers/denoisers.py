@@ -112,6 +112,8 @@ LARGE = ("minimax_music3", "wan_animate")
 # buffers that a class leaves empty, since it loads them with its weights
 _LOADED = ("pos_embed", "positive_conditioning", "negative_conditioning", "norm.beta")
 _FREQUENCIES = ("rope.inv_freq", "rotary_pos_emb.inv_freq")
+# networks that older hosts call with both prompts at once only
+GUIDED = ("hunyuan3d21",)
 # networks that BaseModel classes hold and no sampler calls
 NO_DENOISERS = {
     "comfy.ldm.rt_detr.rtdetr_v4.RTv4": "detects objects in one call",
@@ -162,10 +164,11 @@ def sampled(
     latent: int | dict = 2,
     denoise: float = 1.0,
     steps: int = 3,
-    cfg: float = 1.0,
+    cfg: float | None = None,
 ) -> torch.Tensor:
     """What KSampler makes, all tensors of a nested latent in one row."""
     prompts = denoiser.conditioning(prompt), denoiser.conditioning(4)
+    cfg = cfg or (2.0 if denoiser.name in GUIDED else 1.0)
     start = denoiser.latent(latent) if isinstance(latent, int) else latent
     found = nodes.KSampler().sample(model, 5, steps, cfg, "euler", "simple", *prompts, start, denoise)[0]
     return torch.cat([tensor.flatten() for tensor in tensors_of(found)])

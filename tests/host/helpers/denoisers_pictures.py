@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import comfy.latent_formats
 import torch
+from comfy.ldm.chroma.model import ChromaParams
+from comfy.ldm.chroma_radiance.model import ChromaRadianceParams
 
 from . import small
+
+
+def _known(params: type, config: dict) -> dict:
+    """What the host's own dataclass has: older ones lack some."""
+    return {name: value for name, value in config.items() if name in params.__dataclass_fields__}
+
 
 _FLUX = small.unet_config("flux")
 _FLUX2 = {
@@ -29,6 +38,7 @@ _RADIANCE = {
     "nerf_depth": 2, "nerf_max_freqs": 8, "nerf_tile_size": 512, "nerf_final_head_type": "conv",
     "nerf_embedder_dtype": torch.float32, "use_x0": False, "use_sequential_txt_ids": False,
 }  # fmt: skip
+_CHROMA, _RADIANCE = _known(ChromaParams, _CHROMA), _known(ChromaRadianceParams, _RADIANCE)
 _LENS = {"num_layers": 5, "num_attention_heads": 2, "axes_dims_rope": (8, 28, 28), "enc_hidden_dim": 16}
 _Z_IMAGE = {**small.unet_config("z_image"), "patch_size": 2}
 _Z_PIXELS = {**_Z_IMAGE, "in_channels": 3, "patch_size": 8, "decoder_in_channels": 192, "decoder_hidden_size": 64}
@@ -73,7 +83,9 @@ _CASCADE_C = {**_CASCADE, "c_hidden": [64, 64], "nhead": [2, 2], "blocks": [[2, 
 _CASCADE_B = {**_CASCADE, "c_hidden": [32, 64, 64, 64], "nhead": [-1, -1, 2, 2], "blocks": [[1, 2, 2, 1], [1, 2, 2, 1]]}
 _AURA = {"max_seq": 64, "dim": 64, "n_layers": 6, "n_double_layers": 2, "n_heads": 2, "global_conddim": 64, "cond_seq_dim": 64}
 _PIXART = {"hidden_size": 64, "num_heads": 2, "depth": 4}
-_LOTUS = {**small.unet_config("sd2_v"), "adm_in_channels": 4}
+_LOTUS = {**small.unet_config("sd2_v"), "adm_in_channels": 4, "num_head_channels": 64}
+# newer hosts make twice the channels, and half the frames, of what they are given
+_REFINED = 32 if "process_in" in vars(comfy.latent_formats.HunyuanImage21Refiner) else 64
 
 
 def _pooled(width: int):
@@ -156,10 +168,12 @@ ROWS = {
                        {**_FLUX, "guidance_embed": False, "vec_in_dim": None, "txt_ids_dims": [1, 2]}, (16, 16, 16), (40, 64)),
     "flux2": ("Flux2", "Flux2", _FLUX2, (128, 8, 8), (40, 64)),
     "flux2_references": ("Flux2", "Flux2", _FLUX2, (128, 8, 8), (40, 64), _with_reference(128, 8, 8)),
-    "chroma": ("Chroma", "Chroma", _CHROMA, (16, 16, 16), (40, 64)),
-    "chroma_radiance": ("ChromaRadiance", "ChromaRadiance", _RADIANCE, (3, 32, 32), (40, 64)),
+    "chroma": ("Chroma", "Chroma", _CHROMA, (16, 16, 16), (40, 64), lambda _: {"pooled_output": None}),
+    "chroma_radiance": ("ChromaRadiance", "ChromaRadiance", _RADIANCE, (3, 32, 32), (40, 64),
+                        lambda _: {"pooled_output": None}),
     "lens": ("Lens", "Lens", _LENS, (128, 8, 8), (40, 64), lambda _: {"attention_mask": (torch.arange(40) < 36).long()[None]}),
-    "lumina2": ("Lumina2", "Lumina2", small.unet_config("lumina2"), (16, 16, 16), (40, 64)),
+    "lumina2": ("Lumina2", "Lumina2", small.unet_config("lumina2"), (16, 16, 16), (40, 64),
+                lambda _: {"attention_mask": torch.ones(1, 40, dtype=torch.long)}),
     "z_image": ("ZImage", "Lumina2", _Z_IMAGE, (16, 16, 16), (40, 64)),
     "z_image_omni": ("ZImage", "Lumina2", {**_Z_IMAGE, "siglip_feat_dim": 48}, (16, 16, 16), (40, 64),
                      lambda draw: {"reference_latents": [draw(1, 16, 16, 16)], "reference_latents_text_embeds": [draw(1, 20, 64)],
@@ -191,7 +205,7 @@ ROWS = {
     "hunyuan_image": ("HunyuanImage21", "HunyuanImage21", _HUNYUAN_IMAGE, (64, 16, 16), (40, 64),
                       lambda draw: {"conditioning_byt5small": draw(1, 12, 1472)}),
     "hunyuan_image_refiner": ("HunyuanImage21Refiner", "HunyuanImage21Refiner", _REFINER, (64, 1, 8, 8), (40, 64),
-                              lambda draw: {"concat_latent_image": draw(1, 32, 1, 8, 8), "noise_augmentation": 0.1}),
+                              lambda draw: {"concat_latent_image": draw(1, _REFINED, 1, 8, 8), "noise_augmentation": 0.1}),
 }  # fmt: skip
 # weights that BaseModel classes take from a checkpoint when they are built
 CHECKPOINTS = {"zero123": _zero123_weights}
