@@ -25,6 +25,7 @@ class CallRecord:
         bytes_sent: payload bytes that this rank sent to other ranks.
         why: it is synchronous: "warm-up", "move" (the first after one), "cool-down", or "" where it is not.
         ahead: done for later calls, after this rank's part of the last synchronous call.
+        banded: computed in bands, together with the other ranks of the branch.
         drift: producer block -> relative L2 change of its output since the value before, for values received.
         blocks: own block -> seconds that it took; empty in calls that were not asked for them, see :class:`~.course.Course`.
         not_finite: own blocks that made NaN or infinity of what was finite; empty in calls that were not asked for them.
@@ -42,6 +43,7 @@ class CallRecord:
     bytes_sent: int
     waits: tuple[tuple[float, float], ...] = ()
     ahead: bool = False
+    banded: bool = False
     why: str = ""
     drift: dict[str, float] = field(default_factory=dict)
     blocks: dict[str, float] = field(default_factory=dict)
@@ -103,11 +105,13 @@ class RunStats:
 
     Attributes:
         planned_bytes: bytes that the plan says all ranks send per asynchronous call, for the inputs of the last call; without
-            compression, per computing call.
+            compression, per computing call that is not in bands.
+        planned_band_bytes: the same, per call in bands.
         ranks: one report per rank.
     """
 
     planned_bytes: int
+    planned_band_bytes: int
     ranks: tuple[RankReport, ...]
 
     @property

@@ -96,7 +96,7 @@ def compared(net, call, ranks, batch=1, **plan):
         stats = group.stats()
     expected, result = (each if isinstance(each, torch.Tensor) else each[0] for each in (expected, result))
     assert (result - expected).abs().max() <= NEAR * expected.abs().max()
-    assert stats.bytes_per_call == stats.planned_bytes > 0
+    assert stats.bytes_per_call == stats.planned_band_bytes > 0
     return stats
 
 

@@ -76,6 +76,8 @@ class WorkerGroup:
         build: makes the module on the meta device in a rank, if the module itself cannot be sent there.
 
     Attributes:
+        plan: as given, but without bands where the model's first call cannot be computed so.
+        bandless: why calls are not computed in bands, though the plan says so.
         finite: whether all results of this run so far were without NaN and infinity.
 
     Raises:
@@ -119,7 +121,8 @@ class WorkerGroup:
         self._skeleton = meta_copy(module)
         self._pickled = pickled(self._skeleton, build)
         self._graphs: dict[Any, BlockGraph] = {}
-        self._bands: dict[Any, Bands] = {}
+        self._bands: dict[Any, Bands | None] = {}
+        self.bandless = ""
         self._run = Run(0, plan)
         self._parameters = [SentParameters() for _ in range(plan.world_size)]
         # all by branch and stream
@@ -179,8 +182,7 @@ class WorkerGroup:
         how, self._to_place = self._to_place, None
         try:
             graph = self._graph_of(args, kwargs)
-            part = self.family.parts(args, kwargs, self.plan.branches)[0]
-            self._bands_for(Inputs.take(*part, self.family.timestep))  # before anything is sent anywhere
+            self._try_bands(args, kwargs)
             costs, speeds, pause = (how.estimate and how.estimate(graph)) or (None, None, 0.0)
             placement = place(graph, self.plan, speeds, costs, pause, how.room)
             if how.on_placed is not None:
@@ -192,6 +194,12 @@ class WorkerGroup:
         except BaseException:
             self._ranks.close(grace=0)  # ranks that are still importing would not hear a polite word
             raise
+
+    def _try_bands(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See whether a call can be computed in bands, before anything is sent anywhere; segments do without, if it cannot."""
+        part = self.family.parts(args, kwargs, self.plan.branches)[0]
+        if self._bands_for(Inputs.take(*part, self.family.timestep)) is None:
+            self.plan = replace(self.plan, bands=1)
 
     def _graph_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockGraph:
         """Trace one branch's part of a call; with a model that no table has, find out first how to split it."""
@@ -379,8 +387,8 @@ class WorkerGroup:
         graphs = [state.graph for state in states] or [self.placement.graph]
         plan = replace(self.plan, compression=self._run.plan.compression)
         planned = sum(Placement(graph, plan, self.placement.starts).bytes_per_call for graph in graphs)
-        planned += sum(state.bands.bytes_per_call for state in states if state.bands is not None)
-        return RunStats(planned, tuple(reports[rank].having(self._records) for rank in sorted(reports)))
+        bands = sum(state.bands.bytes_per_call for state in states if state.bands is not None)
+        return RunStats(planned, bands, tuple(reports[rank].having(self._records) for rank in sorted(reports)))
 
     def close(self) -> None:
         """End all ranks. Safe to call again."""
@@ -493,7 +501,12 @@ class WorkerGroup:
             return None
         signature = inputs.signature
         if signature not in self._bands:
-            self._bands[signature] = find_bands(self._skeleton, self.family, *inputs.arguments(), self.plan.bands)
+            try:
+                self._bands[signature] = find_bands(self._skeleton, self.family, *inputs.arguments(), self.plan.bands)
+            except UnsupportedModelError as error:
+                if self.plan.segments == 1:
+                    raise
+                self._bands[signature], self.bandless = None, str(error)
         return self._bands[signature]
 
     def _result(self, key: tuple[int, Hashable, int], deadline: float) -> tuple[list[torch.Tensor], Any, bool]:

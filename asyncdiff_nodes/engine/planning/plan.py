@@ -47,7 +47,7 @@ class Plan:
         bands: R, ranks of a branch that compute a call together, each of them a part of the picture's tokens or rows; see
             :mod:`.bands`. Every rank then has the whole network's weights. With one segment these are all calls: nothing is
             stale, and the result is the model's up to rounding, at any number of steps and with any sampler. With more segments
-            they are the synchronous calls, of all ranks of the branch.
+            they are the synchronous calls, of all ranks of the branch; a model that cannot be computed so does without.
     """
 
     segments: int = 2

@@ -171,6 +171,7 @@ class SplitModel:
             wait=0.0,
             why=message.why,
             ahead=message.ahead,
+            banded=message.banded,
             bytes_sent=self._transport.bytes_sent - sent,
             not_finite=tuple(not_finite),
         )

@@ -26,6 +26,7 @@ class RunRecord:
         notes: sentences about what was not done as asked, and why.
         verified: how many calls the host computed as well, with the same result.
         found: about the blocks, where they were found automatically.
+        choice: between bands and working ahead, and why.
     """
 
     notes: tuple[str, ...]
@@ -34,10 +35,17 @@ class RunRecord:
     stats: RunStats | None = field(default=None, repr=False)
     verified: int = 0
     found: str = ""
+    choice: str = ""
 
     @classmethod
     def of(
-        cls, group: WorkerGroup | None, plan: Plan | None, notes: Sequence[str], timeout: float, verified: int = 0
+        cls,
+        group: WorkerGroup | None,
+        plan: Plan | None,
+        notes: Sequence[str],
+        timeout: float,
+        verified: int = 0,
+        choice: str = "",
     ) -> RunRecord:
         """Make the record of the run that ``group`` (None: the host) has just finished. Waits at most ``timeout`` seconds."""
         if group is None:
@@ -47,7 +55,7 @@ class RunRecord:
             f"found automatically: {len(group.placement)} parts with {found.share:.0%} of the work"
             + (", a path that depends on values of the inputs" if found.read_values else "")
         )
-        return cls(tuple(notes), plan, group.placement, group.stats(timeout), verified, about or "")
+        return cls(tuple(notes), plan, group.placement, group.stats(timeout), verified, about or "", choice)
 
     @property
     def line(self) -> str:
@@ -77,8 +85,7 @@ class RunRecord:
         warmup = "every step synchronous" if plan.warmup >= ALWAYS else f"warm-up {plan.warmup}"
         stale = "working ahead" if plan.forecast else "plain reuse"
         how = f"stride {plan.stride}, {warmup}, {stale}" + (", time shift" if plan.time_shift else "")
-        fewer = plan.compression != "none"
-        how += f", {plan.compression} between ranks" if fewer else ""
+        how += f", {plan.compression} between ranks" if plan.compression != "none" else ""
         lines[:0] = [
             f"Plan: {_in_words(plan)}, " + (how if plan.segments > 1 else "each with the whole network, so nothing is stale"),
             f"Calls: {len(calls)} on {len(streams)} stream(s); synchronous: {_synchronous(calls)}",
@@ -87,10 +94,9 @@ class RunRecord:
             whole = timing.sequential_seconds
             gain = f"; its segments one after the other take {whole:.3f} s: {timing.speedup:.2f}x" if whole else ""
             lines.append(f"Step: {timing.step_seconds:.3f} s asynchronous{gain}")
-        lines.append(
-            f"Sent between ranks: {_mib(self.stats.bytes_per_call)} per call; planned {_mib(self.stats.planned_bytes)}"
-            + (" per asynchronous call" if fewer else "")
-        )
+        lines.append(f"Sent between ranks: {_mib(self.stats.bytes_per_call)} per call; planned {self._planned_bytes()}")
+        if self.choice:
+            lines.append(f"Chosen: {self.choice}, by what calls in bands took")
         if self.found:
             lines.append(f"Blocks: {self.found}")
         if self.verified:
@@ -104,6 +110,15 @@ class RunRecord:
             by_call = ", ".join(f"{number}: {statistics.mean(values):.0%}" for number, values in drifts.items())
             lines.append(f"Drift (change of the values that are sent since the call before): {by_call}")
         return "\n".join(lines)
+
+    def _planned_bytes(self) -> str:
+        """Bytes per call of each kind that there was."""
+        stats, planned = self.stats, []
+        if not all(record.banded for record in stats.records):
+            planned.append(_mib(stats.planned_bytes) + (" per asynchronous call" if self.plan.compression != "none" else ""))
+        if any(record.banded for record in stats.records):
+            planned.append(f"{_mib(stats.planned_band_bytes)} per call in bands")
+        return ", ".join(planned)
 
     def _rank_line(self, rank: RankReport, timing: Timing) -> str:
         names = [self.placement.graph.names[index] for index in self.placement.owned(rank.segment)]

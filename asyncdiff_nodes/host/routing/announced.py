@@ -63,7 +63,7 @@ class Announced:
                 note(str(error))
                 plan = replace(plan, warmup=1)
         here = plan.at(self.levels)
-        if plan.segments > 1 and not wanted and calls <= here.warmup + here.cooldown < ALWAYS:
+        if plan.segments > 1 and plan.bands == 1 and not wanted and calls <= here.warmup + here.cooldown < ALWAYS:
             note(
                 f"all of these {steps} steps are synchronous, so none is much faster: the warm-up of {here.warmup} and the "
                 f"cool-down of {here.cooldown} leave no step between them. Take more steps, or a shorter warm-up (preset Fast or "

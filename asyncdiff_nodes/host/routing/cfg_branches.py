@@ -41,9 +41,10 @@ def items_per_call(guider: Any, conds: dict[str, Any], model_options: dict[str, 
 def affordable(patchers: Sequence[ModelPatcher], plan: Plan, devices: Sequence[str], memory: float) -> bool:
     """Whether all devices are equal and have room for their part of the networks and of a call, which needs ``memory`` bytes.
 
-    A branch on a slower device would hold up the others. Segments, however, can be cut to fit their device.
+    A branch or a band on a slower device would hold up the others. Segments, however, can be cut to fit their device.
     """
     if len(set(map(title, devices))) > 1:
         return False
     size = sum(patcher.model_size() for patcher in patchers)
-    return size / plan.segments < min(room_for_weights(devices, memory / plan.branches, patchers))
+    parts = plan.segments if plan.bands == 1 else 1
+    return size / parts < min(room_for_weights(devices, memory / plan.branches, patchers))

@@ -14,7 +14,7 @@ import numpy as np
 
 from asyncdiff_nodes.engine import AsyncDiffError, DeviceError, Plan, PlanError, accelerator
 from asyncdiff_nodes.engine.devices import on_cluster, resolve_devices
-from asyncdiff_nodes.host.choices import CHOICES, CUSTOM, PRESETS, OptionValues
+from asyncdiff_nodes.host.choices import CHOICES, CUSTOM, PRESETS, STALE_COSTS, OptionValues
 from asyncdiff_nodes.host.page.settings import setting
 from asyncdiff_nodes.host.values import number, shown, whole
 
@@ -31,24 +31,25 @@ class OneDeviceError(AsyncDiffError, ValueError):
 class Options(OptionValues):
     """The options as this machine reads them."""
 
-    def resolve(self, items: int = 1, branching: bool = True) -> tuple[Plan, tuple[str, ...]]:
+    def resolve(self, items: int = 1, branching: bool = True, banding: bool = False) -> tuple[Plan, tuple[str, ...]]:
         """The plan, and one device per rank.
 
         Args:
             items: number of batch items in each call of the network.
             branching: whether there may be branches where the user did not set their number.
+            banding: whether calls may be in bands where the user did not set their number.
 
         Raises:
             OneDeviceError: fewer than two devices.
             PlanError, DeviceError: a value is of another type or out of range, or this machine lacks a device.
         """
-        return self._checked()._resolve(items, branching)
+        return self._checked()._resolve(items, branching, banding)
 
     def _checked(self) -> Options:
         """The same options with plain numbers. Raises where a widget has a value of another type."""
         return Options(**{each.name: _plain(each.name, each.type, getattr(self, each.name)) for each in fields(self)})
 
-    def _resolve(self, items: int, branching: bool) -> tuple[Plan, tuple[str, ...]]:
+    def _resolve(self, items: int, branching: bool, banding: bool) -> tuple[Plan, tuple[str, ...]]:
         """Do as :meth:`resolve`, for options that are checked."""
         if self.preset == CUSTOM:
             self._check_range()
@@ -58,6 +59,8 @@ class Options(OptionValues):
         knobs |= {"cuts": tuple(_words(self.cuts)) or None, "compression": self.compression}
         if self.preset != "Exact" and items > branches and segments > 1:
             knobs["microbatches"] = 2
+        if banding and self.preset in STALE_COSTS and segments + knobs["stride"] > 2:
+            knobs["bands"] = segments + knobs["stride"] - 1
         plan = Plan(segments=segments, branches=branches, **knobs)
         if plan.world_size > len(devices):
             raise PlanError(

@@ -10,8 +10,12 @@ import comfy.sampler_helpers
 from comfy.model_patcher import ModelPatcher
 
 from asyncdiff_nodes.engine import Placement
+from asyncdiff_nodes.host.choices import CUSTOM
 from asyncdiff_nodes.host.controlnet.calls import ControlNets
+from asyncdiff_nodes.host.patches.compiled import compile_arguments
 from asyncdiff_nodes.host.patches.registry import begun, models_of
+from asyncdiff_nodes.host.workers.band_times import BandTimes
+from asyncdiff_nodes.host.workers.banded import is_patched
 from asyncdiff_nodes.host.workers.block_times import Balance
 from asyncdiff_nodes.host.workers.memory import room_for_weights
 from asyncdiff_nodes.host.workers.pool import GroupRequest
@@ -37,6 +41,7 @@ class Preparation:
         theirs: models, beside the sampled one, whose weights the ranks have.
         shape: the shape of the latent in each call of the network.
         balance: the known speeds of blocks and devices.
+        band_times: what calls in bands took.
         request: the request to the pool.
 
     Raises:
@@ -54,8 +59,9 @@ class Preparation:
         model_options: dict[str, Any],
     ) -> None:
         items = items_per_call(guider, conds, model_options, latent[0])
-        plan, devices = options.resolve(items)
         self.patches = begun(patcher)
+        patched = is_patched(model_options.get("transformer_options", {})) or models_of(patcher) or compile_arguments(patcher)
+        plan, devices = options.resolve(items, banding=not patched)
         self.nets = ControlNets(conds if options.control_nets == "shared" else {}, patcher, model_options)
         self.theirs = [*self.nets.patchers, *models_of(patcher).values()]
         helpers = comfy.sampler_helpers
@@ -65,6 +71,9 @@ class Preparation:
         self.others = [other for other in others if not any(other is each for each in self.theirs)]
         need, least = (size + extra for size in helpers.estimate_memory(patcher, latent, conds))
         self.networks, call = [patcher, *self.theirs], need if items > 1 else least  # for two prompts, or for one
+        # whoever chooses bands is told by the ranks what there is no room for
+        if plan.bands > 1 and options.preset != CUSTOM and not affordable(self.networks, plan, devices, 1.5 * call):
+            plan, devices = options.resolve(items)
         # the host wants half as much again to be free before prompts share a call
         if plan.branches > 1 and not options.branches and not affordable(self.networks, plan, devices, 1.5 * call):
             plan, devices = options.resolve(items, branching=False)
@@ -80,6 +89,7 @@ class Preparation:
             self.shape = patch.shape(self.shape)
         room = room_for_weights(devices, call / plan.branches, self.networks)
         self.balance = Balance(patcher, plan, self.shape, devices, room)
+        self.band_times = BandTimes(patcher, plan, self.shape, devices)
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         self.request = GroupRequest(patcher, self.nets.networks, plan, devices, self.shape, load, poll, self.balance)
 

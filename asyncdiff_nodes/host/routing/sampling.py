@@ -24,7 +24,7 @@ from asyncdiff_nodes.engine import (
     UnsupportedModelError,
     WorkerGroup,
 )
-from asyncdiff_nodes.host.choices import ALWAYS
+from asyncdiff_nodes.host.choices import ALWAYS, STALE_COSTS
 from asyncdiff_nodes.host.controlnet.calls import NetCall, complete, take, without_ranks
 from asyncdiff_nodes.host.page.progress import Progress
 from asyncdiff_nodes.host.page.report import RunRecord, publish
@@ -33,6 +33,7 @@ from asyncdiff_nodes.host.patches.foreign_code import Watched
 from asyncdiff_nodes.host.patches.obstacles import READ_BY_NETWORKS, call_obstacle, missing, obstacle, shippable, surroundings
 from asyncdiff_nodes.host.patches.protocol import RoutedCall
 from asyncdiff_nodes.host.workers import links
+from asyncdiff_nodes.host.workers.band_times import Choice
 from asyncdiff_nodes.host.workers.block_times import Balance
 from asyncdiff_nodes.host.workers.found import options_read
 from asyncdiff_nodes.host.workers.pool import POOL, BusyError
@@ -82,6 +83,8 @@ class Sampling:
         self._audit: Audit
         self._own: OwnNetwork
         self._routes = self._begun = False
+        self._choosing = False  # between bands and working ahead, once it is known how long calls take
+        self._choice: Choice | None = None
         self._evaluation: Evaluation | None = None  # the latest
         self._left = ""  # why the host continues without the ranks
         self._finite = True  # no NaN or infinity was seen yet
@@ -184,10 +187,11 @@ class Sampling:
     def _begin(self) -> None:
         """Have the ranks begin, with the blocks placed by all that is known about their speed."""
         ready, placement = self._ready, self.group.placement
+        wanted = replace(ready.plan, bands=self.group.plan.bands)
         self._announced = calls = Announced(
-            self._options, self._patcher, self._sampler, self._sigmas, ready.plan, placement, self._evaluation, self._note
+            self._options, self._patcher, self._sampler, self._sigmas, wanted, placement, self._evaluation, self._note
         )
-        self._plan = plan = calls.plan
+        self._plan = plan = self._chosen(len(calls)) or _in_bands(calls.plan)
 
         def begin(group: WorkerGroup) -> None:
             group.begin(calls.timesteps, plan, self._on_record, calls.levels)
@@ -199,6 +203,35 @@ class Sampling:
             begin(self.group)
 
         self._ranks.begin(begin_balanced, begin)
+
+    def _chosen(self, left: int) -> Plan | None:
+        """The plan for so many calls that are left; None where that is not known yet, and bands are to be measured first."""
+        calls, plan = self._announced, self._announced.plan
+        self._choosing = plan.bands > 1 and plan.segments > 1 and self._options.preset in STALE_COSTS
+        if not self._choosing:
+            return plan
+        stale_costs = STALE_COSTS[self._options.preset]
+        self._choice = self._ready.band_times.choice(self.group.placement, plan, left, calls.levels, stale_costs)
+        if self._choice is None:
+            return None
+        self._choosing = False
+        return _in_bands(plan) if self._choice.in_bands else plan
+
+    def _choose(self) -> None:
+        """Choose once the ranks have measured calls in bands, if that was not known before."""
+        if not self._choosing or not self._ready.band_times.measured:
+            return
+        calls = self._announced
+        plan = self._chosen(len(calls) - self._progress.posted)
+        if plan.warmup >= ALWAYS:
+            return
+        self._plan = plan
+
+        def begin(group: WorkerGroup) -> None:
+            group.begin(calls.timesteps, plan, self._on_record, calls.levels)
+            self._progress.sampling(group, plan, len(calls))
+
+        self._ranks.begin_anew(begin)
 
     def evaluate(self, x: torch.Tensor, sigma: torch.Tensor) -> None:
         """Note that the sampler evaluates the model at its latent ``x`` [B, C, ...] with noise ``sigma`` [B]."""
@@ -304,6 +337,7 @@ class Sampling:
         given = call.arguments
 
         def compute() -> Any:
+            self._choose()
             self._rebalance()
             for gone in named.gone:
                 self.group.forget(gone)
@@ -387,7 +421,8 @@ class Sampling:
             left = RunRecord(tuple(self._notes), self._plan)
             rest = _REPORT_GRACE + time.monotonic() - self._started  # work done ahead takes no longer than everything before it
             verified = self._audit.agreed if self.group else 0
-            record = left if self._left else RunRecord.of(self.group, self._plan, self._notes, rest, verified)
+            choice = str(self._choice or "")
+            record = left if self._left else RunRecord.of(self.group, self._plan, self._notes, rest, verified, choice)
         except AsyncDiffError as error:  # the picture is done: a missing report must not cost it
             self._note(f"there is no report on this run: {brief(error)}")
             POOL.bury()
@@ -395,6 +430,7 @@ class Sampling:
         publish(record)
         if self._plan is not None:
             self._ready.balance.finish()
+            self._ready.band_times.finish()
         self._progress.enter("done")
 
     def fail(self, error: BaseException) -> None:
@@ -406,11 +442,16 @@ class Sampling:
 
     @property
     def _on_record(self) -> Callable[[CallRecord], None]:
-        progress, balance = self._progress, self._ready.balance  # not self: the group would keep the model alive
+        progress, balance, bands = (
+            self._progress,
+            self._ready.balance,
+            self._ready.band_times,
+        )  # not self: the group would keep the model alive
 
         def tell(record: CallRecord) -> None:
             progress.add(record)
             balance.add(record)
+            bands.add(record)
 
         return tell
 
@@ -472,3 +513,8 @@ class Sampling:
             self._notes.append(text)
             self._progress.enter(self._progress.phase if self.group else "usual")
             log.warning("AsyncDiff: %s%s", "" if self.group else "not used, ComfyUI samples as usual: ", text)
+
+
+def _in_bands(plan: Plan) -> Plan:
+    """The plan of a run all of whose calls are synchronous, and in bands."""
+    return replace(plan, warmup=ALWAYS, cooldown=0, stride=1, forecast=0, time_shift=False)

@@ -32,9 +32,14 @@ def in_bands(args: tuple[Any, ...], kwargs: dict[str, Any], mode: BandMode) -> A
     options = kwargs.get("transformer_options")
     if options is None:
         return args, kwargs
-    if any(options.get(kind) for kind in _PATCHES):
+    if is_patched(options):
         raise UnsupportedModelError("other nodes have put patches into its layers")
     return args, {**kwargs, "transformer_options": {**options, "optimized_attention_override": partial(_attention, mode)}}
+
+
+def is_patched(options: dict[str, Any]) -> bool:
+    """Whether the host's transformer ``options`` have patches of other nodes for the network's layers."""
+    return any(options.get(kind) for kind in _PATCHES)
 
 
 def _attention(

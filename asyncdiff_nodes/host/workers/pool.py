@@ -81,9 +81,11 @@ class GroupRequest:
 
     @property
     def expected_bytes(self) -> float:
-        """Bytes of the weights that each rank will have, if segments are equal."""
+        """Bytes of the weights that each rank will have at most, if segments are equal."""
         models = (each.model for each in (self.patcher, *models_of(self.patcher).values()))
-        return sum(map(comfy.model_management.module_size, (*models, *self.nets))) / self.plan.segments
+        return sum(map(comfy.model_management.module_size, (*models, *self.nets))) / (
+            self.plan.segments if self.plan.bands == 1 else 1
+        )
 
 
 @dataclass(eq=False)
@@ -98,6 +100,7 @@ class PooledGroup:
         skeleton: the ranks' network, on the meta device.
         nets: the networks of the ControlNets whose weights they have.
         memory: one per rank, without ranks on a cluster.
+        asked: the plan that it was started with; its own may be without the bands.
         busy: a sampling uses it now; another sampling inside that one can neither have nor end it.
     """
 
@@ -109,6 +112,7 @@ class PooledGroup:
     skeleton: nn.Module
     nets: list[weakref.ref[nn.Module]]
     memory: list[RankMemory]
+    asked: Plan
     busy: bool = False
 
     def fits(self, request: GroupRequest) -> bool:
@@ -117,7 +121,7 @@ class PooledGroup:
         It may have more ControlNets than needed for the model that it was started for, since some workflows sample that twice.
         For another model the cuts would be those of a heavier network.
         """
-        own = self.group.plan
+        own = self.asked
         return (
             replace(own, **{name: getattr(request.plan, name) for name in PER_RUN}) == request.plan
             and self.group.devices == tuple(request.devices)
@@ -376,7 +380,7 @@ class Pool:
         sent.take(sources)
         refs = list(map(weakref.ref, nets))
         model, network = weakref.ref(patcher.model), (description_of(patcher), fingerprint_of(patcher), skeleton)
-        held = PooledGroup(group, model, sent, *network, refs, memory)
+        held = PooledGroup(group, model, sent, *network, refs, memory, plan)
         started.append(weakref.ref(held))
         self._held.append(held)
         return held
