@@ -12,7 +12,7 @@ from asyncdiff_nodes.engine.errors import ScheduleError
 from asyncdiff_nodes.engine.inputs import Inputs
 from asyncdiff_nodes.engine.planning.lookahead import NoiseLevels, Outlooks
 from asyncdiff_nodes.engine.planning.plan import Plan
-from asyncdiff_nodes.engine.planning.schedule import Call, Kind, call_at, calls_ahead
+from asyncdiff_nodes.engine.planning.schedule import Call, Kind, call_at, calls_ahead, in_bands
 from asyncdiff_nodes.engine.trees import flatten
 
 from .run import Run
@@ -151,14 +151,8 @@ class Course:
         return call.index - self._cold <= TIMED or 0 <= call.index - plan.warmup <= TIMED * plan.stride
 
     def banded(self, call: Call) -> bool:
-        """Whether all ranks of a branch compute ``call`` together, if the plan lets them.
-
-        What the first asynchronous calls read is not there after such a call: it is, where it is worked ahead.
-        """
-        if self._foreseeing.segments == 1:
-            return True
-        last = call.index == self._foreseeing.warmup - 1 and call.index + 1 != self._total
-        return call.kind is Kind.SYNCHRONOUS and not (last and not calls_ahead(self._plan, call.index, self._total))
+        """Whether all ranks of a branch compute ``call`` together, if its inputs can be divided so."""
+        return in_bands(self._plan, call, self._total)
 
     def why(self, call: Call) -> str:
         """Say why a call is synchronous; empty if it is not."""

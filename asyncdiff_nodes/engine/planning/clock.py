@@ -9,6 +9,7 @@ It follows the same schedule (:func:`~.schedule.call_at`, :func:`~.schedule.call
 * A value leaves as soon as it is made and does not hold its rank up; but no rank begins a call before what it sent in the call
   before the last is through.
 * In a synchronous call it does so for one micro-batch after the other; the last segment's result is there after the last of them.
+* A call in bands is begun by all ranks together, takes each of them the same time, and carries no value.
 * A link carries one value at a time, in the order in which they were made, and none before its receiver has begun the call.
 * The caller waits for the result of its call alone, and not at all for one that came with a batch.
 

@@ -14,7 +14,7 @@ from .events import EventLoop, Process
 from .placement import Placement
 from .plan import Plan
 from .run_times import CallTimes, Costs, RankTimes, Timeline
-from .schedule import Call, Kind, call_at, calls_ahead
+from .schedule import Call, Kind, call_at, calls_ahead, in_bands
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,13 @@ class _Job:
         number: among all jobs of a run.
         call: as of the schedule.
         micro: how many micro-batches it has.
+        banded: all ranks compute it together.
     """
 
     number: int
     call: Call
     micro: int
+    banded: bool
 
 
 class RunPlayer:
@@ -112,7 +114,7 @@ class RunPlayer:
 
     def computes(self, job: _Job, rank: int) -> bool:
         """Whether a rank computes in a job, or only listens."""
-        return job.call.works(rank, self.plan.segments)
+        return job.banded or job.call.works(rank, self.plan.segments)
 
     def _jobs_of(self, call: Call, calls: int) -> list[_Job]:
         """Add the jobs that a call of the caller's makes."""
@@ -120,7 +122,9 @@ class RunPlayer:
         made = []
         for each in (call, *calls_ahead(self.plan, call.index, calls)):
             if each.computes:
-                made.append(_Job(len(self.jobs), each, pipelined if each.kind is Kind.SYNCHRONOUS else 1))
+                banded = in_bands(self.plan, each, calls)
+                micro = pipelined if each.kind is Kind.SYNCHRONOUS and not banded else 1
+                made.append(_Job(len(self.jobs), each, micro, banded))
                 self.jobs.append(made[-1])
         return made
 
@@ -174,7 +178,12 @@ class _Rank:
             self._now = begin = max(self._now, (yield _MessageSent(job.number)))
             busy = self._busy
             yield from self._begin(job)
-            yield from self._pass_through(job)
+            if job.banded:
+                for other in range(len(self._run.speeds)):
+                    self._now = max(self._now, (yield _JobBegun(job.number, other)))
+                self._compute(self._run.costs.bands)
+            else:
+                yield from self._pass_through(job)
             self._waiting += self._now - begin - (self._busy - busy)
             for sender, call in job.call.results:
                 if sender == self._rank:
@@ -188,7 +197,7 @@ class _Rank:
                 self._now = max(self._now, (yield _AllThrough(job.number - 2, rank, receiver)))
         run.loop.happens(_JobBegun(job.number, rank), self._now)
         for block, sender in run.sources[rank].items():
-            if run.computes(job, sender):
+            if run.computes(job, sender) and not job.banded:
                 self._coming[block].append(job.number)
 
     def _pass_through(self, job: _Job) -> Process:
@@ -233,7 +242,7 @@ def _link(run: RunPlayer, sender: int, receiver: int) -> Process:
     for job in run.jobs:
         if not run.computes(job, sender):
             continue
-        for micro, block in itertools.product(range(job.micro), carried):
+        for micro, block in itertools.product(range(job.micro), () if job.banded else carried):
             size = _size_of(run.placement, block, whole=job.call.kind is Kind.SYNCHRONOUS)
             made = yield _ValueMade(job.number, micro, block, sender)
             begun = yield _JobBegun(job.number, receiver)

@@ -49,6 +49,7 @@ class Costs:
     Attributes:
         blocks: of each block, in execution order, for the batch that one rank computes.
         glue: of what every rank computes besides its blocks.
+        bands: of a rank's part of a call that all ranks of a branch compute in bands, with all that it exchanges in it.
         link: between ranks.
         round_trip: from a result, on its rank, to the ranks' start with the next call, if the caller does nothing between.
         caller: what the caller does between two calls, such as the sampler's step.
@@ -56,6 +57,7 @@ class Costs:
 
     blocks: tuple[float, ...]
     glue: float = 0.0
+    bands: float = 0.0
     link: Link = Link()
     round_trip: float = 0.0
     caller: float = 0.0
@@ -63,7 +65,7 @@ class Costs:
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
         check_numbers("blocks", self.blocks, len(self.blocks), zero=True)
-        for name in ("glue", "round_trip", "caller"):
+        for name in ("glue", "bands", "round_trip", "caller"):
             check_numbers(name, [getattr(self, name)], 1, zero=True)
 
     @property

@@ -126,6 +126,17 @@ def calls_ahead(plan: Plan, k: int, total: int | None) -> tuple[Call, ...]:
     )
 
 
+def in_bands(plan: Plan, call: Call, total: int | None) -> bool:
+    """Whether all ranks of a branch compute ``call`` together.
+
+    What the first asynchronous calls read is not there after such a call: it is, where it is worked ahead.
+    """
+    if plan.bands == 1 or plan.segments == 1:
+        return plan.bands > 1
+    last = call.index == plan.warmup - 1 and call.index + 1 != total
+    return call.kind is Kind.SYNCHRONOUS and not (last and not calls_ahead(plan, call.index, total))
+
+
 def _end(plan: Plan, total: int) -> int:
     """Find the call that the cool-down begins with; never before the end of the warm-up."""
     return max(plan.warmup, total - plan.cooldown)

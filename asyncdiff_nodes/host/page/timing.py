@@ -33,7 +33,9 @@ class Timing:
     def computing(self) -> list[CallRecord]:
         """Records without replicas that only listened, and without calls made ahead in the warm-up."""
         used, segments = self.plan.branch_size, self.plan.segments
-        return [r for r in self.records if not r.ahead and r.rank % self._size < (segments if r.synchronous else used)]
+        return [
+            r for r in self.records if not r.ahead and (r.banded or r.rank % self._size < (segments if r.synchronous else used))
+        ]
 
     @property
     def _size(self) -> int:
@@ -42,10 +44,9 @@ class Timing:
 
     @cached_property
     def _ranks(self) -> list[int]:
-        """One rank per segment or band, in the branches that compute."""
+        """One rank per segment, in the branches that compute."""
         branches = sorted({record.rank // self._size for record in self.records})
-        used = max(self.plan.segments, self.plan.bands)
-        return [branch * self._size + rank for branch in branches for rank in range(used)]
+        return [branch * self._size + segment for branch in branches for segment in range(self.plan.segments)]
 
     @cached_property
     def calls(self) -> dict[tuple[str, int], bool]:
@@ -59,12 +60,12 @@ class Timing:
 
     @cached_property
     def step_seconds(self) -> float | None:
-        """Median time of an asynchronous step."""
+        """Median time of an asynchronous step; of one in bands, where there is no other."""
         longest: dict[Any, float] = {}
-        for record in self.computing:
-            if not record.synchronous:
-                key = record.stream, record.call
-                longest[key] = max(longest.get(key, 0.0), record.end - record.start)
+        ahead = [record for record in self.computing if not record.synchronous and not record.banded]
+        for record in ahead or (record for record in self.computing if record.banded and record.call > 0):
+            key = record.stream, record.call
+            longest[key] = max(longest.get(key, 0.0), record.end - record.start)
         return statistics.median(longest.values()) * self.streams_per_step / self.plan.stride if longest else None
 
     @property
@@ -86,8 +87,15 @@ class Timing:
     def sequential_seconds(self) -> float | None:
         """Median compute time of all segments of all branches, one after the other: a step without AsyncDiff.
 
-        Ranks that share a device slow each other down, so only their synchronous calls count, without the first (cold) one.
+        Ranks that share a device slow each other down, so only their synchronous calls count, without the first (cold) one. In
+        bands they do the work of the model together.
         """
+        bands: dict[int, list[float]] = {}
+        for record in self.computing:
+            if record.banded and record.call > 0:
+                bands.setdefault(record.rank, []).append(record.compute)
+        if bands:
+            return sum(map(statistics.median, bands.values())) * self.streams_per_step
         ranks = self._ranks
         seconds = [[r.compute for r in self.computing if r.rank == rank and r.synchronous and r.call > 0] for rank in ranks]
         if not all(seconds) and len(set(self.devices)) == len(self.devices):

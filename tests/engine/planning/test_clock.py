@@ -284,3 +284,26 @@ def test_real_ranks_that_sleep_take_as_long_as_the_clock_says(sleepers, stride, 
     expected = simulate(group.placement, plan, CALLS, costs)
     assert ends[-1] == pytest.approx(expected.seconds, rel=0.05)
     assert (ends[-1] - ends[4]) / (CALLS - 5) == pytest.approx(expected.pace(4, CALLS - 1), rel=0.05)
+
+
+def bands(plan, calls, seconds, wait=0.0):
+    blocks = tuple(Block(f"b{i}", (), None, macs=1, weight_bytes=0) for i in range(4))
+    chain = BlockGraph(blocks, frozenset({(0, 1), (1, 2), (2, 3)}), 0, 0)
+    return simulate(place(chain, plan), plan, calls, Costs((1.0,) * 4, bands=seconds, caller=wait))
+
+
+def test_calls_in_bands_take_their_time_and_no_more():
+    line = bands(Plan(segments=1, bands=4), 3, seconds=1.25, wait=0.5)
+    assert [call.result for call in line.calls] == [1.25, 3.0, 4.75]
+    assert all(rank.busy == 3 * 1.25 for rank in line.ranks)
+
+
+def test_synchronous_calls_of_segments_are_in_bands():
+    plan = Plan(segments=2, warmup=2, cooldown=1, bands=2, cuts=("b0", "b2"))
+    line = bands(plan, 6, seconds=2.5)
+    alone = bands(replace(plan, bands=1), 6, seconds=2.5)
+    kinds = [call.kind for call in line.calls]
+    assert kinds == [Kind.SYNCHRONOUS] * 2 + [Kind.ASYNCHRONOUS] * 3 + [Kind.SYNCHRONOUS]
+    assert [call.result for call in line.calls][:2] == [2.5, 5.0] and [call.result for call in alone.calls][:2] == [4.0, 8.0]
+    assert line.calls[-1].result - line.calls[-2].result == 2.5
+    assert line.seconds < alone.seconds
