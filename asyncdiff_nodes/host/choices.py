@@ -55,7 +55,8 @@ class OptionValues:
         stride, warmup, time_shift, forecast, cooldown: see :class:`~asyncdiff_nodes.engine.Plan`.
         speedup: the target for the whole run. The warm-up is then as long as that allows, whatever ``warmup`` says. 0: none.
         branches: see :class:`~asyncdiff_nodes.engine.Plan`; 0 for as many as are useful.
-        bands: see :class:`~asyncdiff_nodes.engine.Plan`; 0 for as many as the devices allow.
+        bands: see :class:`~asyncdiff_nodes.engine.Plan`. 0: as the preset chooses; none with ``Custom``. 1: none, so that each
+            device holds its part of the network only. More: with ``Custom``.
         control_nets: ``shared``: the ranks compute ControlNets together with the network, so their values may be stale too;
             ``fresh``: the host computes them before each call.
         on_failure: what happens when a rank dies or hangs. ``restart``: new ranks take over at the current step, once per
@@ -80,7 +81,7 @@ class OptionValues:
     on_failure: str = "restart"
     compression: str = "none"
     verify: str = "auto"
-    bands: int = 1
+    bands: int = 0
 
 
 # defaults of ComfyUI's settings under AsyncDiff; a test compares them with js/settings.js

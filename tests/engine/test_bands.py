@@ -160,7 +160,7 @@ def test_too_small_a_picture_is_refused():
         WorkerGroup(net, Plan(segments=1, bands=3), ["cpu"] * 3, example_inputs=(call, {}))
 
 
-@pytest.mark.parametrize("wrong", [{"bands": 0}, {"bands": True}, {"bands": 3, "segments": 2}])
+@pytest.mark.parametrize("wrong", [{"bands": 0}, {"bands": True}, {"bands": 2, "segments": 3}])
 def test_wrong_plans_are_refused_by_name(wrong):
     with pytest.raises(PlanError, match="bands"):
         Plan(**{"segments": 1, **wrong})

@@ -23,6 +23,7 @@ ROUND = [
     Plan(segments=3, stride=2, warmup=3, cuts=("blocks.1", "blocks.3", "blocks.6"), forecast=0, cooldown=1),
 ]
 FAST = [toys.PLANS[3], toys.PLANS[6]]
+BANDED = [Plan(segments=1, bands=2), Plan(segments=2, warmup=3, cooldown=1, bands=2)]
 SLOW = [plan for plan in toys.PLANS if plan not in FAST]
 
 
@@ -42,7 +43,9 @@ def test_kernels_that_the_host_waits_for_stop_nobody(spawned, monkeypatch):
         assert toys.denoise(group, TIMESTEPS).isfinite().all()
 
 
-@pytest.mark.parametrize("plan", [*ROUND, *FAST, *(pytest.param(plan, marks=pytest.mark.slow) for plan in SLOW)], ids=toys.label)
+@pytest.mark.parametrize(
+    "plan", [*ROUND, *FAST, *BANDED, *(pytest.param(plan, marks=pytest.mark.slow) for plan in SLOW)], ids=toys.label
+)
 @torch.no_grad()
 def test_no_order_of_waiting_stops_the_ranks(plan, idle):
     net = toys.random_net(3)

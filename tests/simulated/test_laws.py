@@ -68,6 +68,22 @@ def test_asynchronous_calls_are_the_simulators(devices, plan):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("devices", PLACES, ids=str)
+@pytest.mark.parametrize("plan", [Plan(segments=1, bands=2), Plan(warmup=2, bands=2)], ids=toys.label)
+def test_calls_in_bands(devices, plan):
+    net = random_net(3)
+    with Simulator(net, plan, family=TOY) as simulator:
+        simulator.begin(TIMESTEPS)
+        expected = denoise(simulator, TIMESTEPS)
+    with group(net, plan, devices) as ranks:
+        ranks.begin(TIMESTEPS)
+        actual = denoise(on_first(ranks), TIMESTEPS)
+        banded = {record.call for record in ranks.stats().records if record.banded}
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert banded == set(range(len(TIMESTEPS) if plan.segments == 1 else 2))
+
+
+@torch.no_grad()
 def test_strides_and_three_segments():
     plan = Plan(segments=2, stride=2, warmup=2)
     net = random_net(3)

@@ -81,10 +81,10 @@ class Plan:
                 raise PlanError(f"{name}={value} is out of range: choose {low} " + ("or more" if high is None else f"to {high}"))
         if self.segments == 1 and self.stride > 1:
             raise PlanError(f"stride={self.stride} with segments=1: take 2 segments or more, or stride 1")
-        if self.segments > 1 and self.bands not in (1, self.segments + self.stride - 1):
+        if self.segments > 1 and 1 < self.bands < self.segments + self.stride - 1:
             raise PlanError(
                 f"bands={self.bands} with segments={self.segments} and stride={self.stride}: all ranks of a branch share a "
-                f"synchronous call: choose {self.segments + self.stride - 1}, or 1"
+                f"synchronous call: choose {self.segments + self.stride - 1} or more, or 1"
             )
         if self.compression not in COMPRESSIONS:
             raise PlanError(f"compression={self.compression!r}: choose one of {', '.join(COMPRESSIONS)}")

@@ -59,7 +59,7 @@ class Options(OptionValues):
         knobs |= {"cuts": tuple(_words(self.cuts)) or None, "compression": self.compression}
         if self.preset != "Exact" and items > branches and segments > 1:
             knobs["microbatches"] = 2
-        if banding and self.preset in STALE_COSTS and segments + knobs["stride"] > 2:
+        if banding and self.bands != 1 and self.preset in STALE_COSTS and segments + knobs["stride"] > 2:
             knobs["bands"] = segments + knobs["stride"] - 1
         plan = Plan(segments=segments, branches=branches, **knobs)
         if plan.world_size > len(devices):
@@ -78,7 +78,7 @@ class Options(OptionValues):
 
     def _custom(self, count: int, branches: int) -> tuple[int, dict[str, Any]]:
         """The same, by the widgets."""
-        if self.bands != 1:
+        if self.bands > 1:
             return self._in_bands(count, branches)
         segments = self.segments or count // branches - self.stride + 1
         if self.segments == 1 and branches == 1:
@@ -96,16 +96,14 @@ class Options(OptionValues):
         return segments, {**self._knobs(), "forecast": int(self.forecast)}
 
     def _in_bands(self, count: int, branches: int) -> tuple[int, dict[str, Any]]:
-        """The same, with bands."""
-        if self.segments > 1 or self.stride > 1:
+        """The same, with bands: all calls, or with segments the synchronous ones."""
+        segments = max(1, self.segments)
+        if self.bands * branches > count:
             raise PlanError(
-                f"bands={self.bands} with segments={self.segments} and stride={self.stride}: each band has the whole network: "
-                "choose segments=0 or 1 and stride=1, or bands=1"
+                f"bands={self.bands} with branches={branches} needs {self.bands * branches} devices, but there are {count}: lower "
+                "one of these numbers"
             )
-        bands = self.bands or count // branches
-        if bands * branches < 2 or bands * branches > count:
-            raise PlanError(f"bands={self.bands} with branches={branches} needs {max(2, bands * branches)} devices, not {count}")
-        return 1, {**self._knobs(), "forecast": int(self.forecast), "bands": bands}
+        return segments, {**self._knobs(), "forecast": int(self.forecast), "bands": self.bands}
 
     def _knobs(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("stride", "warmup", "time_shift", "cooldown")}
@@ -117,7 +115,7 @@ class Options(OptionValues):
         if self.segments < 0:
             raise PlanError(f"segments={self.segments} is out of range: choose 2 or more, or 0 (automatic)")
         if self.bands < 0:
-            raise PlanError(f"bands={self.bands} is out of range: choose 1 or more, or 0 (as many as the devices allow)")
+            raise PlanError(f"bands={self.bands} is out of range: choose 1 or more, or 0 (automatic)")
         if self.branches < 0:
             raise PlanError(f"branches={self.branches} is out of range: choose 1 or more, or 0 (as many as are useful)")
         Plan(**self._knobs())

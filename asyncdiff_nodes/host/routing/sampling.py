@@ -83,7 +83,7 @@ class Sampling:
         self._audit: Audit
         self._own: OwnNetwork
         self._routes = self._begun = False
-        self._choosing = False  # between bands and working ahead, once it is known how long calls take
+        self._in_bands_first = False  # since it is not known yet how long calls take
         self._choice: Choice | None = None
         self._evaluation: Evaluation | None = None  # the latest
         self._left = ""  # why the host continues without the ranks
@@ -191,7 +191,7 @@ class Sampling:
         self._announced = calls = Announced(
             self._options, self._patcher, self._sampler, self._sigmas, wanted, placement, self._evaluation, self._note
         )
-        self._plan = plan = self._chosen(len(calls)) or _in_bands(calls.plan)
+        self._plan = plan = self._chosen(calls.plan)
 
         def begin(group: WorkerGroup) -> None:
             group.begin(calls.timesteps, plan, self._on_record, calls.levels)
@@ -204,32 +204,26 @@ class Sampling:
 
         self._ranks.begin(begin_balanced, begin)
 
-    def _chosen(self, left: int) -> Plan | None:
-        """The plan for so many calls that are left; None where that is not known yet, and bands are to be measured first."""
-        calls, plan = self._announced, self._announced.plan
-        self._choosing = plan.bands > 1 and plan.segments > 1 and self._options.preset in STALE_COSTS
-        if not self._choosing:
+    def _chosen(self, plan: Plan) -> Plan:
+        """The plan of this run: ``plan``, which works ahead, or all calls in bands, as in the first run of its kind."""
+        self._in_bands_first = False
+        if plan.bands == 1 or plan.segments == 1 or self._options.preset not in STALE_COSTS:
             return plan
-        stale_costs = STALE_COSTS[self._options.preset]
-        self._choice = self._ready.band_times.choice(self.group.placement, plan, left, calls.levels, stale_costs)
-        if self._choice is None:
-            return None
-        self._choosing = False
-        return _in_bands(plan) if self._choice.in_bands else plan
+        calls, stale_costs = self._announced, STALE_COSTS[self._options.preset]
+        self._choice = self._ready.band_times.choice(self.group.placement, plan, len(calls), calls.levels, stale_costs)
+        self._in_bands_first = self._choice is None
+        return _in_bands(plan) if self._choice is None or self._choice.in_bands else plan
 
-    def _choose(self) -> None:
-        """Choose once the ranks have measured calls in bands, if that was not known before."""
-        if not self._choosing or not self._ready.band_times.measured:
+    def _leave_bands(self) -> None:
+        """Work ahead from now on, if the first calls of its kind show that bands take longer than one device."""
+        if not self._in_bands_first or not self._ready.band_times.lose:
             return
-        calls = self._announced
-        plan = self._chosen(len(calls) - self._progress.posted)
-        if plan.warmup >= ALWAYS:
-            return
-        self._plan = plan
+        self._in_bands_first = False
+        calls, self._plan = self._announced, self._announced.plan
 
         def begin(group: WorkerGroup) -> None:
-            group.begin(calls.timesteps, plan, self._on_record, calls.levels)
-            self._progress.sampling(group, plan, len(calls))
+            group.begin(calls.timesteps, calls.plan, self._on_record, calls.levels)
+            self._progress.sampling(group, calls.plan, len(calls))
 
         self._ranks.begin_anew(begin)
 
@@ -337,7 +331,7 @@ class Sampling:
         given = call.arguments
 
         def compute() -> Any:
-            self._choose()
+            self._leave_bands()
             self._rebalance()
             for gone in named.gone:
                 self.group.forget(gone)

@@ -1,4 +1,8 @@
-"""What calls in bands took, kept on disk, and the choice between them and working ahead."""
+"""What calls in bands took, kept on disk, and the choice between them and working ahead.
+
+The same choice is made again for the same model, size, devices and steps, so that the same seed gives the same picture: what is
+kept is replaced only where the machine has become another one.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,9 @@ from asyncdiff_nodes.engine.telemetry import CallRecord
 from . import user_files
 from .skeleton import fingerprint_of
 
-_FILE, _KEPT = "band_times", 200
+FILE, _KEPT = "band_times", 200
 _ENOUGH = 2  # calls of a stream that are measured, without the first, in which kernels are loaded
+_OTHER = 2.0  # how many times more, or less, bands take of one device's time if the machine is another one
 
 
 @dataclass(frozen=True)
@@ -50,14 +55,17 @@ class BandTimes:
     Args:
         shape: [B, C, h, w], the shape of the latent.
         devices: one per rank of ``plan``.
+
+    Attributes:
+        key: of what is known, in the file.
     """
 
     def __init__(self, patcher: ModelPatcher, plan: Plan, shape: Sequence[int], devices: Sequence[str]) -> None:
         names = [device if on_cluster(device) else f"{accelerator.title(device)} {device}" for device in devices]
         facts = (fingerprint_of(patcher), tuple(shape), plan.branches, plan.bands, str(patcher.model_dtype()), names)
-        self._key = hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+        self.key = hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
         self._ranks = plan.world_size
-        kept = user_files.load(_FILE).get(self._key)
+        kept = user_files.load(FILE).get(self.key)
         self._known: tuple[float, float] | None = tuple(kept) if kept else None
         self._calls: defaultdict[tuple[str, int], list[CallRecord]] = defaultdict(list)
         self._first: dict[str, int] = {}
@@ -68,11 +76,6 @@ class BandTimes:
             self._first.setdefault(record.stream, record.call)
             self._calls[record.stream, record.call].append(record)
 
-    @property
-    def measured(self) -> bool:
-        """Whether enough calls of this sampling were measured."""
-        return len(self._steps()) >= _ENOUGH
-
     def choice(
         self, placement: Placement, plan: Plan, calls: int, levels: NoiseLevels | None, stale_costs: float
     ) -> Choice | None:
@@ -82,8 +85,6 @@ class BandTimes:
             plan: of a run that works ahead.
             stale_costs: how many times longer bands may take and are chosen still, since nothing is stale in them.
         """
-        if self.measured:
-            self._known = self._medians()
         if self._known is None:
             return None
         step, work = self._known
@@ -93,10 +94,19 @@ class BandTimes:
         bands, ahead = calls * step, synchronous * step + rest * work
         return Choice(bands, ahead, calls * work, bands <= stale_costs * ahead)
 
+    @property
+    def lose(self) -> bool:
+        """Whether calls in bands were seen to take longer than one device would."""
+        return len(self._steps()) >= _ENOUGH and self._medians()[0] > self._medians()[1]
+
     def finish(self) -> None:
-        """Save what this sampling has measured. Never raises."""
-        if self.measured:
-            user_files.save(_FILE, user_files.load(_FILE) | {self._key: list(self._medians())}, _KEPT)
+        """Save what this sampling has measured, if it is news. Never raises."""
+        if len(self._steps()) < _ENOUGH:
+            return
+        step, work = self._medians()
+        if self._known is None or not 1 / _OTHER < step / work / (self._known[0] / self._known[1]) < _OTHER:
+            self._known = step, work
+            user_files.save(FILE, user_files.load(FILE) | {self.key: [step, work]}, _KEPT)
 
     def _steps(self) -> list[list[CallRecord]]:
         """The records of each call that all ranks have finished, without the first one of each stream."""

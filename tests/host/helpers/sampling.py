@@ -6,6 +6,8 @@ import torch
 from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
+from asyncdiff_nodes.host.workers import user_files
+from asyncdiff_nodes.host.workers.band_times import FILE, BandTimes
 from helpers import small
 
 
@@ -15,6 +17,13 @@ def exact(ranks=2, **changed):
 
 def segmented(ranks=2, **changed):
     return Options("Custom", ",".join(["cpu"] * ranks), **{"segments": ranks} | changed)
+
+
+def slow_in_bands(model, options, kind="sd15"):
+    """Have it known that calls in bands take ten times as long as on one device, as they do where links are that slow."""
+    plan, devices = options.resolve(items=2, banding=True)
+    key = BandTimes(model, plan, small.latent(kind=kind)["samples"].shape, devices).key
+    user_files.save(FILE, user_files.load(FILE) | {key: [10.0, 1.0]}, 200)
 
 
 EXACT = exact()

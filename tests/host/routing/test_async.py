@@ -17,8 +17,8 @@ TWICE = ("heun", "dpm_2", "dpmpp_sde")  # the network is called twice per step
 
 
 PRESETS = {
-    "balanced": Options(devices="cpu,cpu,cpu,cpu"),
-    "turbo": Options("Turbo", "cpu,cpu,cpu"),
+    "balanced": Options(devices="cpu,cpu,cpu,cpu", bands=1),
+    "turbo": Options("Turbo", "cpu,cpu,cpu", bands=1),
     "custom": segmented(warmup=2, forecast=False, time_shift=True),
 }
 
@@ -55,7 +55,7 @@ def test_presets_equal_the_simulator(kind, preset, sampler):
 
 def test_stride_falls_back_where_calls_are_not_foretold():
     """dpm_adaptive chooses its steps by what the model says."""
-    model = attach(small.model("sd15"), Options("Turbo", "cpu,cpu,cpu"))
+    model = attach(small.model("sd15"), Options("Turbo", "cpu,cpu,cpu", bands=1))
     assert ksampler(model, steps=6, sampler="dpm_adaptive").isfinite().all()
     assert last_run().plan.stride == 1 and "stride=2 is not possible" in last_run().notes[0]
     assert ksampler(model, steps=6).isfinite().all()

@@ -10,7 +10,7 @@ from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import OneDeviceError, Options
 from helpers import small
-from helpers.sampling import EXACT, ksampler
+from helpers.sampling import EXACT, exact, ksampler, segmented
 
 
 @pytest.mark.parametrize(
@@ -120,13 +120,14 @@ def test_one_device():
 
 
 def test_a_run_too_short_for_an_asynchronous_step_says_so(sd15, prompts):
-    def notes(steps, preset):
-        ksampler(attach(sd15, Options(preset, "cpu,cpu")), prompts, steps=steps, cfg=1.0, scheduler="simple")
+    def notes(steps, options):
+        ksampler(attach(sd15, options), prompts, steps=steps, cfg=1.0, scheduler="simple")
         return last_run().notes
 
-    (note,) = notes(4, "Balanced")
+    (note,) = notes(4, segmented(warmup=3))
     assert note.startswith("all of these 4 steps are synchronous") and "warm-up of 3 and the cool-down of 1" in note
-    assert notes(5, "Balanced") == notes(4, "Fast") == notes(4, "Exact") == ()
+    assert notes(5, segmented(warmup=3)) == notes(4, segmented(warmup=2)) == notes(4, exact()) == ()
+    assert notes(4, Options(devices="cpu,cpu")) == (), "in bands, synchronous steps are fast as well"
 
 
 def test_no_step_at_all_is_the_host_s_own(sd15):

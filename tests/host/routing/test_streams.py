@@ -12,7 +12,7 @@ from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
 from helpers import compositions, small
-from helpers.sampling import ksampler
+from helpers.sampling import ksampler, segmented
 
 SYNCHRONOUS = "changes from step to step"  # said of calls that cannot be told apart
 WIDE = {"samples": torch.zeros(1, 3, 32, 48)}
@@ -28,7 +28,7 @@ def cases():
     """By default some of them, with the preset that deviates most."""
     for name in WRAPPERS:
         marks = () if name in ("tiles shuffled", "shifted", "passes") else pytest.mark.slow
-        yield pytest.param(name, Options("Fast", "cpu,cpu"), marks=marks, id=f"{name}-fast")
+        yield pytest.param(name, segmented(warmup=2), marks=marks, id=f"{name}-fast")
         yield pytest.param(name, Options(devices="cpu,cpu,cpu"), marks=pytest.mark.slow, id=f"{name}-balanced")
 
 
@@ -74,7 +74,7 @@ def scaled(rng):
 
 def test_what_lies_nowhere_and_moves_is_synchronous(demo):
     expected = sampled(demo, scaled)
-    found = sampled(attach(demo, Options("Fast", "cpu,cpu")), scaled)
+    found = sampled(attach(demo, segmented(warmup=2)), scaled)
     assert any(SYNCHRONOUS in note for note in last_run().notes)
     assert torch.equal(expected, found)
 
@@ -95,7 +95,7 @@ def alternating(rng):
 
 def test_prompts_that_take_turns_are_synchronous(demo):
     expected = sampled(demo, alternating)
-    found = sampled(attach(demo, Options("Fast", "cpu,cpu")), alternating)
+    found = sampled(attach(demo, segmented(warmup=2)), alternating)
     assert any(SYNCHRONOUS in note for note in last_run().notes)
     assert torch.equal(expected, found)
 
@@ -114,7 +114,7 @@ def drifting(rng):
 
 def test_a_prompt_that_is_new_in_every_step_is_synchronous(demo):
     expected = sampled(demo, drifting)
-    found = sampled(attach(demo, Options("Fast", "cpu,cpu")), drifting)
+    found = sampled(attach(demo, segmented(warmup=2)), drifting)
     assert any(SYNCHRONOUS in note for note in last_run().notes)
     assert torch.equal(expected, found)
 
@@ -143,7 +143,7 @@ def test_a_sampler_that_goes_tile_by_tile(demo, shuffled):
         return small.custom_sample(model, (encode("red heart"), encode("")), tiling(shuffled), 12, start=WIDE)
 
     expected = run(demo)
-    found = run(attach(demo, Options("Fast", "cpu,cpu")))
+    found = run(attach(demo, segmented(warmup=2)))
     assert psnr(expected, found) > 45
 
 
@@ -157,7 +157,7 @@ def test_a_wrapper_that_changes_nothing_costs_no_speed(demo, sampler):
     watching = demo.clone()
     for kind in (WrappersMP.DIFFUSION_MODEL, WrappersMP.APPLY_MODEL, WrappersMP.PREDICT_NOISE):
         watching.add_wrapper_with_key(kind, "watching", lambda executor, *args, **kwargs: executor(*args, **kwargs))
-    found = sampled(attach(watching, Options("Fast", "cpu,cpu", verify="off")), plain, sampler=sampler, steps=10)
+    found = sampled(attach(watching, segmented(warmup=2, verify="off")), plain, sampler=sampler, steps=10)
     assert not last_run().notes
-    assert torch.equal(found, sampled(attach(demo, Options("Fast", "cpu,cpu")), sampler=sampler, steps=10))
+    assert torch.equal(found, sampled(attach(demo, segmented(warmup=2)), sampler=sampler, steps=10))
     assert any(not call.synchronous for call in last_run().stats.calls)

@@ -1,6 +1,7 @@
 """Calls that the host computes as well: they agree, or the model is the host's from then on, with a report."""
 
 import functools
+from dataclasses import replace
 
 import comfy.sd
 import pytest
@@ -11,7 +12,7 @@ from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
 from asyncdiff_nodes.host.workers import pool
 from helpers import small
-from helpers.sampling import exact, ksampler
+from helpers.sampling import exact, ksampler, segmented
 
 sample = functools.partial(ksampler, steps=8)
 
@@ -29,11 +30,11 @@ def verified(model, options, **how):
 
 @pytest.mark.parametrize(
     "options",
-    [pytest.param(exact(verify="first"), marks=pytest.mark.slow), Options("Fast", "cpu,cpu", verify="first")],
+    [pytest.param(exact(verify="first"), marks=pytest.mark.slow), segmented(warmup=2, verify="first")],
 )
 @pytest.mark.parametrize("sampler", [pytest.param("euler", marks=pytest.mark.slow), "dpmpp_2m_sde"])
 def test_a_call_of_each_kind_of_the_first_picture(model, options, sampler):
-    expected = sample(attach(model, Options(options.preset, "cpu,cpu", verify="off")), sampler=sampler)
+    expected = sample(attach(model, replace(options, verify="off")), sampler=sampler)
     assert last_run().verified == 0
     counts = []
     for how in ({}, {}, {"latent": small.latent(height=24)}, {"cfg": 1.0}, {}):

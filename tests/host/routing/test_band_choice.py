@@ -1,0 +1,114 @@
+"""Presets choose between calls in bands and working ahead, by what calls in bands took."""
+
+import itertools
+
+import pytest
+import torch
+
+from asyncdiff_nodes.engine import CallRecord
+from asyncdiff_nodes.host.choices import ALWAYS
+from asyncdiff_nodes.host.page.report import last_run
+from asyncdiff_nodes.host.routing.hooks import attach
+from asyncdiff_nodes.host.routing.options import Options
+from asyncdiff_nodes.host.workers import user_files
+from asyncdiff_nodes.host.workers.band_times import FILE, BandTimes
+from helpers import small
+from helpers.sampling import ksampler, slow_in_bands
+
+OPTIONS = Options(devices="cpu,cpu")
+
+
+@pytest.fixture
+def model():
+    """One that nothing is known of."""
+    user_files.path_of(FILE).unlink(missing_ok=True)
+    return small.model("sd15")
+
+
+def sample(model, options=OPTIONS, **how):
+    return ksampler(attach(model, options), steps=8, cfg=1.0, **how)
+
+
+def test_the_first_run_is_in_bands_and_nothing_is_stale_in_it(model):
+    stock = ksampler(model, steps=8, cfg=1.0)
+    assert (sample(model) - stock).abs().max() < 1e-4
+    record = last_run()
+    assert record.plan.warmup == ALWAYS and record.plan.bands == 2 and not record.notes
+    assert all(each.banded for each in record.stats.records)
+    assert record.stats.bytes_per_call == record.stats.planned_band_bytes
+
+
+def test_what_was_measured_decides(model):
+    sample(model)
+    ((step, work),) = user_files.load(FILE).values()
+    assert step > 0 and work > 0
+    sample(model)
+    record = last_run()
+    assert ("in bands" if record.plan.warmup == ALWAYS else "working ahead") in record.choice
+    assert "one device" in record.text()
+
+
+def measured(model, step, work):
+    """What is known after a run whose calls took so long."""
+    plan, devices = OPTIONS.resolve(items=1, banding=True)
+    times = BandTimes(model, plan, small.latent()["samples"].shape, devices)
+    for call, rank in itertools.product(range(4), range(2)):
+        times.add(CallRecord("s", call, rank, 0, True, 10.0 * call, 10.0 * call + step, work / 2, 0.0, 0, banded=True))
+    times.finish()
+    return user_files.load(FILE)[times.key]
+
+
+def test_the_choice_stays_as_long_as_the_machine_is_the_same(model):
+    """So that the same seed gives the same picture."""
+    assert measured(model, 0.6, 1.0) == [0.6, 1.0]
+    assert measured(model, 0.9, 1.0) == measured(model, 1.2, 2.4) == [0.6, 1.0]
+    assert measured(model, 1.3, 1.0) == [1.3, 1.0]
+
+
+@pytest.mark.parametrize(("step", "work", "in_bands"), [(0.5, 1.0, True), (0.9, 1.0, False)])
+def test_the_faster_of_the_two(model, step, work, in_bands):
+    plan, devices = OPTIONS.resolve(items=1, banding=True)
+    key = BandTimes(model, plan, small.latent()["samples"].shape, devices).key
+    user_files.save(FILE, {key: [step, work]}, 10)
+    sample(model)
+    assert (last_run().plan.warmup == ALWAYS) == in_bands
+    asynchronous = [call for call in last_run().stats.calls if not call.synchronous]
+    assert bool(asynchronous) != in_bands
+    assert all(record.banded for record in last_run().stats.records if record.synchronous and not record.ahead)
+
+
+def test_what_cannot_be_in_bands_works_ahead(model):
+    from comfy_extras.nodes_freelunch import FreeU
+
+    patched = FreeU.execute(model, 1.1, 1.2, 0.9, 0.2).args[0]
+    sample(patched)
+    assert last_run().plan.bands == 1 and any(not call.synchronous for call in last_run().stats.calls)
+
+
+def test_no_bands_if_the_user_wants_none(model):
+    """Each rank then has its part of the network only."""
+    sample(model, Options(devices="cpu,cpu", bands=1))
+    assert last_run().plan.bands == 1 and any(not call.synchronous for call in last_run().stats.calls)
+    held = [rank.weight_bytes for rank in last_run().stats.ranks]
+    assert max(held) < sum(weight.nbytes for weight in model.model.diffusion_model.parameters())
+
+
+def test_custom_bands(model):
+    stock = ksampler(model, steps=8, cfg=1.0)
+    assert (sample(model, Options("Custom", "cpu,cpu", bands=2)) - stock).abs().max() < 1e-4
+    assert last_run().plan.segments == 1 and all(record.banded for record in last_run().stats.records)
+    sample(model, Options("Custom", "cpu,cpu", segments=2, warmup=3, bands=2))
+    assert {record.synchronous for record in last_run().stats.records if record.banded} == {True}
+    assert any(not call.synchronous for call in last_run().stats.calls)
+
+
+def test_exact_is_bit_by_bit(model):
+    assert torch.equal(sample(model, Options("Exact", "cpu,cpu")), ksampler(model, steps=8, cfg=1.0))
+    assert last_run().plan.bands == 1
+
+
+def test_slow_links_work_ahead(model):
+    options = Options(devices="cpu,cpu,cpu")
+    slow_in_bands(model, options)
+    ksampler(attach(model, options), steps=8)
+    assert any(not call.synchronous for call in last_run().stats.calls)
