@@ -228,7 +228,7 @@ class BandMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         replaced = None if self._as_is or self._scope is None else REPLACED.get(func)
-        return func(*args, **(kwargs or {})) if replaced is None else replaced(self, func, args, kwargs or {})
+        return func(*args, **(kwargs or {})) if replaced is None else getattr(self, replaced)(func, args, kwargs or {})
 
     @contextmanager
     def as_is(self) -> Iterator[None]:
@@ -256,8 +256,7 @@ class BandMode(TorchFunctionMode):
         return key, value, mask
 
     def _attention(self, func: Any, args: Any, kwargs: Any) -> Any:
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = dict(zip(ATTENTION, args, strict=False)) | kwargs
         key, value, mask = self.attended(given["query"], given["key"], given["value"], given.get("attn_mask"), -2)
         return func(**given | {"key": key, "value": value, "attn_mask": mask})
 
@@ -315,14 +314,15 @@ class BandMode(TorchFunctionMode):
         return F.batch_norm(flat, mean, variance, weight, bias, eps=given["eps"]).reshape(band.shape)
 
 
+ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _USUAL = {"stride": 1, "padding": 0, "dilation": 1}
-REPLACED: dict[Any, Callable[[BandMode, Any, Any, Any], Any]] = {
-    F.scaled_dot_product_attention: BandMode._attention,
-    F.conv1d: BandMode._convolution,
-    F.conv2d: BandMode._convolution,
-    F.conv3d: BandMode._convolution,
-    F.group_norm: BandMode._group_norm,
-    F.interpolate: BandMode._interpolation,
+REPLACED = {  # functions, and the methods that stand in for them
+    F.scaled_dot_product_attention: "_attention",
+    F.conv1d: "_convolution",
+    F.conv2d: "_convolution",
+    F.conv3d: "_convolution",
+    F.group_norm: "_group_norm",
+    F.interpolate: "_interpolation",
 }
 
 

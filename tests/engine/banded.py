@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -88,6 +89,13 @@ class _Paired(_Mixing):
         items, tokens, width = hidden.shape
         halves = hidden.reshape(items, 2, tokens // 2, width)
         return (halves + halves.flip(1)).reshape(hidden.shape)
+
+
+class Slow(_Mixing):
+    def mixed(self, hidden: torch.Tensor) -> torch.Tensor:
+        if not hidden.is_meta:
+            time.sleep(0.3)
+        return hidden
 
 
 # what they do -> what is said of it

@@ -1,12 +1,18 @@
 """Bands: one call on several ranks, each with a part of the tokens or rows, gives the model's result up to rounding."""
 
+import os
+import signal
+import threading
+import time
+
+import psutil
 import pytest
 import torch
 from torch import nn
 
 import banded
 import unlisted
-from asyncdiff_nodes.engine import Plan, PlanError, Simulator, UnsupportedModelError, WorkerGroup
+from asyncdiff_nodes.engine import Plan, PlanError, Simulator, UnsupportedModelError, WorkerError, WorkerGroup
 
 NEAR = 1e-5  # relative
 
@@ -158,6 +164,21 @@ def test_too_small_a_picture_is_refused():
     call = (torch.tensor([3.0]), torch.randn(1, 5, unlisted.WIDTH), torch.randn(1, 4, 4, 4))
     with pytest.raises(UnsupportedModelError, match="4 rows in steps of 2 are too few for 3 ranks"):
         WorkerGroup(net, Plan(segments=1, bands=3), ["cpu"] * 3, example_inputs=(call, {}))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_rank_that_dies_in_a_call_stops_nobody(victim):
+    net, call = odd(banded.mixing(banded.Slow).eval())
+    args, kwargs = call(1)
+    group = WorkerGroup(net, Plan(segments=1, bands=2), example_inputs=(args, kwargs))
+    pids = group.pids
+    threading.Timer(0.5, os.kill, (pids[victim], signal.SIGKILL)).start()
+    begin = time.monotonic()
+    with pytest.raises(WorkerError, match=rf"rank {victim} .*killed by signal 9"):
+        group(*args, **kwargs)
+    assert time.monotonic() - begin < 10 and group.closed
+    assert not any(map(psutil.pid_exists, pids))
 
 
 @pytest.mark.parametrize("wrong", [{"bands": 0}, {"bands": True}, {"bands": 2, "segments": 3}])

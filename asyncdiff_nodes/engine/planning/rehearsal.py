@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from asyncdiff_nodes.engine.bands import REPLACED, Axis, BandMode, Scope
+from asyncdiff_nodes.engine.bands import ATTENTION, REPLACED, Axis, BandMode, Scope
 from asyncdiff_nodes.engine.errors import UnsupportedModelError
 from asyncdiff_nodes.engine.trees import flatten
 
@@ -123,7 +123,16 @@ class Rehearsal(BandMode):
             return func(*args, **(kwargs or {}))
         self._made = torch.empty(0, device="meta")
         with self._hidden():
-            return replaced(self, func, args, kwargs or {})
+            return getattr(self, replaced)(func, args, kwargs or {})
+
+    def _attention(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Make its result up: PyTorch would go through every operation of it."""
+        given = dict(zip(ATTENTION, args, strict=False)) | kwargs
+        query, value = given["query"], given["value"]
+        if given.get("is_causal"):
+            raise UnsupportedModelError("each token attends to those before it")
+        self.attended(query, given["key"], value, given.get("attn_mask"), -2)
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
 
     @contextmanager
     def as_is(self) -> Iterator[None]:
@@ -132,10 +141,14 @@ class Rehearsal(BandMode):
             yield
 
     def attended(self, query: Any, key: Any, value: Any, mask: Any, dim: int) -> Any:
-        """As of :class:`BandMode`; notes the mask."""
+        """As of :class:`BandMode`; notes the mask, and looks whether it fits."""
         if mask is not None:
             self.masks.add(memory_of(mask))
         if not self._unseen:
             self._made = torch.empty(0, device="meta")
         with self._hidden():
-            return super().attended(query, key, value, mask, dim)
+            key, value, mask = super().attended(query, key, value, mask, dim)
+        queries, keys = query.shape[dim], key.shape[dim]
+        if mask is not None and (mask.shape[-1] not in (1, keys) or (mask.ndim > 1 and mask.shape[-2] not in (1, queries))):
+            raise UnsupportedModelError(f"a mask {tuple(mask.shape)} is not for {queries} and {keys} tokens")
+        return key, value, mask

@@ -100,8 +100,8 @@ class Options(OptionValues):
         segments = max(1, self.segments)
         if self.bands * branches > count:
             raise PlanError(
-                f"bands={self.bands} with branches={branches} needs {self.bands * branches} devices, but there are {count}: lower "
-                "one of these numbers"
+                f"bands={self.bands} with branches={branches} needs {self.bands * branches} devices, but there are {count}: "
+                "lower one of these numbers"
             )
         return segments, {**self._knobs(), "forecast": int(self.forecast), "bands": self.bands}
 

@@ -58,6 +58,14 @@ def _attention(
     """An attention of the host, ``func``: [B, tokens, heads * D], or with ``skip_reshape`` [B, heads, tokens, D]."""
     k, v, mask = mode.attended(q, k, v, mask, 2 if skip_reshape else 1)
     if q.is_meta:  # where some of them call kernels that do not run
-        from comfy.ldm.modules.attention import attention_pytorch as func
+        return _made_up(q, v, heads, skip_reshape, *args, **kwargs)
     with mode.as_is():
         return func(q, k, v, heads, mask, attn_precision, skip_reshape, *args, **kwargs)
+
+
+def _made_up(
+    q: torch.Tensor, v: torch.Tensor, heads: int, skip_reshape: bool, skip_output_reshape: bool = False, **_: Any
+) -> torch.Tensor:
+    """What an attention returns for these, as far as shapes go."""
+    items, tokens, width = q.shape[0], q.shape[2 if skip_reshape else 1], v.shape[-1] // (1 if skip_reshape else heads)
+    return q.new_empty((items, heads, tokens, width) if skip_output_reshape else (items, tokens, heads * width))

@@ -60,9 +60,9 @@ def measured(model, step, work):
 
 def test_the_choice_stays_as_long_as_the_machine_is_the_same(model):
     """So that the same seed gives the same picture."""
-    assert measured(model, 0.6, 1.0) == [0.6, 1.0]
-    assert measured(model, 0.9, 1.0) == measured(model, 1.2, 2.4) == [0.6, 1.0]
-    assert measured(model, 1.3, 1.0) == [1.3, 1.0]
+    assert measured(model, 0.5, 1.0) == [0.5, 1.0]
+    assert measured(model, 0.75, 1.0) == measured(model, 1.0, 2.0) == [0.5, 1.0]
+    assert measured(model, 1.25, 1.0) == [1.25, 1.0]
 
 
 @pytest.mark.parametrize(("step", "work", "in_bands"), [(0.5, 1.0, True), (0.9, 1.0, False)])
