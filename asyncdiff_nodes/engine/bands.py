@@ -1,8 +1,8 @@
 """Bands: one call that several ranks compute at once, each with a part of the tokens, or of the rows, of everything.
 
 Each rank runs the model's own forward. Within a **scope**, a module that was seen to work so, the tensors on a rank are its
-**band**. Nothing there is stale. What needs the others is exchanged, and nothing else is: attention gathers keys and values,
-convolutions the rows beyond the edge, group norms their sums. The result is the model's up to rounding.
+**band**. Nothing there is stale. What needs the others is exchanged, and nothing else is: attention gathers keys and values, or
+heads, convolutions the rows beyond the edge, group norms their sums. The result is the model's up to rounding.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -138,6 +138,13 @@ class Bands:
     bytes_per_call: int
 
 
+class Dims(NamedTuple):
+    """Where tokens and heads are in a tensor of an attention; heads may be parts of its channels."""
+
+    tokens: int
+    heads: int
+
+
 class Exchange(Protocol):
     """What a rank needs of those that it shares a call with.
 
@@ -148,8 +155,12 @@ class Exchange(Protocol):
     rank: int
     ranks: int
 
-    def gather(self, owns: Sequence[torch.Tensor], dim: int, lengths: Sequence[int]) -> list[list[torch.Tensor]]:
-        """Return for each of ``owns`` what every rank has, so much of ``lengths`` on ``dim``, given what this one has."""
+    def trade(self, outgoing: Sequence[Sequence[torch.Tensor]], dim: int, lengths: Sequence[int]) -> list[list[torch.Tensor]]:
+        """Give each rank one of each row of ``outgoing``; return for each row what came of every rank, itself included.
+
+        Args:
+            lengths: of what comes from each rank, on ``dim``; else it is as what goes there.
+        """
 
     def neighbours(self, band: torch.Tensor, dim: int, above: int, below: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return the last ``above`` rows of the rank before, and the first ``below`` ones of the rank after this one.
@@ -212,9 +223,10 @@ class BandMode(TorchFunctionMode):
         return unflatten(leaves, structure)
 
     def _gathered(self, bands: Sequence[torch.Tensor], dim: int, axis: Axis) -> list[torch.Tensor]:
-        rank, lengths = self._exchange.rank, [axis.share(other) for other in range(self._exchange.ranks)]
-        owns = self._exchange.gather([axis.own(band, dim, rank) for band in bands], dim, lengths)
-        return [axis.joined(band, rank, own, dim) for band, own in zip(bands, owns, strict=True)]
+        rank, ranks = self._exchange.rank, range(self._exchange.ranks)
+        own = [axis.own(band, dim, rank) for band in bands]
+        owns = self._exchange.trade([[each for _ in ranks] for each in own], dim, [axis.share(other) for other in ranks])
+        return [axis.joined(band, rank, every, dim) for band, every in zip(bands, owns, strict=True)]
 
     def _needed(self, length: int) -> Axis | None:
         """Return the axis of what is exchanged next, of which this rank has ``length``; None where that is the whole."""
@@ -239,26 +251,81 @@ class BandMode(TorchFunctionMode):
         finally:
             self._as_is = False
 
-    def attended(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dim: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return keys, values and mask as the queries of this band need them: of all tokens.
+    def attend(
+        self,
+        compute: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, int], torch.Tensor],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        heads: int,
+        dims: Dims,
+        result: Dims,
+    ) -> torch.Tensor:
+        """Return what the queries of this band see, of all tokens.
+
+        Either every rank gathers all keys and values, or each attends with some of the heads, for all queries: whatever is fewer
+        bytes (Ulysses, Jacobs et al. 2023, arXiv 2309.14509).
 
         Args:
-            query, key, value: tokens on ``dim``.
+            compute: the attention: ``(query, key, value, mask, heads) -> result``.
             mask: [..., queries or 1, keys], of all queries.
+            dims, result: where tokens and heads are, in its arguments and in its result.
         """
-        axis = self._needed(key.shape[dim])
-        if self._scope is not None and mask is not None and mask.ndim > 1 and mask.shape[-2] not in (1, query.shape[dim]):
+        axis, tokens = self._needed(key.shape[dims.tokens]), dims.tokens
+        if axis is not None and self._trades_heads(axis, query, key, value, mask, heads, dims):
+            return self._by_heads(compute, (query, key, value), mask, heads, axis, dims, result)
+        if self._scope is not None and mask is not None and mask.ndim > 1 and mask.shape[-2] not in (1, query.shape[tokens]):
             mask = self._scope.axes[mask.shape[-2]].cut(mask, -2, self._exchange.rank)
         if axis is not None:
-            key, value = self._gathered([key, value], dim, axis)
-        return key, value, mask
+            key, value = self._gathered([key, value], tokens, axis)
+        return compute(query, key, value, mask, heads)
+
+    def _trades_heads(
+        self,
+        axis: Axis,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        heads: int,
+        dims: Dims,
+    ) -> bool:
+        """Whether heads can be traded, and are fewer bytes."""
+        ranks, alike = self._exchange.ranks, query.shape[dims.heads] == key.shape[dims.heads] == value.shape[dims.heads]
+        divides = alike and heads % ranks == 0 and query.shape[dims.tokens] == key.shape[dims.tokens]
+        whole = axis.divided == axis.length and (mask is None or mask.ndim < 3 or mask.shape[-3] == 1)
+        return divides and whole and 2 * query.numel() + key.numel() + value.numel() < ranks * (key.numel() + value.numel())
+
+    def _by_heads(
+        self,
+        compute: Callable[..., torch.Tensor],
+        bands: Sequence[torch.Tensor],
+        mask: torch.Tensor | None,
+        heads: int,
+        axis: Axis,
+        dims: Dims,
+        result: Dims,
+    ) -> torch.Tensor:
+        rank, ranks = self._exchange.rank, self._exchange.ranks
+        shares = [axis.share(other) for other in range(ranks)]
+        some = self._exchange.trade([band.chunk(ranks, dims.heads) for band in bands], dims.tokens, shares)
+        whole = [axis.joined(band, rank, every, dims.tokens) for band, every in zip(bands, some, strict=True)]
+        seen = compute(*whole, mask, heads // ranks)
+        pieces = [axis.cut(seen, result.tokens, other) for other in range(ranks)]
+        (back,) = self._exchange.trade([pieces], result.tokens, [axis.share(rank)] * ranks)
+        return torch.cat(back, result.heads)
 
     def _attention(self, func: Any, args: Any, kwargs: Any) -> Any:
         given = dict(zip(ATTENTION, args, strict=False)) | kwargs
-        key, value, mask = self.attended(given["query"], given["key"], given["value"], given.get("attn_mask"), -2)
-        return func(**given | {"key": key, "value": value, "attn_mask": mask})
+        query, key, value = (given[name] for name in ATTENTION[:3])
+
+        def compute(query: Any, key: Any, value: Any, mask: Any, _: int) -> Any:
+            return func(**given | {"query": query, "key": key, "value": value, "attn_mask": mask})
+
+        heads = query.shape[-3] if query.ndim > 3 else 1
+        dims = Dims(tokens=-2, heads=-3 if query.ndim > 3 else -1)
+        return self.attend(compute, query, key, value, given.get("attn_mask"), heads, dims, dims)
 
     def _convolution(self, func: Any, args: Any, kwargs: Any) -> Any:
         names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -301,7 +368,8 @@ class BandMode(TorchFunctionMode):
             return func(*args, **kwargs)
         items, channels = band.shape[:2]
         variance, mean = torch.var_mean(band.reshape(items, groups, -1).float(), -1, correction=0)
-        (parts,) = self._exchange.gather([torch.stack([mean, variance])], 0, [2] * self._exchange.ranks)
+        own, ranks = torch.stack([mean, variance]), self._exchange.ranks
+        (parts,) = self._exchange.trade([[own] * ranks], 0, [2] * ranks)
         shares = mean.new_tensor([axis.share(rank) / axis.length for rank in range(self._exchange.ranks)])[:, None, None]
         means, variances = torch.stack(parts).unbind(1)  # [ranks, items, groups] each
         mean = (shares * means).sum(0)

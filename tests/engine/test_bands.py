@@ -17,11 +17,11 @@ from asyncdiff_nodes.engine import Plan, PlanError, Simulator, UnsupportedModelE
 NEAR = 1e-5  # relative
 
 
-def flux(height=12):
+def flux(height=12, heads=4):
     from diffusers import FluxTransformer2DModel
 
     net = FluxTransformer2DModel(
-        num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=4, joint_attention_dim=32,
+        num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=heads, joint_attention_dim=32,
         pooled_projection_dim=16, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     ids = torch.stack([torch.zeros(height, 10), *torch.meshgrid(torch.arange(height), torch.arange(10), indexing="ij")], -1)
@@ -121,6 +121,11 @@ def test_bands_are_the_model(name):
 )
 def test_more_ranks_and_items(name, ranks, batch):
     compared(*NETS[name](), ranks=ranks, batch=batch)
+
+
+def test_heads_are_traded_where_that_is_fewer_bytes():
+    two, three = (compared(*flux(heads=6), ranks=ranks).planned_band_bytes for ranks in (2, 3))
+    assert three < 1.5 * two, "keys and values of all would be twice as many"
 
 
 def test_branches_have_bands_of_their_own():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from asyncdiff_nodes.engine.bands import ATTENTION, REPLACED, Axis, BandMode, Scope
+from asyncdiff_nodes.engine.bands import ATTENTION, REPLACED, Axis, BandMode, Dims, Scope
 from asyncdiff_nodes.engine.errors import UnsupportedModelError
 from asyncdiff_nodes.engine.trees import flatten
 
@@ -26,11 +26,13 @@ class Nobody:
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.ranks, self.nbytes = rank, ranks, 0
 
-    def gather(self, owns: Sequence[torch.Tensor], dim: int, lengths: Sequence[int]) -> list[list[torch.Tensor]]:
-        """Make something of these lengths up."""
-        others = [[sized(own, dim, length) for length in lengths] for own in owns]
-        self.nbytes += sum(tensor.nbytes for row in others for tensor in row) * (self.ranks - 1)
-        return others
+    def trade(self, outgoing: Sequence[Sequence[torch.Tensor]], dim: int, lengths: Sequence[int]) -> list[list[torch.Tensor]]:
+        """Make up what comes."""
+        came = [[sized(one, dim, length) for one, length in zip(row, lengths, strict=True)] for row in outgoing]
+        for row, incoming in zip(outgoing, came, strict=True):
+            all_bands = row if len({one.numel() for one in row}) > 1 else incoming
+            self.nbytes += sum(one.nbytes for one in all_bands) * (self.ranks - 1)
+        return came
 
     def neighbours(self, band: torch.Tensor, dim: int, above: int, below: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Make up rows."""
@@ -128,11 +130,13 @@ class Rehearsal(BandMode):
     def _attention(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Make its result up: PyTorch would go through every operation of it."""
         given = dict(zip(ATTENTION, args, strict=False)) | kwargs
-        query, value = given["query"], given["value"]
         if given.get("is_causal"):
             raise UnsupportedModelError("each token attends to those before it")
-        self.attended(query, given["key"], value, given.get("attn_mask"), -2)
-        return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+        def made_up(query: Any, key: Any, value: Any, attn_mask: Any = None, **_: Any) -> Any:
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+        return super()._attention(made_up, args, kwargs)
 
     @contextmanager
     def as_is(self) -> Iterator[None]:
@@ -140,15 +144,20 @@ class Rehearsal(BandMode):
         with super().as_is(), self._hidden():
             yield
 
-    def attended(self, query: Any, key: Any, value: Any, mask: Any, dim: int) -> Any:
+    def attend(
+        self, compute: Any, query: Any, key: Any, value: Any, mask: Any, heads: int, dims: Dims, result: Dims
+    ) -> torch.Tensor:
         """As of :class:`BandMode`; notes the mask, and looks whether it fits."""
+
+        def fitting(query: Any, key: Any, value: Any, mask: Any, heads: int) -> Any:
+            queries, keys = query.shape[dims.tokens], key.shape[dims.tokens]
+            if mask is not None and (mask.shape[-1] not in (1, keys) or (mask.ndim > 1 and mask.shape[-2] not in (1, queries))):
+                raise UnsupportedModelError(f"a mask {tuple(mask.shape)} is not for {queries} and {keys} tokens")
+            return compute(query, key, value, mask, heads)
+
         if mask is not None:
             self.masks.add(memory_of(mask))
         if not self._unseen:
             self._made = torch.empty(0, device="meta")
         with self._hidden():
-            key, value, mask = super().attended(query, key, value, mask, dim)
-        queries, keys = query.shape[dim], key.shape[dim]
-        if mask is not None and (mask.shape[-1] not in (1, keys) or (mask.ndim > 1 and mask.shape[-2] not in (1, queries))):
-            raise UnsupportedModelError(f"a mask {tuple(mask.shape)} is not for {queries} and {keys} tokens")
-        return key, value, mask
+            return super().attend(fitting, query, key, value, mask, heads, dims, result)

@@ -26,19 +26,19 @@ class RankExchange:
         self.waits: list[tuple[Any, Any]] = []
         self._first, self._transport, self._watch = share.first, transport, watch
 
-    def gather(self, owns: Sequence[torch.Tensor], dim: int, lengths: Sequence[int]) -> list[list[torch.Tensor]]:
-        """Return for each of ``owns`` what every rank has."""
+    def trade(self, outgoing: Sequence[Sequence[torch.Tensor]], dim: int, lengths: Sequence[int]) -> list[list[torch.Tensor]]:
+        """Give each rank its own, and return what came."""
         self._transport.settle()
         others = [other for other in range(self.ranks) if other != self.rank]
-        for own in owns:
+        for row in outgoing:
             for other in others:
-                self._send(own, other)
-        coming = [{other: self._receive(own, dim, lengths[other], other) for other in others} for own in owns]
-        start, gathered = self._watch.mark(), []
-        for own, incoming in zip(owns, coming, strict=True):
-            gathered.append([own if rank == self.rank else incoming[rank].wait() for rank in range(self.ranks)])
+                self._send(row[other], other)
+        coming = [{other: self._receive(row[other], dim, lengths[other], other) for other in others} for row in outgoing]
+        start, came = self._watch.mark(), []
+        for row, incoming in zip(outgoing, coming, strict=True):
+            came.append([row[rank] if rank == self.rank else incoming[rank].wait() for rank in range(self.ranks)])
         self.waits.append((start, self._watch.mark()))
-        return gathered
+        return came
 
     def neighbours(self, band: torch.Tensor, dim: int, above: int, below: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return the rows next to this rank's band."""

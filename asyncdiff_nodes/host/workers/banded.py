@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from asyncdiff_nodes.engine.bands import BandMode
+from asyncdiff_nodes.engine.bands import BandMode, Dims
 from asyncdiff_nodes.engine.batch import Arguments
 from asyncdiff_nodes.engine.errors import UnsupportedModelError
 
@@ -56,11 +56,16 @@ def _attention(
     **kwargs: Any,
 ) -> torch.Tensor:
     """An attention of the host, ``func``: [B, tokens, heads * D], or with ``skip_reshape`` [B, heads, tokens, D]."""
-    k, v, mask = mode.attended(q, k, v, mask, 2 if skip_reshape else 1)
-    if q.is_meta:  # where some of them call kernels that do not run
-        return _made_up(q, v, heads, skip_reshape, *args, **kwargs)
-    with mode.as_is():
-        return func(q, k, v, heads, mask, attn_precision, skip_reshape, *args, **kwargs)
+
+    def compute(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, heads: int) -> torch.Tensor:
+        if q.is_meta:  # where some of them call kernels that do not run
+            return _made_up(q, v, heads, skip_reshape, *args, **kwargs)
+        with mode.as_is():
+            return func(q, k, v, heads, mask, attn_precision, skip_reshape, *args, **kwargs)
+
+    apart, together = Dims(tokens=2, heads=1), Dims(tokens=1, heads=2)
+    result = apart if (args[0] if args else kwargs.get("skip_output_reshape")) else together
+    return mode.attend(compute, q, k, v, mask, heads, apart if skip_reshape else together, result)
 
 
 def _made_up(
