@@ -52,13 +52,20 @@ def find_bands(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwarg
             f"{family.name} cannot be computed in bands: what {family.keep_shape[0]} does depends on values, and is not tried out"
         )
     finder = _Finder(skeleton, family, args, kwargs, ranks)
+    whole, faults = None, []
     try:
-        return finder.as_a_whole()
-    except UnsupportedModelError as whole:
-        try:
-            return finder.by_modules()
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"{family.name} cannot be computed in bands: {error} (as a whole: {whole})") from error
+        whole = finder.as_a_whole()
+    except UnsupportedModelError as error:
+        faults.append(f"as a whole: {error}")
+    if whole is not None and all(axis.divided == axis.length for axis in whole.scopes[""].axes.values()):
+        return whole
+    try:  # a prompt's tokens may be divided there, too
+        return finder.by_modules()
+    except UnsupportedModelError as error:
+        faults.append(f"by modules: {error}")
+    if whole is None:
+        raise UnsupportedModelError(f"{family.name} cannot be computed in bands ({'; '.join(faults)})")
+    return whole
 
 
 class _ScopeError(UnsupportedModelError):
