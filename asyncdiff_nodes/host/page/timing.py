@@ -32,8 +32,9 @@ class Timing:
     @cached_property
     def computing(self) -> list[CallRecord]:
         """Records without replicas that only listened, and without calls made ahead in the warm-up."""
-        used, segments = self.plan.branch_size, self.plan.segments
-        return [r for r in self.records if not r.ahead and r.rank % self._size < (segments if r.synchronous else used)]
+        used = self.plan.branch_size
+        together = max(self.plan.segments, self.plan.bands)  # in synchronous calls
+        return [r for r in self.records if not r.ahead and r.rank % self._size < (together if r.synchronous else used)]
 
     @property
     def _size(self) -> int:
@@ -84,16 +85,17 @@ class Timing:
 
     @cached_property
     def sequential_seconds(self) -> float | None:
-        """Median compute time of all segments of all branches, one after the other: a step without AsyncDiff.
+        """Median compute time of all segments, or bands, of all branches, one after the other: a step without AsyncDiff.
 
         Ranks that share a device slow each other down, so only their synchronous calls count, without the first (cold) one.
         """
         ranks = self._ranks
         seconds = [[r.compute for r in self.computing if r.rank == rank and r.synchronous and r.call > 0] for rank in ranks]
+        work = self.work if self.plan.bands == 1 else 1.0  # in bands nothing is computed twice
         if not all(seconds) and len(set(self.devices)) == len(self.devices):
-            seconds = [[r.compute for r in self.computing if r.rank == rank] for rank in ranks]
+            seconds, work = [[r.compute for r in self.computing if r.rank == rank] for rank in ranks], self.work
         whole = sum(map(statistics.median, seconds)) if seconds and all(seconds) else 0.0
-        return whole / self.work * self.streams_per_step or None
+        return whole / work * self.streams_per_step or None
 
     @property
     def speedup(self) -> float | None:

@@ -17,6 +17,10 @@ def segmented(ranks=2, **changed):
     return Options("Custom", ",".join(["cpu"] * ranks), **{"segments": ranks} | changed)
 
 
+def banded(ranks=2, **changed):
+    return Options("Custom", ",".join(["cpu"] * ranks), **{"bands": 0} | changed)
+
+
 EXACT = exact()
 
 
@@ -44,4 +48,18 @@ def assert_exact(model, sample, options=EXACT, routed=None):
     # no call fell back to the host, which would be exact whatever the ranks do
     assert last_run().stats and last_run().stats.records and not last_run().notes, last_run().text()
     assert expected.isfinite().all() and torch.equal(found, expected)
+    return expected
+
+
+def assert_near(model, sample, options, tolerance):
+    """``sample(model)`` is the same on the host and on ranks up to rounding, and the ranks did compute it; returns the host's.
+
+    Args:
+        tolerance: relative to its largest number.
+    """
+    expected = sample(model)
+    found = sample(attach(model, options))
+    assert last_run().stats and last_run().stats.records and not last_run().notes, last_run().text()
+    difference = (found - expected).abs().max() / expected.abs().max()
+    assert expected.isfinite().all() and difference <= tolerance, f"{difference:.1e}"
     return expected
