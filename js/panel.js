@@ -131,7 +131,7 @@ export class Panel {
     const doing = show.lanes(run);
     this._labels.replaceChildren(
       ...run.ranks.map((rank, i) => {
-        const what = [t("segment", { segment: rank.segment + 1 })];
+        const what = [show.part(run, i)];
         if (run.plan.branches > 1) what.unshift(t("branch", { branch: rank.branch + 1 }));
         if (doing[i].step > 0) what.push(t("step", { step: doing[i].step, steps: run.steps }));
         what.push(t(doing[i].state));

@@ -56,16 +56,30 @@ export function planInWords(run) {
   for (const rank of run.ranks) counts.set(rank.title, (counts.get(rank.title) ?? 0) + 1);
   const devices = [...counts].map(([title, count]) => (count > 1 ? `${count} x ${title}` : title)).join(" + ");
   const branches = run.plan.branches > 1 ? `${t("branches", { count: run.plan.branches })}, ` : "";
-  const segments = run.ranks.slice(0, run.plan.segments).map((rank) =>
-    t("owns", {
-      segment: rank.segment + 1,
-      begins: rank.begins,
-      ends: rank.ends,
-      share: percent(rank.share),
-    }),
-  );
+  const segments = onlyBands(run)
+    ? [t("bands", { count: run.plan.bands })]
+    : run.ranks.slice(0, run.plan.segments).map((rank) =>
+        t("owns", {
+          segment: rank.segment + 1,
+          begins: rank.begins,
+          ends: rank.ends,
+          share: percent(rank.share),
+        }),
+      );
+  if (run.plan.bands > 1 && !onlyBands(run)) segments.push(t("synchronousBands"));
   if (run.plan.stride > 1) segments.push(t("replicas", { count: run.plan.stride }));
   return t("plan", { devices, segments: branches + segments.join(", ") });
+}
+
+/** The part of the work that a rank has, such as "segment 2" or "band 1". */
+export function part(run, rank) {
+  if (onlyBands(run)) return t("band", { band: (rank % run.plan.bands) + 1 });
+  return t("segment", { segment: run.ranks[rank].segment + 1 });
+}
+
+/** Whether every call is computed in bands; with segments, only synchronous ones can be. */
+function onlyBands(run) {
+  return run.plan.segments === 1 && run.plan.bands > 1;
 }
 
 /** 0.123 as "12%". */

@@ -185,6 +185,7 @@ class BandMode(TorchFunctionMode):
     @contextmanager
     def scoped(self, module: nn.Module, bands: Bands) -> Iterator[None]:
         """Enter, and have the scopes within ``module`` computed in bands."""
+        self._scope = None  # a call before may have failed within one
         with ExitStack() as hooks, self:
             for name, scope in bands.scopes.items():
                 if name:
@@ -216,6 +217,7 @@ class BandMode(TorchFunctionMode):
         return made
 
     def _ends(self, scope: Scope, _: Any, __: Any, output: Any) -> Any:
+        self._check(self._next == len(scope.exchanges))
         self._scope = None
         leaves, structure = flatten(output)
         for number, dim, length in scope.gives:
@@ -232,9 +234,18 @@ class BandMode(TorchFunctionMode):
         """Return the axis of what is exchanged next, of which this rank has ``length``; None where that is the whole."""
         if self._scope is None:
             return None
+        self._check(self._next < len(self._scope.exchanges))
         whole = self._scope.exchanges[self._next]
         self._next += 1
-        return None if whole is None else self._scope.axes[whole]
+        if whole is None:
+            return None
+        axis = self._scope.axes[whole]
+        self._check(length == axis.band(self._exchange.rank))
+        return axis
+
+    def _check(self, planned: bool) -> None:
+        if not planned:
+            raise UnsupportedModelError("a call in bands exchanges something else than was found out, as if it took another path")
 
     # -- what is exchanged -------------------------------------------------------------------------------------------
 

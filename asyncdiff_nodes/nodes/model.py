@@ -169,8 +169,8 @@ def _option_widgets() -> list[io.Input]:
             min=0,
             max=8,
             tooltip=custom + "Branches are groups of devices. Each computes its own part of the batch, such as the prompt or the "
-            "negative prompt. 1: all devices work on the whole batch. 0: two branches where that helps and segments is 0, as "
-            "with the other presets.",
+            "negative prompt. 1: all devices work on the whole batch. 0: two branches where that helps, if segments is 0 and "
+            "bands is 0 or 1, as with the other presets.",
         ),
         io.Combo.Input(
             "control_nets",
@@ -205,6 +205,18 @@ def _option_widgets() -> list[io.Input]:
                 "kind, in the first picture of a model and what is attached to it. always: in every picture. auto: as the "
                 "AsyncDiff settings say; by default as first if code of another pack is attached to the model. If the results "
                 "differ, you are told, and ComfyUI samples that model by itself from then on.",
+            )
+        ),
+        advanced(
+            io.Int.Input(
+                "bands",
+                default=OptionValues.bands,
+                min=0,
+                max=16,
+                tooltip=custom + "All devices compute each step together. Each has the whole network, and a band of the picture: "
+                "some of its rows, or of a transformer's tokens. The picture is KSampler's up to rounding, with any sampler and "
+                "any number of steps. The devices send much to each other in every layer, so their links must be fast. 1: no "
+                "bands. 0: as many as the devices allow. segments must be 0 or 1, and stride 1.",
             )
         ),
     ]

@@ -98,6 +98,19 @@ class Slow(_Mixing):
         return hidden
 
 
+class _Unseen(Layer):
+    """Attention that is PyTorch's on meta only, as that of a host may be."""
+
+    def forward(self, emb: torch.Tensor, text: torch.Tensor, hidden: torch.Tensor) -> Any:
+        if hidden.is_meta:
+            return super().forward(emb, text, hidden)
+        q, k, v = self.qkv(hidden + emb[:, None]).chunk(3, -1)
+        k2, v2 = self.prompt(text).chunk(2, -1)
+        k, v = torch.cat([k, k2], 1), torch.cat([v, v2], 1)
+        hidden = hidden + self.out((q @ k.transpose(1, 2) / WIDTH**0.5).softmax(-1) @ v)
+        return hidden + self.mlp(hidden)
+
+
 # what they do -> what is said of it
 MIXING = {
     _Mean: "mean of all tokens",

@@ -164,6 +164,16 @@ def test_tokens_that_are_looked_at_in_halves_are_bands_of_each_half():
     compared(*odd(banded.mixing(banded._Paired)), ranks=2)
 
 
+def test_what_exchanges_something_else_than_was_found_out_fails_by_name():
+    """Its picture would be a wrong one."""
+    net, call = odd(banded.mixing(banded._Unseen).eval())
+    args, kwargs = call(1)
+    with WorkerGroup(net, Plan(segments=1, bands=2), example_inputs=(args, kwargs)) as group:
+        group.begin()
+        with pytest.raises(WorkerError, match="exchanges something else than was found out"):
+            group(*args, **kwargs)
+
+
 def test_too_small_a_picture_is_refused():
     net, _ = odd(unlisted.OddUNet().eval())
     call = (torch.tensor([3.0]), torch.randn(1, 5, unlisted.WIDTH), torch.randn(1, 4, 4, 4))

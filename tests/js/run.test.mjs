@@ -96,6 +96,17 @@ test("the plan in words", () => {
   assert.match(stride, /^RTX 4090 \+ 2 x RTX 3060: .*, the last segment runs on 2 devices$/);
   const halves = show.planInWords(run(1, { plan: { ...PLAN, segments: 1, branches: 2 } }));
   assert.match(halves, /^2 x RTX 4090: 2 branches that share the batch, segment 1 computes [^,]*$/);
+  const warmup = show.planInWords(run(1, { plan: { ...PLAN, bands: 2 } }));
+  assert.equal(warmup, `${words}, synchronous steps in bands of the picture`);
+});
+
+test("bands in words", () => {
+  const four = [0, 1, 2, 3].map((rank) => ({ ...RANKS[0], segment: 0, branch: Math.floor(rank / 2) }));
+  const banded = run(1, { ranks: four, plan: { ...PLAN, segments: 1, branches: 2, bands: 2 } });
+  const words = "4 x RTX 4090: 2 branches that share the batch, 2 bands of the picture, each with the whole network";
+  assert.equal(show.planInWords(banded), words);
+  assert.deepEqual([0, 1, 2, 3].map((rank) => show.part(banded, rank)), ["band 1", "band 2", "band 1", "band 2"]);
+  assert.deepEqual([0, 1].map((rank) => show.part(run(1), rank)), ["segment 1", "segment 2"]);
 });
 
 test("numbers as people read them", () => {

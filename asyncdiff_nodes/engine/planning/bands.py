@@ -89,6 +89,7 @@ class _Finder:
 
     def __init__(self, skeleton: nn.Module, family: Family, args: Any, kwargs: Any, ranks: int) -> None:
         self._skeleton, self._family, self._ranks, self._call = skeleton, family, ranks, (args, kwargs)
+        self._items = batch_of(args, kwargs, family.sample)
         self._whole, mode = self._rehearse(self._call, Rehearsal(Nobody(0, ranks), {}), {})
         self._masks = mode.masks
         places = {id(made): index for index, each in enumerate(self._whole.operations) for made in each.makes}
@@ -157,7 +158,7 @@ class _Finder:
                 raise _ScopeError("it takes another path on bands", _first_other(self._whole, band, scopes))
             borders = {(axis.length, axis.band(rank)): axis.borders(rank) for axis in axes}
             for one, other in zip(self._whole.operations, band.operations, strict=True):
-                if (frames := torn(one, other, parts)) is not None:
+                if (frames := torn(one, other, parts, self._items)) is not None:
                     raise _FramesError(frames, one.call.name or "its own forward")
                 if why := mixes(one, other, borders, self._family.local):
                     raise _ScopeError(f"{why} in {one.call.name or 'its own forward'}", _scope_of(one.call, scopes))
@@ -191,7 +192,7 @@ class _Finder:
         places = _places(self._whole.root, self._taller.root)
         used = {length for *_, length in (*places, *gives)} | {length for _, length in self._needs}
         takes = tuple((number, dim) for number, dim, _ in places)
-        items = batch_of(*self._call, self._family.sample)
+        items = self._items
         single = {length for length in shares if items == 1 or length % items or length // items not in shares}
         return self._tried({"": Scope(takes, gives, {length: axis for length, axis in axes.items() if length in used})}, single)
 

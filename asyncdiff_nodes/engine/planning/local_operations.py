@@ -1,4 +1,4 @@
-"""Which operations give for a band what they give for the whole, seen from one operation on both."""
+"""Operations that give for a band what they give for the whole: told by one operation on both."""
 
 from __future__ import annotations
 
@@ -94,32 +94,36 @@ def _slice_of(operation: Operation, dim: int) -> tuple[int, int]:
     return begin, stop
 
 
-def torn(whole: Operation, band: Operation, axes: Mapping[int, int]) -> int | None:
+def torn(whole: Operation, band: Operation, axes: Mapping[int, int], items: int = 1) -> int | None:
     """Return of how many parts a view takes tokens to be that are an axis of fewer: bands of it are other tokens than it says.
 
     Args:
         axes: length of each axis -> of how many parts it is.
+        items: how many each tensor has; the tokens of all of them in one row may be as many as those of another axis.
 
     Twelve tokens of three frames; a band is the first six of them, or the first two of each frame:
 
     >>> from types import SimpleNamespace
     >>> view = [SimpleNamespace(func=_aten.view.default, reads=[torch.empty(n)], makes=[torch.empty(3, n // 3)]) for n in (12, 6)]
-    >>> torn(*view, {12: 1}), torn(*view, {12: 3})
-    (3, None)
+    >>> torn(*view, {12: 1}), torn(*view, {12: 3}), torn(*view, {12: 1}, items=3)
+    (3, None, None)
     """
     if whole.func._overloadpacket not in _VIEWS:
         return None
     source, made = (whole.reads[0], band.reads[0]), (whole.makes[0], band.makes[0])
-    return _parted(source, made, axes) or _parted(made, source, axes)
+    return _parted(source, made, axes, items) or _parted(made, source, axes, items)
 
 
 def _parted(
-    one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor], axes: Mapping[int, int]
+    one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor], axes: Mapping[int, int], items: int
 ) -> int | None:
     """Find an axis of ``one``, whole and band, that is several equal parts in ``other``."""
-    here, there = ({each[0].shape[dim]: each[0].shape[dim - 1] if dim else 1 for dim in varying(*each)} for each in (one, other))
+    here, there = ({each[0].shape[dim]: dim for dim in varying(*each)} for each in (one, other))
     for length in here.keys() & axes.keys() - there.keys():
-        for part, parts in there.items():
+        for part, dim in there.items():
+            parts = other[0].shape[dim - 1] if dim else 1
+            if here[length] == 0 and dim == 1 and parts == items:  # the tokens of all items, one after the other
+                continue
             if parts > 1 and part * parts == length and parts != axes[length]:
                 return parts
     return None

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from asyncdiff_nodes.engine.stub import runner
 from asyncdiff_nodes.engine.tensors import tensors_of
-from asyncdiff_nodes.engine.trees import flatten
+from asyncdiff_nodes.engine.trees import flatten, unflatten
 
 from .known_values import KnownValues
 from .meta_kernels import operands
@@ -103,7 +103,8 @@ def record(
     Args:
         values: what is known of values; entered.
     """
-    root = ModuleCall("", module, None, 0, _tensors(args, kwargs), (args, kwargs))
+    given = unflatten(*flatten((args, kwargs)))  # a forward may empty the lists that it is given, as UNets do with residuals
+    root = ModuleCall("", module, None, 0, _tensors(args, kwargs), given)
     recorder = _Recorder(root)
     with recorder.listening(module, values):
         result = runner(module, entry)(*args, **kwargs)

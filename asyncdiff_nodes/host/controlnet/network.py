@@ -22,6 +22,7 @@ from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from torch import nn
 
 from asyncdiff_nodes.host.attributes import layers_with_weights, replaced
+from asyncdiff_nodes.host.workers.banded import is_in_bands
 
 MERGE = ("strength", "strength_type", "global_average_pooling")  # the settings that the host's merge of residuals reads
 Residuals = dict[str, list[torch.Tensor | None]]
@@ -78,10 +79,13 @@ class Controlled:
                 Residuals are added up in this order.
         """
         times = timesteps if timestep is None else timestep
+        # ControlNets get no options that could ask for one
+        pytorch = x.is_meta or is_in_bands(kwargs.get("transformer_options"))
 
         def merged(residuals: Residuals) -> Residuals:
             # blocks need one order of execution, whatever the order of the sum
-            computed = {slot: self._net(slot, x, times, **nets[slot]) for slot in sorted(nets)}
+            with _pytorch_attention() if pytorch else contextlib.nullcontext():
+                computed = {slot: self._net(slot, x, times, **nets[slot]) for slot in sorted(nets)}
             for slot, net in nets.items():
                 residuals = _merger(net["merge"]).control_merge(computed[slot], residuals, None)
             return residuals
@@ -92,8 +96,7 @@ class Controlled:
 
     def _net(self, slot: int, x: torch.Tensor, timesteps: torch.Tensor, channels: int, merge: Any, **arguments: Any) -> Residuals:
         sample = x[:, :channels].contiguous()  # an inpainting model's latent has more channels
-        with _traceable_attention() if x.is_meta else contextlib.nullcontext():
-            return self.control_nets[slot](x=sample, timesteps=timesteps.to(x.dtype), **arguments)
+        return self.control_nets[slot](x=sample, timesteps=timesteps.to(x.dtype), **arguments)
 
 
 class ControlledUNet(Controlled, UNetModel):
@@ -141,8 +144,8 @@ def controlled(network: nn.Module, nets: Sequence[nn.Module]) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _traceable_attention() -> Iterator[None]:
-    """Use an attention that runs on the meta device; ControlNets get no options that could ask for it."""
+def _pytorch_attention() -> Iterator[None]:
+    """Use PyTorch's attention, which runs on the meta device and is seen in bands."""
     with contextlib.ExitStack() as stack:
         for module in _WITH_ATTENTION:
             for name in {"optimized_attention", "optimized_attention_masked"} & vars(module).keys():

@@ -82,18 +82,22 @@ class RunRecord:
         plan, timing = self.plan, self.timing
         calls = self.stats.calls
         streams = {call.stream for call in calls}
+        working_ahead = plan.segments > 1 and not _only_bands(plan)
         warmup = "every step synchronous" if plan.warmup >= ALWAYS else f"warm-up {plan.warmup}"
+        warmup += " in bands" if plan.bands > 1 else ""
         stale = "working ahead" if plan.forecast else "plain reuse"
         how = f"stride {plan.stride}, {warmup}, {stale}" + (", time shift" if plan.time_shift else "")
         how += f", {plan.compression} between ranks" if plan.compression != "none" else ""
         lines[:0] = [
-            f"Plan: {_in_words(plan)}, " + (how if plan.segments > 1 else "each with the whole network, so nothing is stale"),
-            f"Calls: {len(calls)} on {len(streams)} stream(s); synchronous: {_synchronous(calls)}",
+            f"Plan: {_in_words(plan)}, " + (how if working_ahead else "each with the whole network, so nothing is stale"),
+            f"Calls: {len(calls)} on {len(streams)} stream(s)"
+            + (f"; synchronous: {_synchronous(calls)}" if working_ahead else ""),
         ]
         if timing.step_seconds:
             whole = timing.sequential_seconds
-            gain = f"; its segments one after the other take {whole:.3f} s: {timing.speedup:.2f}x" if whole else ""
-            lines.append(f"Step: {timing.step_seconds:.3f} s asynchronous{gain}")
+            alone = "its segments one after the other take" if plan.bands == 1 else "one such device would take"
+            gain = f"; {alone} {whole:.3f} s: {timing.speedup:.2f}x" if whole else ""
+            lines.append(f"Step: {timing.step_seconds:.3f} s" + (" asynchronous" if timing.ahead else "") + gain)
         lines.append(f"Sent between ranks: {_mib(self.stats.bytes_per_call)} per call; planned {self._planned_bytes()}")
         if self.choice:
             lines.append(f"Chosen: {self.choice}, by what calls in bands took")
@@ -121,14 +125,17 @@ class RunRecord:
         return ", ".join(planned)
 
     def _rank_line(self, rank: RankReport, timing: Timing) -> str:
-        names = [self.placement.graph.names[index] for index in self.placement.owned(rank.segment)]
-        share = self.placement.shares[rank.segment]
+        what = part(self.plan, rank)
+        if _only_bands(self.plan):
+            what += f" of {self.plan.bands}"
+        else:
+            blocks, share = len(self.placement.owned(rank.segment)), self.placement.shares[rank.segment]
+            what += f", {blocks} blocks from {self.placement.span(rank.segment)[0]} ({share:.0%} of the work)"
         branch = f"branch {rank.rank * self.plan.branches // len(self.stats.ranks) + 1}, " if self.plan.branches > 1 else ""
         times = [record for record in timing.computing if record.rank == rank.rank]
         compute, wait = (statistics.median(getattr(r, kind) for r in times) if times else 0.0 for kind in ("compute", "wait"))
         return (
-            f"Rank {rank.rank} on {rank.device}: {branch}segment {rank.segment + 1}, {len(names)} blocks from "
-            f"{self.placement.span(rank.segment)[0]} ({share:.0%} of the work), {_mib(rank.weight_bytes)} of weights, "
+            f"Rank {rank.rank} on {rank.device}: {branch}{what}, {_mib(rank.weight_bytes)} of weights, "
             f"compute {compute:.3f} s and wait {wait:.3f} s per call"
         )
 
@@ -155,9 +162,20 @@ def _first_line(note: str) -> str:
     return note.partition("\n")[0]
 
 
+def part(plan: Plan, rank: RankReport) -> str:
+    """Say which part of the work a rank has, such as "segment 2" or "band 1"."""
+    return f"band {rank.rank % plan.bands + 1}" if _only_bands(plan) else f"segment {rank.segment + 1}"
+
+
+def _only_bands(plan: Plan) -> bool:
+    """Whether every call is computed in bands; with segments, synchronous ones are."""
+    return plan.bands > 1 and (plan.segments == 1 or plan.warmup >= ALWAYS)
+
+
 def _in_words(plan: Plan) -> str:
-    segments = f"{plan.segments} segments" if plan.segments > 1 else "1 segment"
-    return segments if plan.branches == 1 else f"{plan.branches} branches of {segments}"
+    count, what = (plan.bands, "band") if _only_bands(plan) else (plan.segments, "segment")
+    parts = f"{count} {what}" + ("s" if count > 1 else "")
+    return parts if plan.branches == 1 else f"{plan.branches} branches of {parts}"
 
 
 def _synchronous(calls: Sequence[CallSummary]) -> str:

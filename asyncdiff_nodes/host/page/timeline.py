@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from asyncdiff_nodes.engine.telemetry import RankReport
 
-from .report import RunRecord
+from .report import RunRecord, part
 
 _FINE = 3  # it is drawn so many times larger and then scaled down: a call may be narrower than a pixel
 _WIDTH, _MARGIN = 1200 * _FINE, 20 * _FINE
@@ -27,7 +27,7 @@ def timeline(record: RunRecord) -> torch.Tensor:
     ranks = record.stats.ranks if record.stats else ()
     font = ImageFont.load_default(18 * _FINE)
     title = _wrapped(record.line, font, _WIDTH - 2 * _MARGIN)
-    labels = [f"rank {rank.rank}, {rank.device}\nsegment {rank.segment + 1}" for rank in ranks]
+    labels = [f"rank {rank.rank}, {rank.device}\n{part(record.plan, rank)}" for rank in ranks]
     left = 2 * _MARGIN + max((font.getlength(line) for label in labels for line in label.split("\n")), default=0)
     top = 2 * _MARGIN + _LINE * len(title)
     bottom = top + _LANE * max(1, len(ranks))

@@ -58,12 +58,16 @@ class Timing:
         """Number of calls that make up a step."""
         return len(self.calls) / max(1, len({call for _, call in self.calls}))
 
+    @property
+    def ahead(self) -> list[CallRecord]:
+        """Records of asynchronous calls."""
+        return [record for record in self.computing if not record.synchronous and not record.banded]
+
     @cached_property
     def step_seconds(self) -> float | None:
         """Median time of an asynchronous step; of one in bands, where there is no other."""
         longest: dict[Any, float] = {}
-        ahead = [record for record in self.computing if not record.synchronous and not record.banded]
-        for record in ahead or (record for record in self.computing if record.banded and record.call > 0):
+        for record in self.ahead or (record for record in self.computing if record.banded and record.call > 0):
             key = record.stream, record.call
             longest[key] = max(longest.get(key, 0.0), record.end - record.start)
         return statistics.median(longest.values()) * self.streams_per_step / self.plan.stride if longest else None
@@ -85,7 +89,7 @@ class Timing:
 
     @cached_property
     def sequential_seconds(self) -> float | None:
-        """Median compute time of all segments of all branches, one after the other: a step without AsyncDiff.
+        """Median compute time of all segments, or bands, of all branches, one after the other: a step without AsyncDiff.
 
         Ranks that share a device slow each other down, so only their synchronous calls count, without the first (cold) one. In
         bands they do the work of the model together.

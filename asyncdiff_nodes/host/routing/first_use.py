@@ -44,9 +44,17 @@ def computed(
     """What the host computes for a call, and for the same with another latent: the changed arguments, and the result of each."""
     latent = next(iter(called.given))
     other = {latent: _another(called.given[latent])}
+    residuals = [(each, [*each]) for each in (called.given.get("control") or {}).values()]
+
+    def computed_once(**changes: Any) -> Any:
+        result = on_host(**changes)
+        for each, values in residuals:
+            each[:] = values  # UNets empty these lists
+        return result
+
     own.load(x)  # before the network's state is noted: the host keeps its own notes in there
     with _state_restored(called.network):
-        return ({}, on_host()), (other, on_host(**other))
+        return ({}, computed_once()), (other, computed_once(**other))
 
 
 def _another(latent: Any) -> Any:

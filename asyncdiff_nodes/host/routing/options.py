@@ -124,8 +124,8 @@ class Options(OptionValues):
         """Number of branches on ``count`` devices, where there is work for ``useful`` branches."""
         if self.preset == CUSTOM and self.branches:
             return self.branches
-        # with given segments, or for the host's picture bit for bit, the batch stays whole
-        given = self.cuts or (self.preset == CUSTOM and self.segments) or self.preset == "Exact"
+        # with given segments or bands, or for the host's picture bit for bit, the batch stays whole
+        given = self.cuts or (self.preset == CUSTOM and (self.segments or self.bands > 1)) or self.preset == "Exact"
         if given or count % useful:
             return 1
         # of four devices, three segments with stride 2 are the fastest

@@ -15,7 +15,7 @@ from asyncdiff_nodes.host.controlnet.calls import ControlNets
 from asyncdiff_nodes.host.patches.compiled import compile_arguments
 from asyncdiff_nodes.host.patches.registry import begun, models_of
 from asyncdiff_nodes.host.workers.band_times import BandTimes
-from asyncdiff_nodes.host.workers.banded import is_patched
+from asyncdiff_nodes.host.workers.banded import obstacle
 from asyncdiff_nodes.host.workers.block_times import Balance
 from asyncdiff_nodes.host.workers.memory import room_for_weights
 from asyncdiff_nodes.host.workers.pool import GroupRequest
@@ -60,7 +60,7 @@ class Preparation:
     ) -> None:
         items = items_per_call(guider, conds, model_options, latent[0])
         self.patches = begun(patcher)
-        patched = is_patched(model_options.get("transformer_options", {})) or models_of(patcher) or compile_arguments(patcher)
+        patched = obstacle(model_options.get("transformer_options", {})) or models_of(patcher) or compile_arguments(patcher)
         plan, devices = options.resolve(items, banding=not patched)
         self.nets = ControlNets(conds if options.control_nets == "shared" else {}, patcher, model_options)
         self.theirs = [*self.nets.patchers, *models_of(patcher).values()]

@@ -32,7 +32,7 @@ from asyncdiff_nodes.host.page.settings import setting
 from asyncdiff_nodes.host.patches.foreign_code import Watched
 from asyncdiff_nodes.host.patches.obstacles import READ_BY_NETWORKS, call_obstacle, missing, obstacle, shippable, surroundings
 from asyncdiff_nodes.host.patches.protocol import RoutedCall
-from asyncdiff_nodes.host.workers import links
+from asyncdiff_nodes.host.workers import banded, links
 from asyncdiff_nodes.host.workers.band_times import Choice
 from asyncdiff_nodes.host.workers.block_times import Balance
 from asyncdiff_nodes.host.workers.found import options_read
@@ -273,6 +273,10 @@ class Sampling:
         rest = rest_of(given)
         call = RoutedCall(self._patcher.model.diffusion_model, given, options, x)
         given["transformer_options"] = shippable(options, self._read)
+        # before patches draw random numbers for the ranks
+        only_bands = self._ready.plan.bands > 1 and self._ready.plan.segments == 1
+        if only_bands and (reason := banded.obstacle(given["transformer_options"])):
+            return by_host(f"this call cannot be computed in bands: {reason}")
         for patch in self._ready.patches:
             if reason := patch.before(call):
                 return by_host(reason)
@@ -416,7 +420,8 @@ class Sampling:
             rest = _REPORT_GRACE + time.monotonic() - self._started  # work done ahead takes no longer than everything before it
             verified = self._audit.agreed if self.group else 0
             choice = str(self._choice or "")
-            record = left if self._left else RunRecord.of(self.group, self._plan, self._notes, rest, verified, choice)
+            used = self.group if self._plan is not None else None  # ranks of another sampling may have been found, and not called
+            record = left if self._left else RunRecord.of(used, self._plan, self._notes, rest, verified, choice)
         except AsyncDiffError as error:  # the picture is done: a missing report must not cost it
             self._note(f"there is no report on this run: {brief(error)}")
             POOL.bury()

@@ -21,29 +21,40 @@ LOCAL = frozenset(
     for in_place in ("", "_")
 ) | {"comfy_kitchen.adaln", "comfy_kitchen.rms_adaln", "comfy_kitchen.quantize_int8_rowwise", "comfy_kitchen.int8_linear"}
 _PATCHES = ("patches", "patches_replace")
+_OVERRIDE = "optimized_attention_override"
+
+
+def obstacle(options: dict[str, Any]) -> str | None:
+    """Why a call with these ``transformer_options``, as ranks get them, cannot be in bands, in words; None if it may be."""
+    if any(options.get(kind) for kind in _PATCHES):
+        return "other nodes have put patches into its layers, which may look at all rows or tokens at once"
+    return None
 
 
 def in_bands(args: tuple[Any, ...], kwargs: dict[str, Any], mode: BandMode) -> Arguments:
     """The same call, whose attentions gather keys and values, whichever of its attentions the host uses.
 
     Raises:
-        UnsupportedModelError: it has patches of other nodes, which may look at all rows at once.
+        UnsupportedModelError: see :func:`obstacle`.
     """
     options = kwargs.get("transformer_options")
     if options is None:
         return args, kwargs
-    if is_patched(options):
-        raise UnsupportedModelError("other nodes have put patches into its layers")
-    return args, {**kwargs, "transformer_options": {**options, "optimized_attention_override": partial(_attention, mode)}}
+    if reason := obstacle(options):
+        raise UnsupportedModelError(reason)
+    attention = partial(_attention, mode, options.get(_OVERRIDE))
+    return args, {**kwargs, "transformer_options": {**options, _OVERRIDE: attention}}
 
 
-def is_patched(options: dict[str, Any]) -> bool:
-    """Whether the host's transformer ``options`` have patches of other nodes for the network's layers."""
-    return any(options.get(kind) for kind in _PATCHES)
+def is_in_bands(options: dict[str, Any] | None) -> bool:
+    """Whether a call with these ``transformer_options`` is one of :func:`in_bands`."""
+    override = (options or {}).get(_OVERRIDE)
+    return isinstance(override, partial) and override.func is _attention
 
 
 def _attention(
     mode: BandMode,
+    chosen: Callable[..., torch.Tensor] | None,
     func: Callable[..., torch.Tensor],
     q: torch.Tensor,
     k: torch.Tensor,
@@ -55,7 +66,13 @@ def _attention(
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """An attention of the host, ``func``: [B, tokens, heads * D], or with ``skip_reshape`` [B, heads, tokens, D]."""
+    """An attention of the host, ``func``: [B, tokens, heads * D], or with ``skip_reshape`` [B, heads, tokens, D].
+
+    Args:
+        chosen: what another node has chosen in its place, which is called with it.
+    """
+    if chosen is not None:
+        func = partial(chosen, func)
 
     def compute(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, heads: int) -> torch.Tensor:
         if q.is_meta:  # where some of them call kernels that do not run

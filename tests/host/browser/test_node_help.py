@@ -55,4 +55,5 @@ def test_chinese(chinese):
         "失败时",
         "压缩",
         "核对",
+        "带数",
     ]

@@ -26,6 +26,10 @@ def slow_in_bands(model, options, kind="sd15"):
     user_files.save(FILE, user_files.load(FILE) | {key: [10.0, 1.0]}, 200)
 
 
+def banded(ranks=2, **changed):
+    return Options("Custom", ",".join(["cpu"] * ranks), **{"bands": ranks} | changed)
+
+
 EXACT = exact()
 
 
@@ -53,4 +57,18 @@ def assert_exact(model, sample, options=EXACT, routed=None):
     # no call fell back to the host, which would be exact whatever the ranks do
     assert last_run().stats and last_run().stats.records and not last_run().notes, last_run().text()
     assert expected.isfinite().all() and torch.equal(found, expected)
+    return expected
+
+
+def assert_near(model, sample, options, tolerance):
+    """``sample(model)`` is the same on the host and on ranks up to rounding, and the ranks did compute it; returns the host's.
+
+    Args:
+        tolerance: relative to its largest number.
+    """
+    expected = sample(model)
+    found = sample(attach(model, options))
+    assert last_run().stats and last_run().stats.records and not last_run().notes, last_run().text()
+    difference = (found - expected).abs().max() / expected.abs().max()
+    assert expected.isfinite().all() and difference <= tolerance, f"{difference:.1e}"
     return expected

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import ImageColor
 
+from asyncdiff_nodes.engine import Plan
 from asyncdiff_nodes.engine.telemetry import CallRecord, RankReport
 from asyncdiff_nodes.host.page import timeline as drawing
 from asyncdiff_nodes.host.page.timeline import timeline
@@ -21,7 +22,7 @@ def run(*ranks, line="2 segments on cpu, cpu"):
     for rank, calls in enumerate(ranks):
         records = tuple(CallRecord("", 0, rank, rank, how, start, end, 1.0, 0.0, 0, waits) for how, start, end, waits in calls)
         reports.append(RankReport(rank, 0, "cpu", rank, {}, 0, records))
-    return SimpleNamespace(line=line, stats=SimpleNamespace(ranks=tuple(reports)))
+    return SimpleNamespace(line=line, plan=Plan(segments=2), stats=SimpleNamespace(ranks=tuple(reports)))
 
 
 def lanes(picture):

@@ -1,4 +1,11 @@
-"""Every network that the host can build, on ranks with no line written for it: the stock sampler's pictures, bit for bit."""
+"""Every network that the host can build, on ranks with no line written for it: the stock sampler's pictures.
+
+Bit for bit where it is in segments, and up to rounding where it is in bands.
+"""
+
+import re
+import runpy
+from pathlib import Path
 
 import comfy.sd
 import pytest
@@ -9,14 +16,40 @@ from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.workers.pool import POOL
 from helpers.denoisers import DENOISERS, LARGE, lora, sampled
-from helpers.sampling import EXACT, assert_exact, exact, segmented
+from helpers.sampling import EXACT, assert_exact, assert_near, banded, exact, segmented
 from helpers.simulated import simulated
 
+ROOT = Path(__file__).resolve().parents[3]
 # networks that only the host can compute, and why
 REFUSED = {
     "hidream_o1": "looks at what the call before has kept",
     "seedvr2": "makes a value that it does not return",
     "wan_animate2": "has no parts with a notable share of its work that run once per call",
+}
+# those that cannot be computed in bands, and what is said of it
+BANDLESS = REFUSED | {
+    "ace_step": "it takes another path on bands",
+    "ace_step15": "it takes another path for another height",
+    "ace_step15_cover": "it takes another path for another height",
+    "cascade_b": "it interpolates between rows (bilinear)",
+    "cascade_c": "tokens or rows, which are no band",
+    "hidream": "depends on values, and is not tried out",
+    "hidream_edit": "depends on values, and is not tried out",
+    "hunyuan3d2": "cannot be tried with a picture of another height",
+    "hunyuan3d21": "depends on values, and is not tried out",
+    "lens": "cannot be computed in bands: its forward fails",
+    "pid": "makes positions in its own forward",
+    "pixel_dit": "makes positions in its own forward",
+    "trellis2_shape": "nothing takes tokens and returns as many",
+    "trellis2_structure": "cannot be tried with a picture of another height",
+    "trellis2_texture": "nothing takes tokens and returns as many",
+    "triposplat": "cannot be tried with a picture of another height",
+}
+# by the number of ranks, since their latents are small here
+BANDLESS_OF_SO_MANY = {
+    ("wan_dancer", 3): "are too few for 3 ranks",
+    ("wan_humo", 3): "its forward fails",  # as many tokens as do not divide into its frames
+    ("x4_upscaler", 3): "are too few for 3 ranks",
 }
 NO_MASK = (*LARGE, "kandinsky5")  # ComfyUI itself fails: it adds channels that the network lacks
 FAST = (
@@ -26,7 +59,7 @@ FAST = (
 
 def networks(*fast, without=LARGE):
     """All that are routed; by default only ``fast`` ones. Those at true size are only sampled exactly, for time and memory."""
-    names = [name for name in DENOISERS if name not in (*REFUSED, *without)]
+    names = [name for name in DENOISERS if name not in {*REFUSED, *without}]
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
@@ -43,6 +76,25 @@ def test_exact(name, ranks, record_property):
     record_property("found", "found automatically" in last_run().text())
     held = [sum(rank.weights.values()) for rank in last_run().stats.ranks]
     assert max(held) < sum(tensor.nbytes for _, tensor in tensors_of(model.model.diffusion_model)), "every rank has all of it"
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", networks("minimax_h3", "qwen_image", "sdxl", "wan", "z_image", without=(*LARGE, *BANDLESS)))
+def test_bands_are_the_network_up_to_rounding(name, ranks):
+    if (name, ranks) in BANDLESS_OF_SO_MANY:
+        return assert_bandless(name, ranks, BANDLESS_OF_SO_MANY[name, ranks])
+    denoiser = DENOISERS[name]
+    assert_near(denoiser.model(), lambda each: sampled(each, denoiser), banded(ranks), 2e-5)
+    stats = last_run().stats
+    assert stats.bytes_per_call == stats.planned_bytes > 0
+    assert {record.rank for record in stats.records} == set(range(ranks))
+
+
+def assert_bandless(name, ranks, reason):
+    denoiser, model = DENOISERS[name], DENOISERS[name].model()
+    stock = sampled(model, denoiser)
+    assert torch.equal(sampled(attach(model, banded(ranks, branches=1)), denoiser), stock)
+    assert last_run().stats is None and reason in last_run().notes[0]
 
 
 @pytest.mark.covers("async")
@@ -83,6 +135,20 @@ def test_a_mask_of_noise(name):
     given["noise_mask"] = torch.zeros(1, 1, *given["samples"].shape[2:])
     given["noise_mask"][..., given["samples"].shape[-1] // 2 :] = 1.0
     assert_exact(denoiser.model(), lambda each: sampled(each, denoiser, latent=given))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "cascade_b" else pytest.mark.slow) for n in BANDLESS if n in DENOISERS]
+)
+def test_what_has_no_bands_is_sampled_as_usual_and_says_why(name):
+    assert_bandless(name, 2, BANDLESS[name])
+
+
+def test_the_page_names_the_families_without_bands():
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").partition("\n## Bands\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (?!family)(.+?) \| ", page, re.MULTILINE)
+    families = runpy.run_path(str(ROOT / "tools" / "measure" / "coverage.py"))["FAMILIES"]
+    assert rows == sorted(family for family, names in families.items() if set(names) & BANDLESS.keys())
 
 
 @pytest.mark.covers("refused")

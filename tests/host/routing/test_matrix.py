@@ -4,6 +4,7 @@ The picture is the stock one in either case.
 """
 
 import importlib.util
+import random
 import re
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
 from helpers import small
-from helpers.sampling import EXACT, ksampler, segmented
+from helpers.sampling import EXACT, banded, ksampler, segmented
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "comfyui.md"
 
@@ -151,8 +152,6 @@ def test_picture_is_the_stock_one(sd15, prompts, feature):
     change, reason = ROWS[feature]
     model = change(sd15)
     routed = attach(model, EXACT)
-    import random
-
     random.seed(0)
     expected = sample(model, prompts)
     random.seed(0)
@@ -167,6 +166,35 @@ def test_picture_is_the_stock_one(sd15, prompts, feature):
     # attached before the other node, the result is the same
     random.seed(0)
     assert torch.equal(sample(change(attach(sd15, EXACT)), prompts), expected)
+
+
+# routed but in bands, since they change what attentions or blocks see, and may look at all rows
+PATCHED = {
+    "FreeU", "FreeU_V2", "HyperTile", "NAGuidance", "PerturbedAttentionGuidance", "SelfAttentionGuidance", "TomePatchModel",
+}  # fmt: skip
+
+
+FAST_IN_BANDS = ("FreeU", "PerpNeg", "ModelAttentionBackend")
+
+
+@pytest.mark.parametrize("feature", [f if f in FAST_IN_BANDS else pytest.param(f, marks=pytest.mark.slow) for f in ROWS])
+def test_picture_in_bands_is_the_stock_one_up_to_rounding(sd15, prompts, feature):
+    change, reason = ROWS[feature]
+    model = change(sd15)
+    random.seed(0)
+    expected = sample(model, prompts)
+    random.seed(0)
+    found = sample(attach(model, banded(branches=1)), prompts)
+    difference = (found - expected).abs().max() / expected.abs().max()
+    if reason is ROUTED and feature not in PATCHED:
+        assert last_run().stats is not None and not last_run().notes
+        assert difference <= (5e-3 if feature == "ModelComputeDtype" else 1e-4)  # the former computes in bfloat16
+    else:
+        assert (reason or "other nodes have put patches into its layers") in last_run().notes[0]
+        # the prompts are called without the patch by some guidances, and then routed
+        assert difference <= (1e-4 if feature == "PerturbedAttentionGuidance" else 0.0)
+        assert (last_run().stats is not None) == (feature == "PerturbedAttentionGuidance")
+        assert (feature == "PerturbedAttentionGuidance") != last_run().line.startswith("ComfyUI sampled as usual: ")
 
 
 def test_weight_hooks(sd15, prompts):

@@ -133,6 +133,16 @@ def test_fp8(tmp_path, kind, quantise):
     assert held == [group.placement.weight_bytes(d) for d in (0, 1)] == [rank.model_size() for rank in memory]
 
 
+@pytest.mark.parametrize("kind, quantise", list(files()))
+def test_in_bands(tmp_path, kind, quantise):
+    """Each rank has all of the weights, as small as in the file."""
+    model = load(tmp_path, kind, quantise)
+    sampling.assert_near(model, lambda m: sampled(m, kind), sampling.banded(branches=1), 1e-4)
+    loaded = model.model.diffusion_model.state_dict()
+    whole = sum(weight.nbytes for name, weight in loaded.items() if not name.endswith("comfy_quant"))
+    assert [rank.weight_bytes for rank in last_run().stats.ranks] == [whole, whole]
+
+
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [pytest.param("sd15", marks=pytest.mark.slow), "flux"])
 def test_asynchronous_steps_are_the_simulators(tmp_path, kind, ranks):
