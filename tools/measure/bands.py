@@ -2,10 +2,10 @@
 
 python tools/measure/bands.py [--only NETWORK] [--quick] [FILE]
 
-Networks of true width with random weights, float32, CFG 1; two ranks, the unrouted copies and the caller have one thread each, so
-two cores must be idle. Contestants take turns, so that whatever else the machine does disturbs them alike. It takes half an hour:
-``--only`` measures one network, and what FILE has of others stays. ``--quick`` takes narrow networks, to see that all of it
-works. Then python tools/measure/tables.py for the page that shows it.
+Networks of true width with random weights, float32, CFG 1. The two ranks, two unrouted copies and the caller have one thread each,
+so two cores must be idle, and 20 GiB of memory free. Contestants take turns, so that whatever else the machine does disturbs them
+alike. It takes forty minutes: ``--only`` measures one network, and what FILE has of others stays. ``--quick`` takes narrow
+networks, to see that all of it works. Then python tools/measure/tables.py for the page that shows it.
 """
 
 from __future__ import annotations
