@@ -2,10 +2,10 @@
 
 python tools/measure/bands.py [--only NETWORK] [--quick] [FILE]
 
-Networks of true width with random weights, float32, CFG 1. The two ranks, two unrouted copies and the caller have one thread each,
-so two cores must be idle, and 20 GiB of memory free. Contestants take turns, so that whatever else the machine does disturbs them
-alike. It takes forty minutes: ``--only`` measures one network, and what FILE has of others stays. ``--quick`` takes narrow
-networks, to see that all of it works. Then python tools/measure/tables.py for the page that shows it.
+Networks of true width with random weights, float32, CFG 1. Ranks, unrouted copies and the caller have one thread each, so two
+cores must be idle, and 20 GiB of memory free. Contestants take turns, so that whatever else the machine does disturbs them alike.
+It takes forty minutes: ``--only`` measures one network, and what FILE has of others stays. ``--quick`` takes narrow networks, to
+see that all of it works. Then python tools/measure/tables.py for the page that shows it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,18 @@ PLANS = (
 )
 
 
+@dataclass(frozen=True)
+class Run:
+    """A whole run: its plan, in words, and whose that is if not ours; its seconds, and the latent at the end."""
+
+    steps: int
+    plan: Plan
+    words: str
+    peer: str
+    seconds: float
+    latent: torch.Tensor
+
+
 class Measuring:
     """One network: the processes that compute it by themselves, and what was found so far."""
 
@@ -54,53 +66,54 @@ class Measuring:
         self._network, self._copies, self._peers, self._idle, self._rounds = network, copies, peers, idle, rounds
         self._module = network.module()
         self._facts = {"network": network.name, "cfg": 1, "devices": RANKS, "link": "loopback"}
-        self._blocks: list[float] = []  # seconds of each
+        self._blocks: list[float] = copies[0].ask("blocks", network.run)  # seconds of each
+        self._unrouted: dict[int, list[float]] = {steps: [] for steps in STEPS}  # seconds of each step of these runs
         self._both: list[float] = []  # of a call of whole runs, two copies at once
 
     def all(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """One row of calls, and one of each whole run."""
-        network = self._network
-        self._blocks = self._copies[0].ask("blocks", network.run)
         for steps in STEPS:
-            self._copies[0].ask("begin", network.run, steps)
-        unrouted: dict[int, list[float]] = {steps: [] for steps in STEPS}
-        found, calls = [], {}
+            self._copies[0].ask("begin", self._network.run, steps)
+        calls, runs = {}, list[Run]()
         for number, (plan, words, peer) in enumerate(PLANS, 1):
             with self._group(plan) as group:
                 if plan is BANDS:
                     calls = self._calls(group)
                 self._run(group, replace(plan, warmup=1, cooldown=0), 2)  # the first calls pay for the trace and for memory
                 for steps in STEPS:
-                    seconds, latent = self._run(group, plan, steps)
-                    found.append((steps, plan, words, peer, seconds, latent))
-                    # a part of the unrouted run between those of each plan
-                    while len(unrouted[steps]) < steps * number // len(PLANS):
-                        unrouted[steps].append(self._copies[0].ask("step", steps))
-                self._both.append(together(self._copies, "call", network.run))
-        alone = {steps: sum(each) for steps, each in unrouted.items()}
-        scaling = RANKS * statistics.median(itertools.chain(*unrouted.values())) / statistics.median(self._both)
-        rows = [self._row(steps, "one device", 1, "", alone[steps], alone[steps], scaling, 0.0) for steps in STEPS]
-        for steps, plan, words, peer, seconds, latent in found:
-            error = _distance(latent, torch.from_numpy(self._copies[0].ask("latent", steps)))
-            rows.append(self._row(steps, words, plan.bands, peer, seconds, alone[steps], scaling, error))
-        return calls, sorted(rows, key=lambda row: STEPS.index(row["steps"]))
+                    runs.append(Run(steps, plan, words, peer, *self._run(group, plan, steps)))
+                    self._step_unrouted(steps, steps * number // len(PLANS))
+                self._both.append(together(self._copies, "call", self._network.run))
+        return calls, [row for steps in STEPS for row in self._rows(steps, runs)]
 
-    def _row(
-        self, steps: int, words: str, bands: int, peer: str, seconds: float, alone: float, scaling: float, error: float
-    ) -> dict[str, Any]:
-        return {
-            **self._facts,
-            "size": self._network.words(self._network.run),
-            "steps": steps,
-            "plan": words,
-            "bands": bands,
-            "peer": peer,
-            "seconds": seconds,
-            "run_speedup": alone / seconds,
-            "scaling": scaling,
-            "share_of_machine": alone / seconds / scaling,
-            "relative_error": error,
-        }
+    def _step_unrouted(self, steps: int, until: int) -> None:
+        """Take the unrouted run of so many steps further: a part of it comes after that of each plan."""
+        done = self._unrouted[steps]
+        while len(done) < until:
+            done.append(self._copies[0].ask("step", steps))
+
+    def _rows(self, steps: int, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """Compare runs of so many steps with the unrouted one, which comes first."""
+        each = list(itertools.chain(*self._unrouted.values()))
+        scaling, alone = RANKS * statistics.median(each) / statistics.median(self._both), sum(self._unrouted[steps])
+        latent = torch.from_numpy(self._copies[0].ask("latent", steps))
+        unrouted = Run(steps, Plan(), "one device", "", alone, latent)
+        return [
+            {
+                **self._facts,
+                "size": self._network.words(self._network.run),
+                "steps": steps,
+                "plan": run.words,
+                "bands": run.plan.bands,
+                "peer": run.peer,
+                "seconds": run.seconds,
+                "run_speedup": alone / run.seconds,
+                "scaling": scaling,
+                "share_of_machine": alone / run.seconds / scaling,
+                "relative_error": _distance(run.latent, latent),
+            }
+            for run in (unrouted, *(run for run in runs if run.steps == steps))
+        ]
 
     # -- calls -------------------------------------------------------------------------------------------------------
 
@@ -207,7 +220,8 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {"calls": [], "rows": []}
     if given.only and given.file.exists():
         before = json.loads(given.file.read_text(encoding="utf-8"))
-        found = {what: [row for row in before[what] if row["network"] != given.only] for what in found}
+        if before["quick"] == given.quick:
+            found = {what: [row for row in before[what] if row["network"] != given.only] for what in found}
     for network in QUICK if given.quick else NETWORKS:
         if given.only not in (None, network.name):
             continue
