@@ -37,9 +37,13 @@ ENOUGH = 64  # pairs, for the short tables
 Row = dict[str, Any]
 
 
+def _found(name: str) -> Row:
+    return json.loads((ROOT / "docs" / "data" / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def rows_of(name: str) -> list[Row]:
     """Those of docs/data/NAME.json."""
-    return json.loads((ROOT / "docs" / "data" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    return _found(name)["rows"]
 
 
 def cases(name: str) -> Iterator[tuple[str, Row, dict[str, Row]]]:
@@ -292,7 +296,7 @@ def faults(name: str) -> str:
         "| phase | kind | injected | wrong | late | orphans | leaked files | undisturbed | restarted | finished by ComfyUI |",
         "|---|---|" + "---:|" * 8,
     ]
-    found = json.loads((ROOT / "docs" / "data" / f"{name}.json").read_text(encoding="utf-8"))
+    found = _found(name)
     for row in (*found["rows"], {"phase": "all", "kind": "", **found["total"]}):
         numbers = (*(row[what] for what in counts), *(row["ends"].get(how, 0) for how in ends))
         lines.append(f"| {row['phase']} | {row['kind']} | {' | '.join(map(str, numbers))} |")
@@ -301,7 +305,7 @@ def faults(name: str) -> str:
 
 def soak(name: str) -> str:
     """What came of the prompts, and what grew."""
-    found = json.loads((ROOT / "docs" / "data" / f"{name}.json").read_text(encoding="utf-8"))
+    found = _found(name)
     counts = ("prompts", "settings", "pictures", "cancelled", "mismatches", "failed", "orphans")
     grown = {**found["growth"], "memory, MiB": round(found["growth"]["memory"] / 2**20, 1)}
     del grown["memory"]
@@ -318,6 +322,47 @@ def compatibility(name: str) -> str:
         tests = f"in ComfyUI {row['comfyui']}" if row["comfyui"] else "engine"
         lines.append(f"| {tests} | {row['python']} | {row['torch']} | {' | '.join(str(row[it]) for it in what)} |")
     return "\n".join(lines)
+
+
+def banded_calls(name: str) -> str:
+    """A call in bands beside one alone, what bands could be at best, and another's way."""
+    found = _found(name)
+    ways = ("two copies", "at best", "bands", "diffusers", "of best", "of two copies", "waiting", "MiB per call", "error")
+    lines = [f"| network, size | one device, s | {' | '.join(ways)} |", "|---|" + "---:|" * (1 + len(ways))]
+    for row in found["calls"]:
+        speeds = (
+            f"{row['scaling']:.2f}x",
+            f"{row['alone_s'] / row['half_all_keys_s']:.2f}x",
+            f"{row['speedup']:.2f}x",
+            f"{row['ulysses_speedup']:.2f}x" if "ulysses_speedup" in row else "",
+        )
+        shares = (f"{row[what]:.0%}" for what in ("share_of_half_all_keys", "share_of_machine", "wait_share"))
+        cells = (f"{row['alone_s']:.2f}", *speeds, *shares, f"{row['mib_per_call']:.1f}", f"{row['relative_error']:.0e}")
+        lines.append(f"| {row['network']}, {row['size']} | {' | '.join(cells)} |")
+    return "\n".join([*_trial(found), *lines])
+
+
+def whole_runs(name: str) -> str:
+    """Whole runs under each plan."""
+    found = _found(name)
+    lines = [
+        "| network, size | steps | plan | seconds | speed-up | of two copies | error |",
+        "|---|---:|---|---:|---:|---:|---:|",
+    ]
+    for row in found["rows"]:
+        if row["plan"] == "one device":
+            first = f"{row['network']}, {row['size']} | {row['steps']}"
+            lines.append(f"| {first} | one device | {row['seconds']:.2f} | | | |")
+            continue
+        plan = f"{row['plan']} ({row['peer']})" if row["peer"] else row["plan"]
+        speeds = f"{row['run_speedup']:.2f}x | {row['share_of_machine']:.0%} | {row['relative_error']:.0e}"
+        lines.append(f"| | | {plan} | {row['seconds']:.2f} | {speeds} |")
+    return "\n".join([*_trial(found), *lines])
+
+
+def _trial(found: Row) -> list[str]:
+    note = "*A trial with `--quick`: narrow networks, on a machine that did other things as well. The times say nothing.*"
+    return [note, ""] if found["quick"] else []
 
 
 TABLES = {
@@ -338,6 +383,8 @@ TABLES = {
     "faults": faults,
     "soak": soak,
     "compatibility": compatibility,
+    "banded_calls": banded_calls,
+    "whole_runs": whole_runs,
 }
 MARKED = re.compile(r"(<!-- table (\w+) of ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
