@@ -77,9 +77,9 @@ export function part(run, rank) {
   return t("segment", { segment: run.ranks[rank].segment + 1 });
 }
 
-/** Whether every call is computed in bands; with segments, only synchronous ones can be. */
+/** Whether every call is computed in bands; with segments, synchronous ones are (no warm-up is as long as all steps). */
 function onlyBands(run) {
-  return run.plan.segments === 1 && run.plan.bands > 1;
+  return run.plan.bands > 1 && (run.plan.segments === 1 || run.plan.warmup === null);
 }
 
 /** 0.123 as "12%". */

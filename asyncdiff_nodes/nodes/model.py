@@ -213,10 +213,10 @@ def _option_widgets() -> list[io.Input]:
                 default=OptionValues.bands,
                 min=0,
                 max=16,
-                tooltip=custom + "All devices compute each step together. Each has the whole network, and a band of the picture: "
-                "some of its rows, or of a transformer's tokens. The picture is KSampler's up to rounding, with any sampler and "
-                "any number of steps. The devices send much to each other in every layer, so their links must be fast. 1: no "
-                "bands. 0: as many as the devices allow. segments must be 0 or 1, and stride 1.",
+                tooltip="Bands are parts of the picture: some of its rows, or of a transformer's tokens. In a step in bands all "
+                "devices compute it together; each has the whole network. The picture is KSampler's up to rounding. 0: the preset "
+                "chooses between bands and working ahead. 1: no bands, so that each device holds its part of the network only. "
+                "More, with the preset Custom: so many bands in every step, or with segments in the synchronous ones.",
             )
         ),
     ]

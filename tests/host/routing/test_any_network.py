@@ -86,7 +86,7 @@ def test_bands_are_the_network_up_to_rounding(name, ranks):
     denoiser = DENOISERS[name]
     assert_near(denoiser.model(), lambda each: sampled(each, denoiser), banded(ranks), 2e-5)
     stats = last_run().stats
-    assert stats.bytes_per_call == stats.planned_bytes > 0
+    assert stats.bytes_per_call == stats.planned_band_bytes > 0
     assert {record.rank for record in stats.records} == set(range(ranks))
 
 

@@ -32,7 +32,7 @@ sample = functools.partial(ksampler, cfg=7.0)
 def near(model, sample, ranks=2, **options):
     """They are, and the ranks sent each other what was planned."""
     expected = assert_near(model, sample, banded(ranks, **options), NEAR)
-    assert last_run().stats.bytes_per_call == last_run().stats.planned_bytes > 0
+    assert last_run().stats.bytes_per_call == last_run().stats.planned_band_bytes > 0
     return expected
 
 
