@@ -14,8 +14,10 @@ RECORDS = [CallRecord("", call, rank, min(rank, 1), True, call, call + 1, 0.5, 0
 
 
 def test_in_synchronous_calls_in_bands_all_ranks_compute_and_nothing_twice():
-    timing = Timing(PLAN, ["cpu"] * 3, RECORDS, work=1.25)
-    assert timing.computing == RECORDS
+    banded = [replace(record, banded=True) for record in RECORDS]
+    timing = Timing(PLAN, ["cpu"] * 3, banded, work=1.25)
+    assert timing.computing == banded
+    assert timing.step_seconds == pytest.approx(1.0 / PLAN.stride)
     assert timing.sequential_seconds == pytest.approx(1.5)
 
 
