@@ -213,9 +213,9 @@ def _option_widgets() -> list[io.Input]:
                 default=OptionValues.bands,
                 min=0,
                 max=16,
-                tooltip="Bands are parts of the picture: some of its rows, or of a transformer's tokens. In a step in bands all "
-                "devices compute it together; each has the whole network. The picture is KSampler's up to rounding. 0: the preset "
-                "chooses between bands and working ahead. 1: no bands, so that each device holds its part of the network only. "
+                tooltip="Bands are parts of the picture: some of its rows, or of a transformer's tokens. In a step in bands "
+                "all devices compute together; each has the whole network. The picture is KSampler's up to rounding. 0: presets "
+                "choose between bands and working ahead. 1: no bands, so that each device holds its part of the network only. "
                 "More, with the preset Custom: so many bands in every step, or with segments in the synchronous ones.",
             )
         ),
