@@ -145,6 +145,37 @@ class Dims(NamedTuple):
     heads: int
 
 
+@dataclass(frozen=True)
+class Attention:
+    """One attention of a band's queries, whatever computes it.
+
+    Attributes:
+        compute: ``(query, key, value, mask, heads) -> result``.
+        query, key, value: of the band.
+        mask: [..., queries or 1, keys], of all queries and keys.
+        dims, result: where tokens and heads are, in what it is given and in its result.
+        scale: of the products of queries and keys, where it is given.
+    """
+
+    compute: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, int], torch.Tensor]
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    heads: int
+    dims: Dims
+    result: Dims
+    scale: float | None = None
+
+    def trades_heads(self, axis: Axis, ranks: int) -> bool:
+        """Whether ranks can trade heads for tokens of ``axis``, and that is fewer bytes than all keys and values."""
+        query, key, value = self.query, self.key, self.value
+        alike = query.shape[self.dims.heads] == key.shape[self.dims.heads] == value.shape[self.dims.heads]
+        divides = alike and self.heads % ranks == 0 and query.shape[self.dims.tokens] == key.shape[self.dims.tokens]
+        whole = axis.divided == axis.length and (self.mask is None or self.mask.ndim < 3 or self.mask.shape[-3] == 1)
+        return divides and whole and 2 * query.numel() + key.numel() + value.numel() < ranks * (key.numel() + value.numel())
+
+
 class Exchange(Protocol):
     """What a rank needs of those that it shares a call with.
 
@@ -211,7 +242,9 @@ class BandMode(TorchFunctionMode):
             # laid out as the whole is, so that the same kernels serve it
             leaves[number] = scope.axes[leaf.shape[dim]].cut(leaf, dim, self._exchange.rank).contiguous()
         for number, length in scope.borders:
-            leaves[number] = dict(scope.axes[length].borders(self._exchange.rank)).get(leaves[number], 0)
+            here = {0: 0} | dict(scope.axes[length].borders(self._exchange.rank))
+            self._check(leaves[number] in here)
+            leaves[number] = here[leaves[number]]
         self._scope, self._next = scope, 0
         made: tuple[Any, Any] = unflatten(leaves, structure)
         return made
@@ -262,67 +295,30 @@ class BandMode(TorchFunctionMode):
         finally:
             self._as_is = False
 
-    def attend(
-        self,
-        compute: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, int], torch.Tensor],
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        heads: int,
-        dims: Dims,
-        result: Dims,
-    ) -> torch.Tensor:
+    def attend(self, attention: Attention) -> torch.Tensor:
         """Return what the queries of this band see, of all tokens.
 
         Either every rank gathers all keys and values, or each attends with some of the heads, for all queries: whatever is fewer
         bytes (Ulysses, Jacobs et al. 2023, arXiv 2309.14509).
-
-        Args:
-            compute: the attention: ``(query, key, value, mask, heads) -> result``.
-            mask: [..., queries or 1, keys], of all queries.
-            dims, result: where tokens and heads are, in its arguments and in its result.
         """
-        axis, tokens = self._needed(key.shape[dims.tokens]), dims.tokens
-        if axis is not None and self._trades_heads(axis, query, key, value, mask, heads, dims):
-            return self._by_heads(compute, (query, key, value), mask, heads, axis, dims, result)
-        if self._scope is not None and mask is not None and mask.ndim > 1 and mask.shape[-2] not in (1, query.shape[tokens]):
+        key, value, mask, tokens = attention.key, attention.value, attention.mask, attention.dims.tokens
+        axis = self._needed(key.shape[tokens])
+        if axis is not None and attention.trades_heads(axis, self._exchange.ranks):
+            return self._by_heads(attention, axis)
+        queries = attention.query.shape[tokens]
+        if self._scope is not None and mask is not None and mask.ndim > 1 and mask.shape[-2] not in (1, queries):
             mask = self._scope.axes[mask.shape[-2]].cut(mask, -2, self._exchange.rank)
         if axis is not None:
             key, value = self._gathered([key, value], tokens, axis)
-        return compute(query, key, value, mask, heads)
+        return attention.compute(attention.query, key, value, mask, attention.heads)
 
-    def _trades_heads(
-        self,
-        axis: Axis,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        heads: int,
-        dims: Dims,
-    ) -> bool:
-        """Whether heads can be traded, and are fewer bytes."""
-        ranks, alike = self._exchange.ranks, query.shape[dims.heads] == key.shape[dims.heads] == value.shape[dims.heads]
-        divides = alike and heads % ranks == 0 and query.shape[dims.tokens] == key.shape[dims.tokens]
-        whole = axis.divided == axis.length and (mask is None or mask.ndim < 3 or mask.shape[-3] == 1)
-        return divides and whole and 2 * query.numel() + key.numel() + value.numel() < ranks * (key.numel() + value.numel())
-
-    def _by_heads(
-        self,
-        compute: Callable[..., torch.Tensor],
-        bands: Sequence[torch.Tensor],
-        mask: torch.Tensor | None,
-        heads: int,
-        axis: Axis,
-        dims: Dims,
-        result: Dims,
-    ) -> torch.Tensor:
-        rank, ranks = self._exchange.rank, self._exchange.ranks
+    def _by_heads(self, attention: Attention, axis: Axis) -> torch.Tensor:
+        rank, ranks, dims, result = self._exchange.rank, self._exchange.ranks, attention.dims, attention.result
         shares = [axis.share(other) for other in range(ranks)]
+        bands = attention.query, attention.key, attention.value
         some = self._exchange.trade([band.chunk(ranks, dims.heads) for band in bands], dims.tokens, shares)
-        whole = [axis.joined(band, rank, every, dims.tokens) for band, every in zip(bands, some, strict=True)]
-        seen = compute(*whole, mask, heads // ranks)
+        query, key, value = (axis.joined(band, rank, every, dims.tokens) for band, every in zip(bands, some, strict=True))
+        seen = attention.compute(query, key, value, attention.mask, attention.heads // ranks)
         pieces = [axis.cut(seen, result.tokens, other) for other in range(ranks)]
         (back,) = self._exchange.trade([pieces], result.tokens, [axis.share(rank)] * ranks)
         return torch.cat(back, result.heads)
@@ -336,27 +332,30 @@ class BandMode(TorchFunctionMode):
 
         heads = query.shape[-3] if query.ndim > 3 else 1
         dims = Dims(tokens=-2, heads=-3 if query.ndim > 3 else -1)
-        return self.attend(compute, query, key, value, given.get("attn_mask"), heads, dims, dims)
+        return self.attend(Attention(compute, query, key, value, given.get("attn_mask"), heads, dims, dims, given.get("scale")))
 
     def _convolution(self, func: Any, args: Any, kwargs: Any) -> Any:
         names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
         given = dict(zip(names, args, strict=False)) | kwargs
         band, weight = given["input"], given["weight"]
-        dim = rows_of(band)
-        if self._needed(band.shape[dim]) is None:
+        dim, ranks = rows_of(band), range(self._exchange.ranks)
+        axis = self._needed(band.shape[dim])
+        if axis is None:
             return func(*args, **kwargs)
         stride, padding, dilation = (_each(given.get(name, usual), weight.ndim - 2) for name, usual in _USUAL.items())
         edge = padding[dim]
         below = max(0, dilation[dim] * (weight.shape[dim] - 1) + 1 - stride[dim] - edge)
         if not edge and not below:
             return func(*args, **kwargs)
+        if (least := min(map(axis.band, ranks))) < max(edge, below):
+            raise UnsupportedModelError(f"a convolution reaches {max(edge, below)} rows far, and a band has {least}")
         first, last = self._exchange.neighbours(band, dim, edge, below)
         shape = [*band.shape]
         shape[dim] = edge
         beyond = band.new_zeros(shape)  # of the picture
         if first is None:
             first = beyond
-        if last is None and self._exchange.rank == self._exchange.ranks - 1:
+        if last is None and self._exchange.rank == ranks[-1]:
             last = beyond
         padding[dim] = 0
         given["input"] = torch.cat([rows for rows in (first, band, last) if rows is not None], dim)

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -12,9 +13,20 @@ from torch import nn
 
 import banded
 import unlisted
-from asyncdiff_nodes.engine import Plan, PlanError, Simulator, UnsupportedModelError, WorkerError, WorkerGroup
+from asyncdiff_nodes.engine import (
+    Placement,
+    Plan,
+    PlanError,
+    RankOptions,
+    Simulator,
+    UnsupportedModelError,
+    WorkerError,
+    WorkerGroup,
+    place,
+)
 
 NEAR = 1e-5  # relative
+TIMESTEPS = [900, 800, 700, 600, 500, 400, 300, 200]
 
 
 def flux(height=12, heads=4):
@@ -79,9 +91,18 @@ def odd(net):
     return net, call
 
 
+def marked(own=6):
+    def call(batch):
+        return (torch.randn(batch, 4, 8, 8), torch.full((batch,), 300.0), torch.randn(batch, 6, unlisted.WIDTH), own), {}
+
+    return banded.MarkedTransformer(), call
+
+
 NETS = {
     "tokens": lambda: odd(unlisted.OddTransformer()),
     "joint streams with a mask": joint,
+    "parts told by numbers": marked,
+    "parts told by an object": lambda: marked(banded.Layout(6)),
     "flux": flux,
     "wan": wan,
     "unet": lambda: unet(16),
@@ -172,6 +193,106 @@ def test_what_exchanges_something_else_than_was_found_out_fails_by_name():
         group.begin()
         with pytest.raises(WorkerError, match="exchanges something else than was found out"):
             group(*args, **kwargs)
+
+
+@torch.inference_mode()
+def test_other_numbers_may_be_other_parts():
+    net, call = marked()
+    args, _ = call(1)
+    with WorkerGroup(net.eval(), Plan(segments=1, bands=2), example_inputs=call(1)) as group:
+        for own in (6, 9):
+            group.begin()
+            expected = net(*args[:3], own)
+            assert (group(*args[:3], own) - expected).abs().max() <= NEAR * expected.abs().max()
+
+
+def test_other_parts_than_were_found_out_fail_by_name():
+    """Nobody can tell by the arguments."""
+    net, call = marked(banded.Layout(6))
+    args, _ = call(1)
+    with WorkerGroup(net.eval(), Plan(segments=1, bands=2), example_inputs=call(1)) as group:
+        group.begin()
+        with pytest.raises(WorkerError, match="exchanges something else than was found out"):
+            group(*args[:3], banded.Layout(9))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(segments=2, warmup=3, cooldown=1, bands=2),
+        Plan(segments=2, stride=2, warmup=3, bands=3),
+        Plan(segments=2, warmup=3, forecast=0, bands=2),
+        pytest.param(Plan(segments=3, warmup=2, bands=3), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["tokens", pytest.param("joint streams with a mask", marks=pytest.mark.slow)])
+@torch.inference_mode()
+def test_segments_whose_synchronous_calls_are_in_bands_are_the_simulators(name, plan):
+    net, call = NETS[name]()
+    net, calls = net.eval(), [call(1) for _ in range(len(TIMESTEPS))]
+    with Simulator(net, plan, example_inputs=calls[0]) as simulator:
+        expected = denoised(simulator, *calls[0])
+    with WorkerGroup(net, plan, ["cpu"] * plan.world_size, example_inputs=calls[0]) as group:
+        found, records = denoised(group, *calls[0]), group.stats().records
+    assert (found - expected).abs().max() <= NEAR * expected.abs().max()
+    # what the first asynchronous call reads is there after it, unless it is worked ahead
+    last = plan.warmup if plan.forecast else plan.warmup - 1
+    synchronous = {record.call for record in records if record.synchronous and not record.ahead}
+    assert synchronous == {*range(plan.warmup), *range(len(TIMESTEPS) - plan.cooldown, len(TIMESTEPS))}
+    assert {record.call for record in records if record.banded} == synchronous - ({last} if last < plan.warmup else set())
+
+
+def denoised(net, args, kwargs):
+    """The sample after a run of all steps."""
+    args, position, times = list(args), *((2, 1) if len(args) == 3 else (0, 1))
+    net.begin(TIMESTEPS)
+    for t in TIMESTEPS:
+        args[times] = torch.full_like(args[times], t)
+        args[position] = args[position] - 0.05 * net(*args, **kwargs)
+    return args[position]
+
+
+def test_segments_do_without_where_a_model_cannot_be_computed_so():
+    net, call = odd(banded.mixing(banded._Mean).eval())
+    args, kwargs = call(1)
+    plan = Plan(segments=2, warmup=9, bands=2)
+    with torch.inference_mode(), WorkerGroup(net, plan, example_inputs=(args, kwargs)) as group:
+        assert torch.equal(group(*args, **kwargs), net(*args, **kwargs))
+        assert group.plan.bands == 1 and "mean of all tokens" in group.bandless
+        held = [rank.weight_bytes for rank in group.stats().ranks]
+    assert max(held) < sum(weight.nbytes for weight in net.parameters()), "each has its part only"
+
+
+@torch.inference_mode()
+def test_blocks_that_move_leave_bands_as_they_are():
+    net, call = odd(unlisted.OddTransformer().eval())
+    args, kwargs = call(1)
+    plan = Plan(segments=2, warmup=9, bands=2)
+    with WorkerGroup(net, plan, example_inputs=(args, kwargs)) as group:
+        for cut in ("layers.2", "layers.4"):
+            moved = place(group.placement.graph, replace(plan, cuts=("layers.0", cut)))
+            group.move(
+                Placement(group.placement.graph, plan, moved.starts),
+                lambda names: [] if not names else pytest.fail(f"{names} are there"),
+            )
+            expected = net(*args, **kwargs)
+            assert (group(*args, **kwargs) - expected).abs().max() <= NEAR * expected.abs().max()
+
+
+def test_compiled_blocks():
+    net, call = odd(unlisted.OddTransformer().eval())
+    args, kwargs = call(1)
+    ranks = RankOptions(compile={"backend": "eager"})
+    with torch.inference_mode(), WorkerGroup(net, Plan(segments=1, bands=2), example_inputs=(args, kwargs), ranks=ranks) as group:
+        expected = net(*args, **kwargs)
+        assert (group(*args, **kwargs) - expected).abs().max() <= NEAR * expected.abs().max()
+
+
+def test_bands_narrower_than_a_convolution_reaches_are_refused():
+    call = (torch.tensor([3.0]), torch.randn(1, 5, unlisted.WIDTH), torch.randn(1, 4, 4, 4))
+    with pytest.raises(UnsupportedModelError, match="a convolution reaches 3 rows far, and a band has 2"):
+        WorkerGroup(banded.Reaching().eval(), Plan(segments=1, bands=2), example_inputs=(call, {}))
 
 
 def test_too_small_a_picture_is_refused():

@@ -499,7 +499,8 @@ class WorkerGroup:
         """Find how these inputs are computed in bands, if the plan says so."""
         if self.plan.bands == 1:
             return None
-        signature = inputs.signature
+        # numbers may say where parts of it begin and end, as shapes do
+        signature = inputs.signature, tuple(leaf for leaf in inputs.leaves if type(leaf) is int)
         if signature not in self._bands:
             try:
                 self._bands[signature] = find_bands(self._skeleton, self.family, *inputs.arguments(), self.plan.bands)

@@ -51,7 +51,15 @@ def find_bands(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwarg
         raise UnsupportedModelError(
             f"{family.name} cannot be computed in bands: what {family.keep_shape[0]} does depends on values, and is not tried out"
         )
-    finder = _Finder(skeleton, family, args, kwargs, ranks)
+    try:
+        return _found(_Finder(skeleton, family, args, kwargs, ranks), family.name)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # a network that nobody has thought of must not cost a picture
+        raise UnsupportedModelError(f"{family.name} cannot be computed in bands: {_first_line(error)}") from error
+
+
+def _found(finder: _Finder, name: str) -> Bands:
     whole, faults = None, []
     try:
         whole = finder.as_a_whole()
@@ -64,8 +72,14 @@ def find_bands(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwarg
     except UnsupportedModelError as error:
         faults.append(f"by modules: {error}")
     if whole is None:
-        raise UnsupportedModelError(f"{family.name} cannot be computed in bands ({'; '.join(faults)})")
+        raise UnsupportedModelError(f"{name} cannot be computed in bands ({'; '.join(faults)})")
     return whole
+
+
+def _first_line(error: Exception) -> str:
+    """Say what a forward has raised; one that was refused has a sentence for it."""
+    first = (str(error).splitlines() or [""])[0]
+    return first if isinstance(error, UnsupportedModelError) else f"{type(error).__name__}: {first}"
 
 
 class _ScopeError(UnsupportedModelError):
@@ -104,12 +118,12 @@ class _Finder:
             try:
                 recording, _ = self._rehearse(call, Rehearsal(Nobody(0, self._ranks), {}), {})
             except Exception as error:  # whatever a forward may raise
-                faults.append(str(error))
+                faults.append(_first_line(error))
                 continue
             if [call.name for call in recording.calls] == [call.name for call in self._whole.calls]:
                 return recording, more
             faults.append("it takes another path there")
-        why = f" ({faults[0].splitlines()[0]})" if faults else ""
+        why = f" ({faults[0]})" if faults else ""
         raise UnsupportedModelError(f"{self._family.name} cannot be tried with a picture of another height{why}")
 
     def _rehearse(self, call: tuple[Any, Any], mode: Rehearsal, scopes: Mapping[str, Scope]) -> tuple[Recording, Rehearsal]:
@@ -151,9 +165,9 @@ class _Finder:
             mode = Rehearsal(exchange, scopes, expected)
             try:
                 band, _ = self._rehearse(self._call, mode, scopes)
-            except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+            except Exception as error:  # whatever a forward may raise
                 where = f" in {mode.running}" if mode.running else ""
-                raise _ScopeError(f"{str(error).splitlines()[0]}{where}", mode.running) from error
+                raise _ScopeError(f"{_first_line(error)}{where}", mode.running) from error
             if not _alike(self._whole, band):
                 raise _ScopeError("it takes another path on bands", _first_other(self._whole, band, scopes))
             borders = {(axis.length, axis.band(rank)): axis.borders(rank) for axis in axes}
@@ -392,7 +406,7 @@ def _flattened(shape: Sequence[int], dim: int, axis: Axis) -> dict[int, Axis]:
     >>> _flattened((1, 3, 4, 2, 64), 2, Axis(((0, 2, 4),)))  # frames, rows, columns, channels
     {24: Axis(parts=((0, 4, 8), (0, 4, 8), (0, 4, 8)))}
     """
-    if len(shape) < 4:
+    if len(shape) < 4 or dim == len(shape) - 1:
         return {}
     inner = {math.prod(shape[dim + 1 : -1]), shape[dim + 1]}  # with or without the batch
     outer = {math.prod(shape[1:dim]), math.prod(shape[:dim])}
@@ -441,13 +455,17 @@ def _scope_of(call: ModuleCall | None, scopes: Collection[str]) -> str | None:
 def _first_other(whole: Recording, band: Recording, scopes: Collection[str]) -> str | None:
     """Find the scope in which the first operation is that only one of the two has."""
     for one, other in zip(whole.operations, band.operations, strict=False):
-        if one.func != other.func:
+        if _kind(one) != _kind(other):
             return _scope_of(one.call, scopes)
     return None
 
 
 def _alike(one: Recording, other: Recording) -> bool:
-    return [operation.func for operation in one.operations] == [operation.func for operation in other.operations]
+    return list(map(_kind, one.operations)) == list(map(_kind, other.operations))
+
+
+def _kind(operation: Operation) -> tuple[Any, int, int]:
+    return operation.func, len(operation.reads), len(operation.makes)
 
 
 def _heights(sample: Any) -> Iterator[tuple[int, int]]:

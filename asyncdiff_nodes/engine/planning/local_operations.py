@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from .recording import Operation
 
@@ -17,7 +18,7 @@ Borders = Sequence[tuple[int, int]]  # of the parts of an axis: in the whole, an
 _CONSTANT = {_aten.zeros, _aten.ones, _aten.full, _aten.empty, _aten.empty_strided, _aten.scalar_tensor, _aten.expand}
 # the same values, otherwise arranged; shapes alone show what is cut off or put together
 _ARRANGED = {
-    *(_aten.view, _aten._unsafe_view, _aten.reshape, _aten._reshape_alias, _aten.as_strided, _aten.transpose, _aten.t),
+    *(_aten.view, _aten._unsafe_view, _aten.reshape, _aten._reshape_alias, _aten.transpose, _aten.t),
     *(_aten.permute, _aten.unsqueeze, _aten.squeeze, _aten.expand, _aten.detach, _aten.alias, _aten.clone, _aten._to_copy),
     *(_aten.copy_, _aten.unbind, _aten.select, _aten.slice, _aten.split, _aten.split_with_sizes, _aten.cat, _aten.stack),
     *(_aten.new_empty, _aten.new_zeros, _aten.new_ones, _aten.new_full, _aten.empty_like, _aten.zeros_like, _aten.ones_like),
@@ -46,6 +47,8 @@ def mixes(whole: Operation, band: Operation, axes: Mapping[tuple[int, int], Bord
     func = whole.func._overloadpacket
     reads = [varying(one, other) for one, other in zip(whole.reads, band.reads, strict=True)]
     makes = [varying(one, other) for one, other in zip(whole.makes, band.makes, strict=True)]
+    if _numbers(whole) != _numbers(band):
+        return f"{func} with a number that depends on how many tokens or rows there are"
     if not any(reads):
         same = func in _CONSTANT or (func is _aten.repeat and _repeats_one(whole, makes[0]))
         return f"{func} makes positions" if any(makes) and not same else None
@@ -59,6 +62,13 @@ def mixes(whole: Operation, band: Operation, axes: Mapping[tuple[int, int], Bord
     if func in _PICKED and not _between_parts(func, whole, band, reads[0], axes):
         return f"{func} takes some of the tokens or rows"
     return None
+
+
+def _numbers(operation: Operation) -> list[Any]:
+    """List the numbers among what an operation is given that are no sizes or places."""
+    every = torch.Tag.pointwise in operation.func.tags
+    leaves = tree_leaves((operation.args, operation.kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, float) or (every and type(leaf) is int)]
 
 
 def _between_parts(

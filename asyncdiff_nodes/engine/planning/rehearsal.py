@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from asyncdiff_nodes.engine.bands import ATTENTION, REPLACED, Axis, BandMode, Dims, Scope
+from asyncdiff_nodes.engine.bands import ATTENTION, REPLACED, Attention, Axis, BandMode, Scope
 from asyncdiff_nodes.engine.errors import UnsupportedModelError
 from asyncdiff_nodes.engine.trees import flatten
 
@@ -49,7 +50,7 @@ def sized(tensor: torch.Tensor, dim: int, length: int) -> torch.Tensor:
 
 
 class Rehearsal(BandMode):
-    """Runs on meta. Of what is replaced or exchanged nothing is recorded but one operation that makes an empty tensor, before it.
+    """Runs on meta. Of what is replaced or exchanged nothing is recorded but one operation before it, see :meth:`_mark`.
 
     Args:
         scopes: those that run in bands, by name.
@@ -123,7 +124,7 @@ class Rehearsal(BandMode):
         replaced = None if self._as_is else REPLACED.get(func)
         if replaced is None:
             return func(*args, **(kwargs or {}))
-        self._made = torch.empty(0, device="meta")
+        self._mark((kwargs or {}).get("scale"))
         with self._hidden():
             return getattr(self, replaced)(func, args, kwargs or {})
 
@@ -144,20 +145,23 @@ class Rehearsal(BandMode):
         with super().as_is(), self._hidden():
             yield
 
-    def attend(
-        self, compute: Any, query: Any, key: Any, value: Any, mask: Any, heads: int, dims: Dims, result: Dims
-    ) -> torch.Tensor:
+    def attend(self, attention: Attention) -> torch.Tensor:
         """As of :class:`BandMode`; notes the mask, and looks whether it fits."""
+        tokens = attention.dims.tokens
 
         def fitting(query: Any, key: Any, value: Any, mask: Any, heads: int) -> Any:
-            queries, keys = query.shape[dims.tokens], key.shape[dims.tokens]
+            queries, keys = query.shape[tokens], key.shape[tokens]
             if mask is not None and (mask.shape[-1] not in (1, keys) or (mask.ndim > 1 and mask.shape[-2] not in (1, queries))):
                 raise UnsupportedModelError(f"a mask {tuple(mask.shape)} is not for {queries} and {keys} tokens")
-            return compute(query, key, value, mask, heads)
+            return attention.compute(query, key, value, mask, heads)
 
-        if mask is not None:
-            self.masks.add(memory_of(mask))
+        if attention.mask is not None:
+            self.masks.add(memory_of(attention.mask))
         if not self._unseen:
-            self._made = torch.empty(0, device="meta")
+            self._mark(attention.scale)
         with self._hidden():
-            return super().attend(fitting, query, key, value, mask, heads, dims, result)
+            return super().attend(replace(attention, compute=fitting))
+
+    def _mark(self, number: float | None) -> None:
+        """Have an operation recorded that says that something follows which is not, and with which number."""
+        self._made = torch.full((0,), number or 0.0, device="meta")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from asyncdiff_nodes.engine.bands import BandMode, Dims
+from asyncdiff_nodes.engine.bands import Attention, BandMode, Dims
 from asyncdiff_nodes.engine.batch import Arguments
 from asyncdiff_nodes.engine.errors import UnsupportedModelError
 
@@ -82,7 +82,8 @@ def _attention(
 
     apart, together = Dims(tokens=2, heads=1), Dims(tokens=1, heads=2)
     result = apart if (args[0] if args else kwargs.get("skip_output_reshape")) else together
-    return mode.attend(compute, q, k, v, mask, heads, apart if skip_reshape else together, result)
+    dims = apart if skip_reshape else together
+    return mode.attend(Attention(compute, q, k, v, mask, heads, dims, result, kwargs.get("scale")))
 
 
 def _made_up(
