@@ -104,6 +104,11 @@ class Inputs:
         return (repr(self.structure), self.positional, tuple(map(_kind, self.leaves)))
 
     @property
+    def integers(self) -> tuple[int, ...]:
+        """Integers among the leaves, which may say where parts of the others begin and end, as shapes do."""
+        return tuple(leaf for leaf in self.leaves if type(leaf) is int)
+
+    @property
     def device(self) -> torch.device:
         """Device of the first tensor."""
         return next((leaf.device for leaf in self.leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))

@@ -14,6 +14,7 @@ from torch import nn
 import banded
 import unlisted
 from asyncdiff_nodes.engine import (
+    InputChangedError,
     Placement,
     Plan,
     PlanError,
@@ -204,6 +205,8 @@ def test_other_numbers_may_be_other_parts():
             group.begin()
             expected = net(*args[:3], own)
             assert (group(*args[:3], own) - expected).abs().max() <= NEAR * expected.abs().max()
+        with pytest.raises(InputChangedError, match=r"its bands are those of \[9\], not of \[6\]"):
+            group(*args)
 
 
 def test_other_parts_than_were_found_out_fail_by_name():

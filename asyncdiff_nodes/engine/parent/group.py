@@ -12,24 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from asyncdiff_nodes.engine.bands import Bands
-from asyncdiff_nodes.engine.batch import batch_of, concatenated
+from asyncdiff_nodes.engine.batch import concatenated
 from asyncdiff_nodes.engine.devices import resolve_devices
 from asyncdiff_nodes.engine.errors import DeviceError, PlanError, UnsupportedModelError
 from asyncdiff_nodes.engine.inputs import Inputs, SentParameters, on_cpu
-from asyncdiff_nodes.engine.planning.bands import find_bands
-from asyncdiff_nodes.engine.planning.discovery import discover
-from asyncdiff_nodes.engine.planning.family import UNKNOWN, Family, example_of, listed_family
+from asyncdiff_nodes.engine.planning.family import Family
 from asyncdiff_nodes.engine.planning.graph import BlockGraph
 from asyncdiff_nodes.engine.planning.lookahead import NoiseLevels
 from asyncdiff_nodes.engine.planning.placement import Placement, place
 from asyncdiff_nodes.engine.planning.plan import Plan
 from asyncdiff_nodes.engine.planning.schedule import Kind
-from asyncdiff_nodes.engine.planning.trace import trace
 from asyncdiff_nodes.engine.rank import numerics
 from asyncdiff_nodes.engine.rank.boot import Boot
 from asyncdiff_nodes.engine.telemetry import CallRecord, RunStats
-from asyncdiff_nodes.engine.tensors import meta_copy, tensors_of
+from asyncdiff_nodes.engine.tensors import tensors_of
 from asyncdiff_nodes.engine.trees import unflatten
 from asyncdiff_nodes.extensions import cluster_of
 
@@ -41,6 +37,7 @@ from .rank_set import Message, RankSet
 from .rank_shares import shares_of
 from .run import Run
 from .stream import Stream
+from .traced_model import TracedModel
 from .worker_processes import IdleWorkers
 
 
@@ -77,7 +74,6 @@ class WorkerGroup:
 
     Attributes:
         plan: as given, but without bands where the model's first call cannot be computed so.
-        bandless: why calls are not computed in bands, though the plan says so.
         finite: whether all results of this run so far were without NaN and infinity.
 
     Raises:
@@ -117,12 +113,8 @@ class WorkerGroup:
             if empty := next((name for name, tensor in tensors_of(module) if tensor.is_meta), None):
                 raise UnsupportedModelError(f"weight {empty} is on the meta device: load the model before splitting it")
         self.plan = plan
-        self._family = family or listed_family(module)
-        self._skeleton = meta_copy(module)
-        self._pickled = pickled(self._skeleton, build)
-        self._graphs: dict[Any, BlockGraph] = {}
-        self._bands: dict[Any, Bands | None] = {}
-        self.bandless = ""
+        self._traced = TracedModel(module, family)
+        self._pickled = pickled(self._traced.skeleton, build)
         self._run = Run(0, plan)
         self._parameters = [SentParameters() for _ in range(plan.world_size)]
         # all by branch and stream
@@ -138,7 +130,7 @@ class WorkerGroup:
         self._ranks = _start(self.devices, options)  # they import for seconds, during what follows
         self._finalizer = weakref.finalize(self, self._ranks.close)
         self._to_place: _ToPlace | None = _ToPlace(weights, estimate, room, on_placed, options)
-        example_inputs = example_inputs or example_of(self._family, self._skeleton)
+        example_inputs = example_inputs or self._traced.example()
         if example_inputs is not None:
             self.place(*example_inputs)
 
@@ -181,13 +173,12 @@ class WorkerGroup:
             return
         how, self._to_place = self._to_place, None
         try:
-            graph = self._graph_of(args, kwargs)
-            self._try_bands(args, kwargs)
+            graph, self.plan = self._traced.first(args, kwargs, self.plan)
             costs, speeds, pause = (how.estimate and how.estimate(graph)) or (None, None, 0.0)
             placement = place(graph, self.plan, speeds, costs, pause, how.room)
             if how.on_placed is not None:
                 how.on_placed(placement)
-            names = [name for name, _ in tensors_of(self._skeleton)]
+            names = [name for name, _ in tensors_of(self._traced.skeleton)]
             self._model = PlacedModel(self._ranks, placement, names, self._accept)
             deadline = time.monotonic() + how.options.start_timeout
             self._model.boot(self._boots(how.options, deadline), how.weights, self._greeting(), deadline)
@@ -195,26 +186,15 @@ class WorkerGroup:
             self._ranks.close(grace=0)  # ranks that are still importing would not hear a polite word
             raise
 
-    def _try_bands(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """See whether a call can be computed in bands, before anything is sent anywhere; segments do without, if it cannot."""
-        part = self.family.parts(args, kwargs, self.plan.branches)[0]
-        if self._bands_for(Inputs.take(*part, self.family.timestep)) is None:
-            self.plan = replace(self.plan, bands=1)
-
-    def _graph_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockGraph:
-        """Trace one branch's part of a call; with a model that no table has, find out first how to split it."""
-        if self._family is None:
-            self._family, graph = discover(self._skeleton, args, kwargs)
-            if self.plan.branches == 1:
-                return graph
-        return trace(self._skeleton, self.family, *self.family.parts(args, kwargs, self.plan.branches)[0])
-
     @property
     def family(self) -> Family:
         """How the model is split. Raises PlanError before that is found out, at the first call or by :meth:`place`."""
-        if self._family is None:
-            raise PlanError(UNKNOWN)
-        return self._family
+        return self._traced.family
+
+    @property
+    def bandless(self) -> str:
+        """Why calls are not computed in bands, though the plan said so; empty where they are."""
+        return self._traced.bandless
 
     @property
     def _placed(self) -> PlacedModel:
@@ -467,48 +447,16 @@ class WorkerGroup:
     def _stream(self, branch: int, key: Hashable, inputs: Inputs) -> Stream:
         """Return this run's stream of this name; a new one if it was not called before."""
         if (branch, key) not in self._streams:
-            graph = self._graph_for(inputs)
-            parts = self._microbatches(inputs, graph)
+            graph = self._traced.graph(inputs, self.placement.graph)
+            bands = self._traced.bands(inputs, self.plan)
+            parts = self._run.plan.microbatches if self.placement.pipelines else 1
+            parts = self._traced.microbatches(inputs, graph, parts)
             first = branch * self.plan.branch_size
             sent = self._parameters[first : first + self.plan.branch_size]
-            bands = self._bands_for(inputs)
             self._streams[branch, key] = Stream(
                 key, self._run, inputs, self.family.sample, graph, self.placement, sent, parts, bands
             )
         return self._streams[branch, key]
-
-    def _microbatches(self, inputs: Inputs, graph: BlockGraph) -> int:
-        """Say how many parts of these inputs' batch are to follow each other through the segments."""
-        count = self._run.plan.microbatches
-        if count == 1 or not self.placement.pipelines:
-            return 1
-        args, kwargs = inputs.arguments()
-        batch = batch_of(args, kwargs, self.family.sample)
-        alike = all(meta.divides(batch) for block in graph.blocks for meta in block.outputs)
-        return len(self.family.parts(args, kwargs, count)) if alike else 1
-
-    def _graph_for(self, inputs: Inputs) -> BlockGraph:
-        """Return the block graph, traced with these inputs."""
-        signature = inputs.signature
-        if signature not in self._graphs:
-            graph = trace(self._skeleton, self.family, *inputs.arguments())
-            self._graphs[signature] = graph.within(self.placement.graph)
-        return self._graphs[signature]
-
-    def _bands_for(self, inputs: Inputs) -> Bands | None:
-        """Find how these inputs are computed in bands, if the plan says so."""
-        if self.plan.bands == 1:
-            return None
-        # numbers may say where parts of it begin and end, as shapes do
-        signature = inputs.signature, tuple(leaf for leaf in inputs.leaves if type(leaf) is int)
-        if signature not in self._bands:
-            try:
-                self._bands[signature] = find_bands(self._skeleton, self.family, *inputs.arguments(), self.plan.bands)
-            except UnsupportedModelError as error:
-                if self.plan.segments == 1:
-                    raise
-                self._bands[signature], self.bandless = None, str(error)
-        return self._bands[signature]
 
     def _result(self, key: tuple[int, Hashable, int], deadline: float) -> tuple[list[torch.Tensor], Any, bool]:
         while key not in self._results:

@@ -52,7 +52,7 @@ class Stream:
     ) -> None:
         self.graph, self.bands = graph, bands
         self._key, self._run, self._parameters, self._parts = key, run, parameters, parts
-        self._signature = inputs.signature
+        self._signature, self._integers = inputs.signature, inputs.integers
         self._samples = inputs.samples(sample)
         self._reads = [inputs.positions(block.reads) for block in graph.blocks]
         self._hidden = inputs.positions(graph.hidden.reads) if graph.hidden else frozenset()
@@ -70,6 +70,11 @@ class Stream:
             raise InputChangedError(
                 f"the inputs of stream {self._key!r} changed within a run ({difference(self._signature, inputs.signature)}): "
                 "keep shapes and dtypes, use another stream, or call begin() for a new run"
+            )
+        if self.bands is not None and inputs.integers != self._integers:
+            raise InputChangedError(
+                f"integers among the inputs of stream {self._key!r} changed within a run: its bands are those of "
+                f"{list(self._integers)}, not of {list(inputs.integers)}. Use another stream, or call begin() for a new run"
             )
         return self._course.next(inputs, [inputs.leaves[position] for position in self._samples])
 

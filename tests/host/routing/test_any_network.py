@@ -31,15 +31,11 @@ BANDLESS = REFUSED | {
     "ace_step": "it takes another path on bands",
     "ace_step15": "it takes another path for another height",
     "ace_step15_cover": "it takes another path for another height",
-    "cascade_b": "it interpolates between rows (bilinear)",
     "cascade_c": "tokens or rows, which are no band",
     "hidream": "depends on values, and is not tried out",
     "hidream_edit": "depends on values, and is not tried out",
     "hunyuan3d2": "cannot be tried with a picture of another height",
     "hunyuan3d21": "depends on values, and is not tried out",
-    "lens": "cannot be computed in bands: its forward fails",
-    "pid": "makes positions in its own forward",
-    "pixel_dit": "makes positions in its own forward",
     "trellis2_shape": "nothing takes tokens and returns as many",
     "trellis2_structure": "cannot be tried with a picture of another height",
     "trellis2_texture": "nothing takes tokens and returns as many",
@@ -138,7 +134,7 @@ def test_a_mask_of_noise(name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n == "cascade_b" else pytest.mark.slow) for n in BANDLESS if n in DENOISERS]
+    "name", [pytest.param(n, marks=() if n == "cascade_c" else pytest.mark.slow) for n in BANDLESS if n in DENOISERS]
 )
 def test_what_has_no_bands_is_sampled_as_usual_and_says_why(name):
     assert_bandless(name, 2, BANDLESS[name])
