@@ -109,6 +109,11 @@ class Plan:
         return replace(self, cooldown=self.cooldown + levels.leap - 1 if levels.leap else 0)
 
     @property
+    def weight_parts(self) -> int:
+        """Number of parts that the network's weights are divided into: with bands, every rank has all of them."""
+        return self.segments if self.bands == 1 else 1
+
+    @property
     def branch_size(self) -> int:
         """Number of ranks of one branch: N + S - 1, or as many as there are bands."""
         return max(self.segments + self.stride - 1, self.bands)

@@ -100,7 +100,7 @@ class RunRecord:
             lines.append(f"Step: {timing.step_seconds:.3f} s" + (" asynchronous" if timing.ahead else "") + gain)
         lines.append(f"Sent between ranks: {_mib(self.stats.bytes_per_call)} per call; planned {self._planned_bytes()}")
         if self.choice:
-            lines.append(f"Chosen: {self.choice}, by what calls in bands took")
+            lines.append(f"Chosen: {self.choice}")
         if self.found:
             lines.append(f"Blocks: {self.found}")
         if self.verified:

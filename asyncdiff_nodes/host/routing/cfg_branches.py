@@ -46,5 +46,4 @@ def affordable(patchers: Sequence[ModelPatcher], plan: Plan, devices: Sequence[s
     if len(set(map(title, devices))) > 1:
         return False
     size = sum(patcher.model_size() for patcher in patchers)
-    parts = plan.segments if plan.bands == 1 else 1
-    return size / parts < min(room_for_weights(devices, memory / plan.branches, patchers))
+    return size / plan.weight_parts < min(room_for_weights(devices, memory / plan.branches, patchers))

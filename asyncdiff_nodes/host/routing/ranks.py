@@ -101,7 +101,7 @@ class Ranks:
     def begin_anew(self, begin: Callable[[WorkerGroup], None]) -> None:
         """Begin the sampling in another way, from the current call on."""
         self._begin = begin
-        self.resume()
+        self._try(self.resume)
 
     def resume(self) -> None:
         """Begin at the current call: nothing that was computed before is used."""

@@ -24,7 +24,7 @@ from asyncdiff_nodes.engine import (
     UnsupportedModelError,
     WorkerGroup,
 )
-from asyncdiff_nodes.host.choices import ALWAYS, STALE_COSTS
+from asyncdiff_nodes.host.choices import ALWAYS, CUSTOM
 from asyncdiff_nodes.host.controlnet.calls import NetCall, complete, take, without_ranks
 from asyncdiff_nodes.host.page.progress import Progress
 from asyncdiff_nodes.host.page.report import RunRecord, publish
@@ -33,7 +33,6 @@ from asyncdiff_nodes.host.patches.foreign_code import Watched
 from asyncdiff_nodes.host.patches.obstacles import READ_BY_NETWORKS, call_obstacle, missing, obstacle, shippable, surroundings
 from asyncdiff_nodes.host.patches.protocol import RoutedCall
 from asyncdiff_nodes.host.workers import banded, links
-from asyncdiff_nodes.host.workers.band_times import Choice
 from asyncdiff_nodes.host.workers.block_times import Balance
 from asyncdiff_nodes.host.workers.found import options_read
 from asyncdiff_nodes.host.workers.pool import POOL, BusyError
@@ -42,6 +41,7 @@ from asyncdiff_nodes.host.workers.skeleton import fingerprint_of
 
 from . import first_use
 from .announced import Announced, Evaluation
+from .band_choice import BandChoice
 from .network_call import NetworkCall
 from .options import OneDeviceError, Options
 from .own_network import OwnNetwork
@@ -78,13 +78,12 @@ class Sampling:
         self._ranks: Ranks | None = None
         self._ready: Preparation
         self._announced: Announced
+        self._band_choice: BandChoice
         self._names: StreamNames
         self._watched: list[Watched]  # the network, and those of ControlNets
         self._audit: Audit
         self._own: OwnNetwork
         self._routes = self._begun = False
-        self._in_bands_first = False  # since it is not known yet how long calls take
-        self._choice: Choice | None = None
         self._evaluation: Evaluation | None = None  # the latest
         self._left = ""  # why the host continues without the ranks
         self._finite = True  # no NaN or infinity was seen yet
@@ -119,6 +118,7 @@ class Sampling:
             return self._note("there is no step to sample")
         try:
             self._ready = ready = Preparation(self._options, self._guider, patcher, noise_shape, conds, given)
+            self._band_choice = BandChoice(self._options.preset, ready.band_times)
             self._ranks = Ranks(ready.request, self._options.on_failure == "restart", self._notes.append)
             self._ranks.prepare()
             self._look_at_host(given)
@@ -191,11 +191,10 @@ class Sampling:
         self._announced = calls = Announced(
             self._options, self._patcher, self._sampler, self._sigmas, wanted, placement, self._evaluation, self._note
         )
-        self._plan = plan = self._chosen(calls.plan)
-
-        def begin(group: WorkerGroup) -> None:
-            group.begin(calls.timesteps, plan, self._on_record, calls.levels)
-            self._progress.sampling(group, plan, len(calls))
+        if self._options.preset == CUSTOM and self.group.bandless:
+            self._note(f"bands={ready.plan.bands} is not possible: {self.group.bandless}")
+        self._plan = self._band_choice.plan(calls, self.group)
+        begin = self._beginning(self._plan, calls)
 
         def begin_balanced() -> None:
             if better := ready.balance.better(self.group, calls.asynchronous, running=False):
@@ -204,28 +203,15 @@ class Sampling:
 
         self._ranks.begin(begin_balanced, begin)
 
-    def _chosen(self, plan: Plan) -> Plan:
-        """The plan of this run: ``plan``, which works ahead, or all calls in bands, as in the first run of its kind."""
-        self._in_bands_first = False
-        if plan.bands == 1 or plan.segments == 1 or self._options.preset not in STALE_COSTS:
-            return plan
-        calls, stale_costs = self._announced, STALE_COSTS[self._options.preset]
-        self._choice = self._ready.band_times.choice(self.group.placement, plan, len(calls), calls.levels, stale_costs)
-        self._in_bands_first = self._choice is None
-        return _in_bands(plan) if self._choice is None or self._choice.in_bands else plan
-
-    def _leave_bands(self) -> None:
-        """Work ahead from now on, if the first calls of its kind show that bands take longer than one device."""
-        if not self._in_bands_first or not self._ready.band_times.lose:
-            return
-        self._in_bands_first = False
-        calls, self._plan = self._announced, self._announced.plan
+    def _beginning(self, plan: Plan, calls: Announced | None) -> Callable[[WorkerGroup], None]:
+        """Return what begins the run in a group, with the schedule of ``calls`` if they follow it."""
+        timesteps, levels = (None, None) if calls is None else (calls.timesteps, calls.levels)
 
         def begin(group: WorkerGroup) -> None:
-            group.begin(calls.timesteps, calls.plan, self._on_record, calls.levels)
-            self._progress.sampling(group, calls.plan, len(calls))
+            group.begin(timesteps, plan, self._on_record, levels)
+            self._progress.sampling(group, plan, calls and len(calls))
 
-        self._ranks.begin_anew(begin)
+        return begin
 
     def evaluate(self, x: torch.Tensor, sigma: torch.Tensor) -> None:
         """Note that the sampler evaluates the model at its latent ``x`` [B, C, ...] with noise ``sigma`` [B]."""
@@ -289,11 +275,13 @@ class Sampling:
             given["transformer_options"] = self._of_those_read(given["transformer_options"], options)
         if reason := missing(options, self._read):
             return by_host(reason)
-        synchronous = self._plan.warmup >= ALWAYS or self._plan.segments == 1
-        named = self._names.of(call, rest, timesteps, nets, synchronous)
-        if not named.certain:
-            self._do_synchronously()
         try:
+            if (plan := self._band_choice.instead(self._progress.posted)) is not None:
+                self._go_on(plan, self._announced)
+            synchronous = self._plan.warmup >= ALWAYS or self._plan.segments == 1
+            named = self._names.of(call, rest, timesteps, nets, synchronous)
+            if not named.certain:
+                self._do_synchronously()
             if call.repeatable and (difference := self._first_use(called, call, nets, on_host)):
                 self._left, expected = difference
                 self._note(self._left)
@@ -335,7 +323,6 @@ class Sampling:
         given = call.arguments
 
         def compute() -> Any:
-            self._leave_bands()
             self._rebalance()
             for gone in named.gone:
                 self.group.forget(gone)
@@ -419,9 +406,8 @@ class Sampling:
             left = RunRecord(tuple(self._notes), self._plan)
             rest = _REPORT_GRACE + time.monotonic() - self._started  # work done ahead takes no longer than everything before it
             verified = self._audit.agreed if self.group else 0
-            choice = str(self._choice or "")
             used = self.group if self._plan is not None else None  # ranks of another sampling may have been found, and not called
-            record = left if self._left else RunRecord.of(used, self._plan, self._notes, rest, verified, choice)
+            record = left if self._left else RunRecord.of(used, self._plan, self._notes, rest, verified, self._band_choice.why)
         except AsyncDiffError as error:  # the picture is done: a missing report must not cost it
             self._note(f"there is no report on this run: {brief(error)}")
             POOL.bury()
@@ -441,11 +427,8 @@ class Sampling:
 
     @property
     def _on_record(self) -> Callable[[CallRecord], None]:
-        progress, balance, bands = (
-            self._progress,
-            self._ready.balance,
-            self._ready.band_times,
-        )  # not self: the group would keep the model alive
+        # not self: the group would keep the model alive
+        progress, balance, bands = self._progress, self._ready.balance, self._ready.band_times
 
         def tell(record: CallRecord) -> None:
             progress.add(record)
@@ -496,15 +479,10 @@ class Sampling:
         )
         self._go_on(replace(self._plan, warmup=ALWAYS, stride=1, forecast=0, cooldown=0))
 
-    def _go_on(self, plan: Plan) -> None:
-        """Continue with another plan, and without the schedule."""
+    def _go_on(self, plan: Plan, calls: Announced | None = None) -> None:
+        """Continue with another plan; with the schedule of ``calls``, if they follow it still."""
         self._plan = plan
-
-        def begin(group: WorkerGroup) -> None:
-            group.begin(plan=plan, on_record=self._on_record)
-            self._progress.sampling(group, plan)
-
-        self._ranks.begin_anew(begin)
+        self._ranks.begin_anew(self._beginning(plan, calls))
 
     def _note(self, text: str) -> None:
         """Tell the user ``text`` once: on the node, in the page, and in the log."""
@@ -512,8 +490,3 @@ class Sampling:
             self._notes.append(text)
             self._progress.enter(self._progress.phase if self.group else "usual")
             log.warning("AsyncDiff: %s%s", "" if self.group else "not used, ComfyUI samples as usual: ", text)
-
-
-def _in_bands(plan: Plan) -> Plan:
-    """The plan of a run all of whose calls are synchronous, and in bands."""
-    return replace(plan, warmup=ALWAYS, cooldown=0, stride=1, forecast=0, time_shift=False)

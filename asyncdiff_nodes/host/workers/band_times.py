@@ -46,7 +46,10 @@ class Choice:
         """Say what was chosen, and what the other would take."""
         chosen, other = ("in bands", "working ahead") if self.in_bands else ("working ahead", "in bands")
         seconds = (self.bands, self.ahead) if self.in_bands else (self.ahead, self.bands)
-        return f"{chosen}, about {seconds[0]:.2f} s; {other} {seconds[1]:.2f} s, one device {self.alone:.2f} s"
+        return (
+            f"{chosen}, about {seconds[0]:.2f} s; {other} {seconds[1]:.2f} s, one device {self.alone:.2f} s, "
+            "by what calls in bands took"
+        )
 
 
 class BandTimes:

@@ -80,6 +80,8 @@ def _attention(
         with mode.as_is():
             return func(q, k, v, heads, mask, attn_precision, skip_reshape, *args, **kwargs)
 
+    if not skip_reshape:
+        q, k, v = (each.flatten(2) for each in (q, k, v))  # SD3 passes values as [B, tokens, heads, D]
     apart, together = Dims(tokens=2, heads=1), Dims(tokens=1, heads=2)
     result = apart if (args[0] if args else kwargs.get("skip_output_reshape")) else together
     dims = apart if skip_reshape else together

@@ -83,9 +83,7 @@ class GroupRequest:
     def expected_bytes(self) -> float:
         """Bytes of the weights that each rank will have at most, if segments are equal."""
         models = (each.model for each in (self.patcher, *models_of(self.patcher).values()))
-        return sum(map(comfy.model_management.module_size, (*models, *self.nets))) / (
-            self.plan.segments if self.plan.bands == 1 else 1
-        )
+        return sum(map(comfy.model_management.module_size, (*models, *self.nets))) / self.plan.weight_parts
 
 
 @dataclass(eq=False)

@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from asyncdiff_nodes.engine import CallRecord
-from asyncdiff_nodes.host.choices import ALWAYS
+from asyncdiff_nodes.host.choices import ALWAYS, PRESETS
 from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
 from asyncdiff_nodes.host.workers import user_files
 from asyncdiff_nodes.host.workers.band_times import FILE, BandTimes
 from helpers import small
-from helpers.sampling import ksampler, slow_in_bands
+from helpers.denoisers import DENOISERS
+from helpers.denoisers import sampled as denoised
+from helpers.sampling import banded, ksampler, slow_in_bands
 
 OPTIONS = Options(devices="cpu,cpu")
 
@@ -25,8 +27,8 @@ def model():
     return small.model("sd15")
 
 
-def sample(model, options=OPTIONS, **how):
-    return ksampler(attach(model, options), steps=8, cfg=1.0, **how)
+def sample(model, options=OPTIONS, steps=8):
+    return ksampler(attach(model, options), steps=steps, cfg=1.0)
 
 
 def test_the_first_run_is_in_bands_and_nothing_is_stale_in_it(model):
@@ -46,6 +48,19 @@ def test_what_was_measured_decides(model):
     record = last_run()
     assert ("in bands" if record.plan.warmup == ALWAYS else "working ahead") in record.choice
     assert "one device" in record.text()
+
+
+def test_a_first_run_that_bands_slow_down_works_ahead_from_then_on(model, monkeypatch):
+    monkeypatch.setattr(BandTimes, "_medians", lambda _: (2.0, 1.0))
+    found, record = sample(model, steps=12), last_run()
+    assert "took longer than one device" in record.text() and not record.notes
+    begun = 12 - len(record.stats.calls)
+    assert begun >= 3 and record.plan.warmup == 2 and any(not call.synchronous for call in record.stats.calls)
+    # as if all calls until then had been its warm-up
+    cooldown = PRESETS["Balanced"].cooldown
+    longer = Options("Custom", "cpu,cpu", segments=2, warmup=begun + 2, cooldown=cooldown, bands=2)
+    expected = sample(model, longer, steps=12)
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
 def measured(model, step, work):
@@ -77,12 +92,23 @@ def test_the_faster_of_the_two(model, step, work, in_bands):
     assert all(record.banded for record in last_run().stats.records if record.synchronous and not record.ahead)
 
 
+def test_why_a_model_has_no_bands_is_told():
+    cascade = DENOISERS["cascade_c"]
+    denoised(attach(cascade.model(), Options(devices="cpu,cpu", branches=1)), cascade, steps=8)
+    record = last_run()
+    assert record.plan.bands == 1 and record.choice in record.text() and not record.notes
+    assert record.choice.startswith("working ahead, because StageC cannot be computed in bands (as a whole: ")
+    denoised(attach(cascade.model(), banded(2, segments=2, branches=1)), cascade, steps=8)
+    (note,) = last_run().notes
+    assert note.startswith("bands=2 is not possible: StageC cannot be computed in bands")
+
+
 def test_what_cannot_be_in_bands_works_ahead(model):
     from comfy_extras.nodes_freelunch import FreeU
 
     patched = FreeU.execute(model, 1.1, 1.2, 0.9, 0.2).args[0]
     sample(patched)
-    assert last_run().plan.bands == 1 and any(not call.synchronous for call in last_run().stats.calls)
+    assert last_run().plan.bands == 1 and not last_run().choice and any(not call.synchronous for call in last_run().stats.calls)
 
 
 def test_no_bands_if_the_user_wants_none(model):

@@ -1,0 +1,56 @@
+"""Whether the calls of one run are all computed in bands, or work ahead between the first ones and the last."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from asyncdiff_nodes.engine import Plan, WorkerGroup
+from asyncdiff_nodes.host.choices import ALWAYS, STALE_COSTS
+from asyncdiff_nodes.host.workers.band_times import BandTimes
+
+from .announced import Announced
+
+_LEAST_WARMUP = 2  # calls, which tell what to expect next; see engine/planning/lookahead.py
+
+
+class BandChoice:
+    """The choice of one sampling, by what calls in bands took before, or take in its first calls.
+
+    Args:
+        preset: those of :data:`~asyncdiff_nodes.host.choices.STALE_COSTS` choose; with others the plan is as the user wants it.
+        times: what calls in bands took.
+
+    Attributes:
+        why: what was chosen, and why, in words; empty where there was no choice.
+    """
+
+    def __init__(self, preset: str, times: BandTimes) -> None:
+        self.why = ""
+        self._stale_costs, self._times = STALE_COSTS.get(preset), times
+        self._trying = False  # nothing is known of calls in bands
+        self._ahead: Plan
+
+    def plan(self, announced: Announced, group: WorkerGroup) -> Plan:
+        """Return the announced plan, which works ahead, or the same with all calls in bands."""
+        self._ahead = plan = announced.plan
+        self.why, self._trying = "", False
+        if self._stale_costs is None or plan.segments == 1:
+            return plan
+        if plan.bands == 1:
+            self.why = group.bandless and f"working ahead, because {group.bandless}"
+            return plan
+        choice = self._times.choice(group.placement, plan, len(announced), announced.levels, self._stale_costs)
+        self._trying = choice is None
+        self.why = "in bands, to see how long that takes" if choice is None else str(choice)
+        if choice is not None and not choice.in_bands:
+            return plan
+        return replace(plan, warmup=ALWAYS, cooldown=0, stride=1, forecast=0, time_shift=False)
+
+    def instead(self, done: int) -> Plan | None:
+        """Return another plan for the calls after the first ``done`` ones, if these show, once, that bands lose."""
+        if not self._trying or not self._times.lose:
+            return None
+        self._trying = False
+        self.why = "working ahead after the first calls, since in bands they took longer than one device would take"
+        warmup = max(_LEAST_WARMUP, self._ahead.warmup - done)
+        return replace(self._ahead, warmup=warmup + (1 - warmup) % self._ahead.stride)  # see Plan.stride
