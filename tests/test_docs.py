@@ -2,6 +2,7 @@
 leads nowhere. ``make docs`` builds them.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -56,6 +57,14 @@ def test_tables_are_those_of_the_data(page):
     text = read(page)
     assert tables.MARKED.search(text), "no table is marked"
     assert tables.filled(text, page) == text, "run python tools/measure/tables.py"
+
+
+def test_the_readme_has_the_speed_of_bands():
+    rows = json.loads(read("docs/data/bands.json"))["rows"]
+    gains = [row["run_speedup"] for row in rows if row["plan"] == "bands"]
+    steps = [row["steps"] for row in rows]
+    text = " ".join(read("README.md").split())
+    assert f"runs of {min(steps)} to {max(steps)} steps gain {min(gains):.2f}x to {max(gains):.2f}x on two CPUs" in text
 
 
 def test_every_page_with_a_table_is_filled():

@@ -6,13 +6,13 @@ import statistics
 import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 
-from asyncdiff_nodes.engine import WorkerError, accelerator, block_seconds, family_of, meta_copy, trace
+from asyncdiff_nodes.engine import accelerator, block_seconds, family_of, meta_copy, trace
 
+from .served import Served
 from .zoo import Model
 
 
@@ -27,49 +27,26 @@ class Baseline:
     def __init__(
         self, model: Model, dtype: torch.dtype, device: str, threads: int, inputs: Mapping[int, Any], repeats: int
     ) -> None:
-        context = mp.get_context("spawn")
-        self._conn, child = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(child, model, dtype, device, threads, inputs, repeats), daemon=True, name="asyncdiff-baseline"
-        )
-        self._process.start()
-        child.close()
+        self._process = Served("the unrouted model", _serve, model, dtype, device, threads, inputs, repeats)
 
     def profile(self) -> dict[int, tuple[list[float], float]]:
         """Number of branches -> seconds of each block and of the whole call, measured before the first call.
 
         Ask once, first: it says that the process is ready.
         """
-        return self._receive()
+        return self._process.receive()
 
     def start(self) -> None:
         """Start one call with the whole batch."""
-        try:
-            self._conn.send("run")
-        except OSError:
-            self._died()
+        self._process.send("run")
 
     def wait(self) -> float:
         """Seconds of the call that was started last."""
-        return self._receive()
-
-    def _receive(self) -> Any:
-        try:
-            return self._conn.recv()
-        except (EOFError, OSError):
-            self._died()
-
-    def _died(self) -> NoReturn:
-        self._process.join(5)
-        raise WorkerError(f"the unrouted model's process ended with code {self._process.exitcode}", rank=-1) from None
+        return self._process.receive()
 
     def close(self) -> None:
         """End the process."""
-        self._conn.close()
-        self._process.join(5)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        self._process.close()
 
 
 @torch.inference_mode()

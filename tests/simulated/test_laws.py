@@ -51,48 +51,35 @@ def test_synchronous_calls_are_the_model_s_own(devices):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("devices", PLACES, ids=str)
-@pytest.mark.parametrize("plan", [Plan(warmup=2), Plan(warmup=2, forecast=0), Plan(warmup=2, microbatches=2)], ids=toys.label)
-def test_asynchronous_calls_are_the_simulators(devices, plan):
+def stats_if_simulated_alike(plan, devices):
+    """What ranks on these devices tell of a run whose result is the simulator's."""
     net = random_net(3)
     with Simulator(net, plan, family=TOY) as simulator:
         simulator.begin(TIMESTEPS)
         expected = denoise(simulator, TIMESTEPS)
     with group(net, plan, devices) as ranks:
         ranks.begin(TIMESTEPS)
-        actual = denoise(on_first(ranks), TIMESTEPS)
-        stats = ranks.stats()
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(denoise(on_first(ranks), TIMESTEPS), expected, atol=1e-5, rtol=1e-5)
+        return ranks.stats()
+
+
+@pytest.mark.parametrize("devices", PLACES, ids=str)
+@pytest.mark.parametrize("plan", [Plan(warmup=2), Plan(warmup=2, forecast=0), Plan(warmup=2, microbatches=2)], ids=toys.label)
+def test_asynchronous_calls_are_the_simulators(devices, plan):
+    stats = stats_if_simulated_alike(plan, devices)
     assert all(record.compute > 0 and record.end >= record.start and record.wait >= 0 for record in stats.records)
     assert {rank.device for rank in stats.ranks} == set(devices)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("devices", PLACES, ids=str)
 @pytest.mark.parametrize("plan", [Plan(segments=1, bands=2), Plan(warmup=2, bands=2)], ids=toys.label)
 def test_calls_in_bands(devices, plan):
-    net = random_net(3)
-    with Simulator(net, plan, family=TOY) as simulator:
-        simulator.begin(TIMESTEPS)
-        expected = denoise(simulator, TIMESTEPS)
-    with group(net, plan, devices) as ranks:
-        ranks.begin(TIMESTEPS)
-        actual = denoise(on_first(ranks), TIMESTEPS)
-        banded = {record.call for record in ranks.stats().records if record.banded}
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    banded = {record.call for record in stats_if_simulated_alike(plan, devices).records if record.banded}
     assert banded == set(range(len(TIMESTEPS) if plan.segments == 1 else 2))
 
 
-@torch.no_grad()
 def test_strides_and_three_segments():
-    plan = Plan(segments=2, stride=2, warmup=2)
-    net = random_net(3)
-    with Simulator(net, plan, family=TOY) as simulator:
-        simulator.begin(TIMESTEPS)
-        expected = denoise(simulator, TIMESTEPS)
-    with group(net, plan, ["sim:0", "sim:1", "sim:2"]) as ranks:
-        ranks.begin(TIMESTEPS)
-        torch.testing.assert_close(denoise(on_first(ranks), TIMESTEPS), expected, atol=1e-5, rtol=1e-5)
+    stats_if_simulated_alike(Plan(segments=2, stride=2, warmup=2), ["sim:0", "sim:1", "sim:2"])
 
 
 @torch.no_grad()

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from asyncdiff_nodes.cli.served import Served
 from asyncdiff_nodes.engine import block_seconds, family_of, meta_copy, trace
 from true_width import Network, Size, euler
 
@@ -30,19 +30,15 @@ class Copy:
     """
 
     def __init__(self, network: Network, share: tuple[str, int, int] | None = None) -> None:
-        context = mp.get_context("spawn")
-        self._conn, child = context.Pipe()
-        self._process = context.Process(target=_serve, args=(child, network, share), daemon=True)
-        self._process.start()
-        child.close()
+        self._process = Served("a copy", _serve, network, share)
 
     def start(self, what: str, *args: Any) -> None:
         """Have it do what one of the methods of a computing process says."""
-        self._conn.send((what, args))
+        self._process.send((what, args))
 
     def wait(self) -> Any:
         """What that returns."""
-        return self._conn.recv()
+        return self._process.receive()
 
     def ask(self, what: str, *args: Any) -> Any:
         """Both."""
@@ -51,11 +47,7 @@ class Copy:
 
     def close(self) -> None:
         """End the process."""
-        self._conn.close()
-        self._process.join(5)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        self._process.close()
 
 
 def together(copies: Sequence[Copy], what: str, *args: Any) -> float:

@@ -38,6 +38,16 @@ def prompts_for(kind="sd15", **how):
     return small.conditioning(kind, 1, **how), small.conditioning(kind, 2, **how)
 
 
+def with_areas_and_masks(prompts):
+    """The prompts of ``sd15``, and more on parts of the picture: the network is called with several sizes."""
+    positive, negative = prompts
+    area = nodes.ConditioningSetArea().append(small.conditioning("sd15", 3), 64, 64, 0, 32, 1.0)[0]
+    mask = torch.zeros(1, 16, 16)
+    mask[:, :, 8:] = 1.0
+    masked = nodes.ConditioningSetMask().append(small.conditioning("sd15", 4, tokens=154), mask, "default", 0.8)[0]
+    return positive + area + masked, negative
+
+
 def ksampler(
     model, prompts=None, latent=None, *, kind="sd15", batch=1, steps=4, cfg=4.0, sampler="euler", scheduler="normal", denoise=1.0
 ):

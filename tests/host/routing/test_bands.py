@@ -9,7 +9,6 @@ import functools
 from itertools import product
 
 import comfy.sd
-import nodes
 import pytest
 import torch
 from comfy_extras import nodes_custom_sampler as custom
@@ -21,7 +20,7 @@ from asyncdiff_nodes.host.routing.options import Options
 from asyncdiff_nodes.host.workers.pool import POOL
 from helpers import small
 from helpers.controlling import controlled, pids, shared
-from helpers.sampling import assert_near, banded, ksampler, prompts_for
+from helpers.sampling import assert_near, banded, ksampler, prompts_for, with_areas_and_masks
 
 NEAR = 1e-4
 SAMPLERS = ["euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "ddim", "uni_pc", "lcm", "dpm_2"]
@@ -96,12 +95,7 @@ def test_masks_of_noise(models, kind):
 
 def test_areas_and_masks(sd15, prompts):
     """Calls of several sizes: each has bands of its own."""
-    positive, negative = prompts
-    area = nodes.ConditioningSetArea().append(small.conditioning("sd15", 3), 64, 64, 0, 32, 1.0)[0]
-    mask = torch.zeros(1, 16, 16)
-    mask[:, :, 8:] = 1.0
-    masked = nodes.ConditioningSetMask().append(small.conditioning("sd15", 4, tokens=154), mask, "default", 0.8)[0]
-    assert_near(sd15, lambda m: sample(m, (positive + area + masked, negative)), banded(branches=1), NEAR)
+    assert_near(sd15, lambda m: sample(m, with_areas_and_masks(prompts)), banded(branches=1), NEAR)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from comfy_extras import nodes_custom_sampler as custom
 
 from helpers import small
 from helpers.controlling import controlled
-from helpers.sampling import assert_exact, ksampler, prompts_for
+from helpers.sampling import assert_exact, ksampler, prompts_for, with_areas_and_masks
 
 SAMPLERS = ["euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "ddim", "uni_pc", "lcm", "dpm_2"]
 OTHERS = ["sd15_inpaint", "sd2_v", "sdxl_refiner"]
@@ -118,12 +118,7 @@ def test_lora(sd15, prompts):
 
 
 def test_areas_and_masks(sd15, prompts):
-    positive, negative = prompts
-    area = nodes.ConditioningSetArea().append(small.conditioning("sd15", 3), 64, 64, 0, 32, 1.0)[0]
-    mask = torch.zeros(1, 16, 16)
-    mask[:, :, 8:] = 1.0
-    masked = nodes.ConditioningSetMask().append(small.conditioning("sd15", 4, tokens=154), mask, "default", 0.8)[0]
-    assert_exact(sd15, lambda m: sample(m, (positive + area + masked, negative)))
+    assert_exact(sd15, lambda m: sample(m, with_areas_and_masks(prompts)))
 
 
 def test_prompt_in_time_ranges(sd15, prompts):
