@@ -300,19 +300,20 @@ class WorkerGroup:
         """
         self._placed.update(weights, self._deadline())
 
-    def unload(self, ranks: Collection[int], timeout: float) -> None:
+    def unload(self, ranks: Collection[int], timeout: float, least: int | None = None) -> None:
         """Have some ranks free their weights. The run is over, and :meth:`reload` must come before the next call.
 
         Everything else stays as it is: processes, links, and the weights of the other ranks. If this fails, the group is closed.
 
         Args:
             timeout: seconds that the ranks have for it.
+            least: bytes, of which each frees no more than it must to reach them; all that it has if None.
 
         Raises:
             WorkerError, DeadlineError, GroupClosedError: as for a call.
         """
         self.tidy()  # all ranks: what is on its way to the others is received
-        self._placed.unload(ranks, time.monotonic() + timeout)
+        self._placed.unload(ranks, least, time.monotonic() + timeout)
 
     def reload(self, weights: Callable[[frozenset[str]], Weights]) -> None:
         """Send the ranks the weights that they were told to unload. If this fails half-way, the group is closed.
@@ -384,9 +385,9 @@ class WorkerGroup:
         return self._placed.placement
 
     @property
-    def unloaded(self) -> frozenset[int]:
-        """The ranks that have no weights now."""
-        return frozenset(self._placed.unloaded)
+    def unloaded(self) -> dict[int, int]:
+        """Bytes of the weights that ranks were told to free, and lack now, by rank."""
+        return {rank: sum(names.values()) for rank, names in self._placed.unloaded.items()}
 
     @property
     def bandwidth(self) -> float:

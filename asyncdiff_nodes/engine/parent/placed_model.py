@@ -27,7 +27,7 @@ class PlacedModel:
 
     Attributes:
         placement: where the blocks are.
-        unloaded: the ranks that have no weights now.
+        unloaded: bytes, by name, of the weights that a rank was told to free.
         bandwidth: bytes per second of the slowest link between two machines, measured when it was opened; infinite on one.
         refusals: why links are not direct that could have been, by sender and receiver.
     """
@@ -36,7 +36,7 @@ class PlacedModel:
         """``names`` are those of all weights; ``accept`` takes what ranks say of other things meanwhile."""
         self._ranks, self._names, self._accept = ranks, names, accept
         self.placement = placement
-        self.unloaded: set[int] = set()
+        self.unloaded: dict[int, dict[str, int]] = {}
         self.bandwidth = math.inf
         self.refusals: dict[tuple[int, int], str] = {}
 
@@ -53,22 +53,25 @@ class PlacedModel:
         with self._whole():
             self._send_weights(weights, deadline)
 
-    def unload(self, ranks: Collection[int], deadline: float) -> None:
-        """Have some ranks free their weights; everything else stays as it is."""
-        self.send(((rank, ("unload",), ()) for rank in ranks), deadline)
+    def unload(self, ranks: Collection[int], least: int | None, deadline: float) -> None:
+        """Have some ranks free their weights, or ``least`` bytes of them each; everything else stays as it is."""
+        self.send(((rank, ("unload", least), ()) for rank in ranks), deadline)
         waiting = set(ranks)
         while waiting:
             message = self._ranks.next_message(deadline, f"ranks {sorted(waiting)} to free their weights")
             rank, header, _ = message
             if header[0] == "unloaded":
                 waiting.remove(rank)
+                self.unloaded.setdefault(rank, {}).update(header[1])
             else:
                 self._accept(message)
-        self.unloaded |= set(ranks)
 
     def reload(self, weights: Callable[[frozenset[str]], Weights], deadline: float) -> None:
         """Send the ranks the weights that they were told to free."""
-        lacking = {name: gone for name, ranks in self._ranks_with_weights().items() if (gone := ranks & self.unloaded)}
+        lacking: dict[str, set[int]] = {}
+        for rank, names in self.unloaded.items():
+            for name in names:
+                lacking.setdefault(name, set()).add(rank)
         with self._whole():
             self._send_weights(weights(frozenset(lacking)), deadline, lacking)
         self.unloaded.clear()

@@ -138,9 +138,9 @@ class Rank:
         elif verb == "tidy":
             self._tidy()
         elif verb == "unload":
-            self._model.unload()
+            freed = self._model.unload(rest[0])
             _free(self.device)
-            self._send(("unloaded",))
+            self._send(("unloaded", freed))
         elif verb == "weight":
             self._model.load(rest[0], tensors[0])
         elif verb == "move":

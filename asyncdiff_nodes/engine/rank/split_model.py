@@ -80,10 +80,20 @@ class SplitModel:
             value = nn.Parameter(value, requires_grad=False)
         setattr(module, leaf, value)
 
-    def unload(self) -> None:
-        """Free all parameters and buffers; their names and shapes stay."""
-        for name, tensor in list(tensors_of(self._module)):
+    def unload(self, least: int | None) -> dict[str, int]:
+        """Free parameters and buffers, the largest first: all, or ``least`` bytes of them. Their names and shapes stay.
+
+        Returns:
+            Names and bytes of what was freed.
+        """
+        freed: dict[str, int] = {}
+        held = ((name, tensor) for name, tensor in tensors_of(self._module) if not tensor.is_meta)
+        for name, tensor in sorted(held, key=lambda each: -each[1].nbytes):
+            if least is not None and sum(freed.values()) >= least:
+                break
+            freed[name] = tensor.nbytes
             self._attach(name, tensor.to("meta"))
+        return freed
 
     def take_over(self, other: SplitModel) -> None:
         """Attach the parameters and buffers of ``other``, another share of the same model, that this one has as well."""

@@ -68,13 +68,13 @@ class AsyncDiffRank:
 class RankMemory:
     """One rank among the host's loaded models.
 
-    It has the members of a ``ModelPatcher`` that ``comfy.model_management`` uses. A rank cannot give up a part of its weights.
+    It has the members of a ``ModelPatcher`` that ``comfy.model_management`` uses.
     """
 
     parent = None
 
-    def __init__(self, device: torch.device, size: int, release: Callable[[], None]) -> None:
-        """``release`` frees the rank's weights; it may be called more than once."""
+    def __init__(self, device: torch.device, size: int, release: Callable[[int | None], int]) -> None:
+        """``release`` frees so many bytes of the rank's weights, or a little more, or all; returns how many those were."""
         self.model = AsyncDiffRank()
         self.load_device = device
         self.offload_device = torch.device("cpu")
@@ -109,15 +109,16 @@ class RankMemory:
         return grown
 
     def partially_unload(self, device: torch.device, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
-        """Free the rank's weights; returns the bytes that it really held."""
-        freed, self._held = self._held, 0
-        self._release()
+        """Free so many bytes of the rank's weights, or a little more; returns how many."""
+        freed = self._release(math.ceil(memory_to_free))
+        self._held = max(0, self._held - freed)
         return freed
 
     def detach(self, unpatch_all: bool = True) -> AsyncDiffRank:
         """Free the rank's weights. With ``unpatch_all=False`` do nothing: the model is about to be loaded again."""
         if unpatch_all:
-            self.partially_unload(self.offload_device)
+            self._held = 0
+            self._release(None)
         return self.model
 
     def is_clone(self, other: Any) -> bool:

@@ -149,8 +149,8 @@ class PooledGroup:
     def weight_bytes(self) -> int:
         """Bytes of the weights that all ranks hold now."""
         plan, placement = self.group.plan, self.group.placement
-        ranks = set(range(plan.world_size)) - self.group.unloaded
-        return sum(placement.weight_bytes(plan.segment_of_rank(rank)) for rank in ranks)
+        sent = sum(placement.weight_bytes(plan.segment_of_rank(rank)) for rank in range(plan.world_size))
+        return sent - sum(self.group.unloaded.values())
 
     def weights(self, patcher: ModelPatcher, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and values of the weights in ``names``, as ``patcher`` and the ControlNets have them."""
@@ -194,7 +194,7 @@ class Pool:
             return held.group
         skeleton_of(request.patcher, request.nets)  # raises where ranks cannot have this network
         size = int(request.expected_bytes)
-        expected = [RankMemory(torch.device(name), size, lambda: None) for name in request.devices if not on_cluster(name)]
+        expected = [RankMemory(torch.device(name), size, lambda _: 0) for name in request.devices if not on_cluster(name)]
         load(expected)
         for rank in expected:
             rank.forget()
@@ -330,9 +330,9 @@ class Pool:
         memory: list[RankMemory] = []
         started: list[weakref.ref[PooledGroup]] = []  # weak, so that a group that has ended is gone at once
 
-        def free(rank: int) -> None:
-            if started and (held := started[0]()) is not None:
-                self._free(held, rank)
+        def free(rank: int, least: int | None) -> int:
+            held = started[0]() if started else None
+            return 0 if held is None else self._free(held, rank, least)
 
         def make_room(placement: Placement) -> None:
             for rank, device in enumerate(devices):
@@ -404,21 +404,31 @@ class Pool:
             held.group.reload(lambda lacking: weights(lacking - names))
         comfy.model_management.soft_empty_cache()  # patches were computed on the host's device, which may be a rank's
 
-    def _free(self, held: PooledGroup, rank: int) -> None:
+    def _free(self, held: PooledGroup, rank: int, least: int | None) -> int:
         """Free a rank's weights, for the host that needs the memory or wants it back. Raises nothing but an interrupt.
 
         While a prompt is executed the host needs the memory for something else: the next sampling sends the weights again.
         Otherwise it was told to unload its models, which is to free all that there is on the devices: the group ends.
+
+        Args:
+            least: bytes that the host needs; None if it needs all.
+
+        Returns:
+            The bytes that were freed.
         """
         if held.group.closed or held not in self._held:
-            return
+            return 0
+        before = held.weight_bytes()
         if get_executing_context() is None:
-            return self._end(held)
+            self._end(held)
+            return before
         try:
-            held.group.unload([rank], _UNLOAD_TIMEOUT)
+            held.group.unload([rank], _UNLOAD_TIMEOUT, least)
+            return before - held.weight_bytes()
         except AsyncDiffError as error:
             log.warning("AsyncDiff: a rank could not free its weights; all of them were ended", exc_info=error)
             self._end(held)
+            return before
         except BaseException:  # cancelled in between
             self._end(held)
             raise

@@ -39,13 +39,30 @@ def test_unloaded_weights_come_back_and_the_next_run_is_the_same(plan, steps):
         denoise(group, steps)
         for ranks in ([0], range(plan.world_size)):
             group.unload(ranks, 10)
-            assert group.unloaded == set(ranks) == {rank.rank for rank in group.stats().ranks if not rank.weights}
+            assert set(group.unloaded) == set(ranks) == {rank.rank for rank in group.stats().ranks if not rank.weights}
             with pytest.raises(WeightsUnloadedError, match=r"ranks \[0.*reload"):
                 denoise(group, 1)
             group.reload(noted(net, asked))
             assert torch.equal(denoise(group), expected) and group.pids == pids and not group.unloaded
     first, all_names = asked
     assert first < all_names == {name for name, _ in tensors_of(net)}, "only what the unloaded ranks lack is sent"
+
+
+def test_no_more_is_freed_than_must_be_and_only_that_is_sent_again():
+    net, asked = toys.random_net(2), []
+    with running(net, Plan(), family=TOY) as group:
+        expected, held = denoise(group), group.stats().ranks[1].weights
+        sizes = sorted(held.values(), reverse=True)
+        for least in (sizes[0] - 1, sizes[1]):  # the second on top of the first
+            group.unload([1], 10, least)
+        assert group.unloaded == {1: sizes[0] + sizes[1]}
+        left = group.stats().ranks[1].weights
+        assert group.unloaded[1] == sum(held.values()) - sum(left.values())
+        with pytest.raises(WeightsUnloadedError, match=r"ranks \[1.*reload"):
+            denoise(group, 1)
+        group.reload(noted(net, asked))
+        assert torch.equal(denoise(group), expected) and group.stats().ranks[1].weights == held
+    assert asked == [held.keys() - left.keys()]
 
 
 def test_a_rank_that_does_not_answer_ends_the_group():

@@ -138,9 +138,13 @@ def test_the_hosts_need_for_memory_costs_copies_and_no_process(model, sample, la
         for _ in range(3):
             comfy.model_management.load_models_gpu([large])
             assert of_ranks()[0] < 2**20 < first and of_ranks()[1] >= second, "only the host's card was short of memory"
-            assert group.unloaded == {0} and POOL.summary()[0]["weights"] == second
+            assert group.unloaded == {0: first} and POOL.summary()[0]["weights"] == second
             assert torch.equal(sample(routed), stock) and not last_run().notes
             assert of_ranks()[0] >= first and of_ranks()[1] >= second and POOL.summary()[0]["weights"] == first + second
+        card, held = torch.device("mlu:0"), of_ranks()[0]
+        comfy.model_management.free_memory(comfy.model_management.get_free_memory(card) + first // 3, card)
+        assert first // 3 <= group.unloaded[0] < first / 2 and of_ranks()[0] <= held - first // 3, "no more than it lacks"
+        assert torch.equal(sample(routed), stock) and not last_run().notes and of_ranks()[0] >= first
         assert POOL._held[-1].group.pids == pids
         comfy.model_management.load_models_gpu([large])
     comfy.model_management.unload_all_models()  # by the user
