@@ -380,10 +380,9 @@ class BandMode(TorchFunctionMode):
         variance, mean = torch.var_mean(band.reshape(items, groups, -1).float(), -1, correction=0)
         own, ranks = torch.stack([mean, variance]), self._exchange.ranks
         (parts,) = self._exchange.trade([[own] * ranks], 0, [2] * ranks)
-        shares = mean.new_tensor([axis.share(rank) / axis.length for rank in range(self._exchange.ranks)])[:, None, None]
-        means, variances = torch.stack(parts).unbind(1)  # [ranks, items, groups] each
-        mean = (shares * means).sum(0)
-        variance = (shares * (variances + (means - mean).square())).sum(0)
+        shares = [axis.share(rank) / axis.length for rank in range(ranks)]  # numbers, which no device is sent
+        mean = sum(share * each for share, (each, _) in zip(shares, parts, strict=True))
+        variance = sum(share * (other + (each - mean).square()) for share, (each, other) in zip(shares, parts, strict=True))
         # as a norm over the batch whose sums are known: one pass over the values, in the precision of a group norm
         each = channels // groups
         flat = band.reshape(1, items * channels, *band.shape[2:])

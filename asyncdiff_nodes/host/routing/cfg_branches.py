@@ -12,7 +12,6 @@ from asyncdiff_nodes.engine import Plan
 from asyncdiff_nodes.host.page.progress import title
 from asyncdiff_nodes.host.patches.registry import models_of
 from asyncdiff_nodes.host.workers.divide import across_items
-from asyncdiff_nodes.host.workers.memory import room_for_weights
 
 # With these keys the host may evaluate a prompt in separate calls, or not in every step.
 _APART = frozenset({"area", "start_percent", "end_percent", "gligen", "hooks"})
@@ -38,12 +37,12 @@ def items_per_call(guider: Any, conds: dict[str, Any], model_options: dict[str, 
     return len(prompts) * batch
 
 
-def affordable(patchers: Sequence[ModelPatcher], plan: Plan, devices: Sequence[str], memory: float) -> bool:
-    """Whether all devices are equal and have room for their part of the networks and of a call, which needs ``memory`` bytes.
+def affordable(patchers: Sequence[ModelPatcher], plan: Plan, devices: Sequence[str], room: Sequence[float]) -> bool:
+    """Whether all devices are equal and have room for their part of the networks, ``room`` bytes of weights each.
 
     A branch or a band on a slower device would hold up the others. Segments, however, can be cut to fit their device.
     """
     if len(set(map(title, devices))) > 1:
         return False
     size = sum(patcher.model_size() for patcher in patchers)
-    return size / plan.weight_parts < min(room_for_weights(devices, memory / plan.branches, patchers))
+    return size / plan.weight_parts < min(room)

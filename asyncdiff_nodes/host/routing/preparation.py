@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
@@ -17,6 +19,7 @@ from asyncdiff_nodes.host.patches.registry import begun, models_of
 from asyncdiff_nodes.host.workers.band_times import BandTimes
 from asyncdiff_nodes.host.workers.banded import obstacle
 from asyncdiff_nodes.host.workers.block_times import Balance
+from asyncdiff_nodes.host.workers.limits import Limits
 from asyncdiff_nodes.host.workers.memory import room_for_weights
 from asyncdiff_nodes.host.workers.pool import GroupRequest
 
@@ -71,11 +74,20 @@ class Preparation:
         self.others = [other for other in others if not any(other is each for each in self.theirs)]
         need, least = (size + extra for size in helpers.estimate_memory(patcher, latent, conds))
         self.networks, call = [patcher, *self.theirs], need if items > 1 else least  # for two prompts, or for one
+        limits = Limits(patcher.model, latent)
+
+        def room(call: float) -> list[float]:
+            """Bytes of weights that each rank can hold beside its branch's part of a call that needs ``call`` bytes."""
+            return limits.of(devices, room_for_weights(devices, call / plan.branches, self.networks))
+
         # whoever chooses bands is told by the ranks what there is no room for
-        if plan.bands > 1 and options.preset != CUSTOM and not affordable(self.networks, plan, devices, 1.5 * call):
+        if plan.bands > 1 and options.preset != CUSTOM and not affordable(self.networks, plan, devices, room(1.5 * call)):
             plan, devices = options.resolve(items)
+        weights = sum(network.model_size() for network in self.networks)
+        if plan.bands > 1 and plan.segments > 1 and weights > min(limits.of(devices, [math.inf] * len(devices))):
+            plan = replace(plan, bands=1)  # as they said before
         # the host wants half as much again to be free before prompts share a call
-        if plan.branches > 1 and not options.branches and not affordable(self.networks, plan, devices, 1.5 * call):
+        if plan.branches > 1 and not options.branches and not affordable(self.networks, plan, devices, room(1.5 * call)):
             plan, devices = options.resolve(items, branching=False)
         self.plan, self._devices = plan, devices
 
@@ -87,11 +99,10 @@ class Preparation:
         for patch in self.patches:
             patch.prepare()
             self.shape = patch.shape(self.shape)
-        room = room_for_weights(devices, call / plan.branches, self.networks)
-        self.balance = Balance(patcher, plan, self.shape, devices, room)
+        self.balance = Balance(patcher, plan, self.shape, devices, room(call))
         self.band_times = BandTimes(patcher, plan, self.shape, devices)
         poll = comfy.model_management.throw_exception_if_processing_interrupted
-        self.request = GroupRequest(patcher, self.nets.networks, plan, devices, self.shape, load, poll, self.balance)
+        self.request = GroupRequest(patcher, self.nets.networks, plan, devices, self.shape, load, poll, self.balance, limits)
 
     def room_for_calls(self, placement: Placement | None) -> float:
         """Bytes that ranks have left for the calls of all branches, beside the weights of ``placement``, or of equal parts."""

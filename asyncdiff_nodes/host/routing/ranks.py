@@ -157,7 +157,12 @@ class Ranks:
                 repeated.remember(self._request, self._failed, error)
                 raise
             self._replace, self._failed = False, repeated.kind(error)
-            self._note(_TAKEN if taken else f"{brief(error)}; new worker processes have taken over")
+            fewer = ""
+            if repeated.lacked_memory(error):
+                placement = self._request.limits.tried if self.group is None else self.group.placement
+                self._request = self._request.with_fewer_weights(error.rank, placement)
+                fewer = f", with fewer weights on {self._request.devices[error.rank]}"
+            self._note(_TAKEN if taken else f"{brief(error)}; new worker processes have taken over{fewer}")
         try:
             self._enter()
             return work()

@@ -19,6 +19,9 @@ from comfy.model_patcher import ModelPatcher
 from asyncdiff_nodes.engine.devices import on_cluster
 
 
+_CONTEXT = 2**29  # bytes of a device that a process takes before anything is there, reckoned rather too high
+
+
 def room_for_weights(devices: Sequence[str], call: float, networks: Sequence[ModelPatcher]) -> list[float]:
     """Bytes of weights that each of these ranks can hold beside a call, which needs ``call`` bytes on each.
 
@@ -35,7 +38,9 @@ def room_for_weights(devices: Sequence[str], call: float, networks: Sequence[Mod
     def room(device: str) -> float:
         if on_cluster(device):
             return math.inf
-        return (comfy.model_management.get_total_memory(torch.device(device)) - reserved[device]) / ranks[device] - call
+        total = comfy.model_management.get_total_memory(torch.device(device))
+        context = 0 if torch.device(device).type == "cpu" else _CONTEXT
+        return (total - reserved[device]) / ranks[device] - context - call
 
     return list(map(room, devices))
 

@@ -25,10 +25,11 @@ from asyncdiff_nodes.host.page.settings import setting
 from asyncdiff_nodes.host.patches.compiled import compile_arguments
 from asyncdiff_nodes.host.patches.registry import models_of
 
-from . import links, repeated
+from . import limits, links, repeated
 from .block_times import Balance
 from .found import family_of
 from .host_settings import HostSettings
+from .limits import Limits
 from .memory import RankMemory, kept_from_host
 from .quantised import changed_by_patches
 from .sent_weights import Sent, Sources
@@ -63,6 +64,7 @@ class GroupRequest:
         load: has the host load models (here: the ranks) and make room for them.
         poll: see :class:`~asyncdiff_nodes.engine.WorkerGroup`.
         balance: decides where the blocks should be.
+        limits: of weights beside these calls.
         entry, places, arguments: of the first call of the network: its method, position and keyword of latent and timestep, and
             all arguments by name.
     """
@@ -75,6 +77,7 @@ class GroupRequest:
     load: Callable[[list[Any]], None]
     poll: Callable[[], None]
     balance: Balance
+    limits: Limits
     entry: str = "forward"
     places: Places | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -84,6 +87,16 @@ class GroupRequest:
         """Bytes of the weights that each rank will have at most, if segments are equal."""
         models = (each.model for each in (self.patcher, *models_of(self.patcher).values()))
         return sum(map(comfy.model_management.module_size, (*models, *self.nets))) / self.plan.weight_parts
+
+    def with_fewer_weights(self, rank: int, placement: Placement) -> GroupRequest:
+        """The request for other ranks after ``rank`` ran out of memory: fewer weights are on its device, and none for bands.
+
+        Args:
+            placement: of the ranks that failed.
+        """
+        self.limits.lower(self.devices[rank], placement.weight_bytes(self.plan.segment_of_rank(rank)))
+        self.balance.room = self.limits.of(self.devices, self.balance.room)
+        return replace(self, plan=replace(self.plan, bands=1)) if self.plan.segments > 1 else self
 
 
 @dataclass(eq=False)
@@ -289,6 +302,7 @@ class Pool:
             ranks = sum(held.group.plan.world_size for held in self._held if not held.group.closed)
             self.release()
             links.forget()
+            limits.forget()
             repeated.forget()
             return ranks
         finally:
@@ -335,6 +349,7 @@ class Pool:
             return 0 if held is None else self._free(held, rank, least)
 
         def make_room(placement: Placement) -> None:
+            request.limits.tried = placement
             for rank, device in enumerate(devices):
                 if on_cluster(device):  # the host does not manage its memory
                     continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import comfy.model_management
 import torch
@@ -75,6 +75,11 @@ def forget() -> None:
     _last.clear()
 
 
+def lacked_memory(error: AsyncDiffError) -> TypeGuard[WorkerError]:
+    """Whether a rank ran out of memory on its device."""
+    return "OutOfMemory" in (kind(error) or "")
+
+
 def kind(error: AsyncDiffError) -> str | None:
     """How ranks failed: the class of a rank's exception, or a deadline; None where a process was ended from outside."""
     if isinstance(error, WorkerError):
@@ -85,7 +90,7 @@ def kind(error: AsyncDiffError) -> str | None:
 
 def _circumstances(request: GroupRequest) -> Any:
     plan = request.plan
-    return plan.segments, plan.stride, plan.branches, plan.cuts, tuple(request.devices), tuple(request.shape)
+    return plan.segments, plan.stride, plan.branches, plan.bands, plan.cuts, tuple(request.devices), tuple(request.shape)
 
 
 def _more_is_free(devices: Sequence[str], then: Sequence[float]) -> bool:

@@ -137,12 +137,13 @@ def test_guiders_with_more_or_fewer_prompts(sd15, prompts):
 
 def test_unequal_or_full_devices_get_segments(sd15, monkeypatch):
     plan, devices = TWO.resolve(items=2)
-    assert cfg_branches.affordable([sd15], plan, devices, 0)
-    assert not cfg_branches.affordable([sd15], plan, devices, 1e15), "no room for the calls"
-    assert not cfg_branches.affordable([sd15] * 10_000, plan, devices, 0), "nor for so many ControlNets"
+    room = room_for_weights(devices, 0, [sd15])
+    assert cfg_branches.affordable([sd15], plan, devices, room)
+    assert not cfg_branches.affordable([sd15], plan, devices, room_for_weights(devices, 1e15, [sd15])), "no room for the calls"
+    assert not cfg_branches.affordable([sd15] * 10_000, plan, devices, room), "nor for so many ControlNets"
     kept = SimpleNamespace(offload_device=torch.device("cuda:1"), model_size=lambda: 2**60)
     assert [space < 0 for space in room_for_weights(devices, 0, [sd15])] == [False, False]
     monkeypatch.setattr("comfy.model_management.get_total_memory", lambda device: 2**50)
     assert [space < 0 for space in room_for_weights(["cpu", "cuda:1"], 0, [kept])] == [False, True], "the host's own stay there"
     monkeypatch.setattr(cfg_branches, "title", {"cpu": "RTX 4090", "cuda:1": "RTX 3060"}.get)
-    assert not cfg_branches.affordable([sd15], plan, ("cpu", "cuda:1"), 0)
+    assert not cfg_branches.affordable([sd15], plan, ("cpu", "cuda:1"), room)

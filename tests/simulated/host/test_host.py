@@ -15,6 +15,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_execution.utils import CurrentNodeContext
 from torch import nn
 
+from asyncdiff_nodes.host.choices import ALWAYS
 from asyncdiff_nodes.host.page.progress import visible_devices
 from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
@@ -195,6 +196,36 @@ def test_a_card_that_is_full_is_named_and_not_tried_again_before_something_chang
     assert any("mlu:2 is out of memory" in note for note in last_run().notes), "Stop workers has it tried again"
     del taken
     assert torch.equal(sample(attach(model, Options("Exact", "mlu:1,mlu:2"))), stock) and not last_run().notes
+
+
+@pytest.mark.parametrize("bands", [1, 2])  # with bands, the whole network is on each card
+def test_a_card_that_others_use_too_gets_fewer_weights_and_keeps_them(bands, prompts):
+    POOL.release_idle()
+    wide, how = small.model("sd15", seed=4, channels=192), {"prompts": prompts, "steps": 4, "cfg": 1.0}
+    options = Options("Custom", "mlu:1,mlu:2", segments=2, warmup=ALWAYS, branches=1, bands=bands)
+    routed, stock = attach(wide, options), ksampler(wide, **how)
+
+    def run(begins=""):
+        found, record = ksampler(routed, **how), last_run()
+        assert (found - stock).abs().max() <= (0 if bands == 1 else 1e-4) * stock.abs().max()
+        assert [note.startswith(begins) for note in record.notes] == [True] * bool(begins), record.notes
+        return [rank.weight_bytes for rank in record.stats.ranks], record
+
+    torch.empty(1, device="mlu:2")  # this process has a context there, too
+    (_, held), record = run()
+    assert record.plan.bands == bands
+    POOL.release()
+    while of_ranks()[2]:  # processes that have ended are there for a moment
+        time.sleep(0.05)
+    taken = torch.empty(sim.BUDGET - sim._ledger.used(2) - sim.CONTEXT_BYTES - held * 9 // 10, dtype=torch.uint8, device="mlu:2")
+    (_, fewer), record = run("rank 1 failed (torch.OutOfMemoryError: mlu:2 is out of memory")
+    assert record.notes[0].endswith("; new worker processes have taken over, with fewer weights on mlu:2")
+    pids = POOL._held[-1].group.pids
+    assert fewer <= 0.75 * held and record.plan.bands == 1
+    assert run()[0][1] == fewer and POOL._held[-1].group.pids == pids, "the next picture knows"
+    assert POOL.release_idle() == 2
+    del taken
+    assert run()[0][1] == held, "Stop workers has it tried again"
 
 
 def test_a_failure_in_each_of_two_prompts_is_remembered_unless_one_in_between_succeeds(model, sample):
