@@ -43,7 +43,7 @@ class LinkTrial:
     @property
     def link(self) -> Link:
         """What the engine's clock needs to know of it."""
-        return Link(self.latency, self.bandwidth)
+        return Link(self.latency, self.bandwidth, self.direct)
 
 
 def try_link(devices: Sequence[str], prepare: Callable[[], None] | None = None) -> LinkTrial:

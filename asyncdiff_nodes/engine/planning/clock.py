@@ -10,7 +10,8 @@ It follows the same schedule (:func:`~.schedule.call_at`, :func:`~.schedule.call
   before the last is through.
 * In a synchronous call it does so for one micro-batch after the other; the last segment's result is there after the last of them.
 * A call in bands is begun by all ranks together, takes each of them the same time, and carries no value.
-* A link carries one value at a time, in the order in which they were made, and none before its receiver has begun the call.
+* A link carries one value at a time, in the order in which they were made, and none before its receiver has begun the call; a
+  direct one none of an asynchronous call before both have computed it.
 * The caller waits for the result of its call alone, and not at all for one that came with a batch.
 
 Each rank, each link and the caller is a process of an :class:`~.events.EventLoop`; see :mod:`.run_players`.

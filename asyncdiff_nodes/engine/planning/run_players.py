@@ -33,6 +33,14 @@ class _JobBegun:
 
 
 @dataclass(frozen=True)
+class _JobDone:
+    """A rank has computed a job."""
+
+    job: int
+    rank: int
+
+
+@dataclass(frozen=True)
 class _ValueMade:
     """A block's value, for one micro-batch of a job, is ready to be sent by a rank."""
 
@@ -185,6 +193,7 @@ class _Rank:
             else:
                 yield from self._pass_through(job)
             self._waiting += self._now - begin - (self._busy - busy)
+            self._run.loop.happens(_JobDone(job.number, self._rank), self._now)
             for sender, call in job.call.results:
                 if sender == self._rank:
                     self._run.loop.happens(_ResultThere(call), self._now)
@@ -235,7 +244,7 @@ class _Rank:
 
 
 def _link(run: RunPlayer, sender: int, receiver: int) -> Process:
-    """Carry one value at a time, in the order in which they are made, and none before the receiver has begun the job."""
+    """Carry one value at a time, in the order in which they are made; see :mod:`.clock` for when that begins."""
     free = 0.0  # from when on
     link, happens = run.costs.link, run.loop.happens
     carried = [block for block, source in run.sources[receiver].items() if source == sender]
@@ -246,6 +255,8 @@ def _link(run: RunPlayer, sender: int, receiver: int) -> Process:
             size = _size_of(run.placement, block, whole=job.call.kind is Kind.SYNCHRONOUS)
             made = yield _ValueMade(job.number, micro, block, sender)
             begun = yield _JobBegun(job.number, receiver)
+            if link.direct and job.call.kind is Kind.ASYNCHRONOUS:
+                begun = max((yield _JobDone(job.number, sender)), (yield _JobDone(job.number, receiver)))
             free = max(free, made, begun) + size / job.micro / link.bandwidth
             happens(_ValueThere(job.number, micro, block, receiver), free + link.latency)
         happens(_AllThrough(job.number, sender, receiver), free)

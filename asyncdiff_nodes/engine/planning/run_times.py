@@ -31,10 +31,13 @@ class Link:
     Attributes:
         latency: seconds until the first byte is there; the link is free again before that.
         bandwidth: bytes per second.
+        direct: it is NCCL's, whose transfers begin when both ends have computed their asynchronous call; see
+            :mod:`asyncdiff_nodes.engine.rank.transport`.
     """
 
     latency: float = 0.0
     bandwidth: float = float("inf")
+    direct: bool = False
 
     def __post_init__(self) -> None:
         check_numbers("latency", [self.latency], 1, zero=True)

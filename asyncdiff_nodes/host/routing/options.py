@@ -11,6 +11,7 @@ from typing import Any
 
 import comfy.model_management
 import numpy as np
+import torch
 
 from asyncdiff_nodes.engine import AsyncDiffError, DeviceError, Plan, PlanError, accelerator
 from asyncdiff_nodes.engine.devices import on_cluster, resolve_devices
@@ -137,7 +138,9 @@ class Options(OptionValues):
             stored = setting("Devices")
             names, given = _words(stored), f"Settings, AsyncDiff, Devices: {stored!r}"
         if names in ([], ["auto"]):
-            names, left_out = accelerator.like_the_first(comfy.model_management.get_torch_device().type)
+            own = comfy.model_management.get_torch_device()
+            names, left_out = accelerator.like_the_first(own.type)
+            names.sort(key=lambda name: torch.device(name) == own)  # last: its segment rests while the sampler works there
             others = [f"{each.device} ({each.title}) is left out: {each.why}" for each in left_out]
             if len(names) < 2:
                 seen = "ComfyUI sees only one GPU" if names else "ComfyUI uses no GPU that ranks could use"

@@ -78,7 +78,7 @@ class Sampling:
         self._ranks: Ranks | None = None
         self._ready: Preparation
         self._announced: Announced
-        self._band_choice: BandChoice
+        self._band_choice: BandChoice | None = None  # None where there were no ranks to choose for
         self._names: StreamNames
         self._watched: list[Watched]  # the network, and those of ControlNets
         self._audit: Audit
@@ -408,7 +408,8 @@ class Sampling:
             rest = _REPORT_GRACE + time.monotonic() - self._started  # work done ahead takes no longer than everything before it
             verified = self._audit.agreed if self.group else 0
             used = self.group if self._plan is not None else None  # ranks of another sampling may have been found, and not called
-            record = left if self._left else RunRecord.of(used, self._plan, self._notes, rest, verified, self._band_choice.why)
+            choice = self._band_choice.why if self._band_choice else ""
+            record = left if self._left else RunRecord.of(used, self._plan, self._notes, rest, verified, choice)
         except AsyncDiffError as error:  # the picture is done: a missing report must not cost it
             self._note(f"there is no report on this run: {brief(error)}")
             POOL.bury()

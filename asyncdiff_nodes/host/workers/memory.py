@@ -18,7 +18,6 @@ from comfy.model_patcher import ModelPatcher
 
 from asyncdiff_nodes.engine.devices import on_cluster
 
-
 _CONTEXT = 2**29  # bytes of a device that a process takes before anything is there, reckoned rather too high
 
 

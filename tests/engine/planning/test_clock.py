@@ -82,6 +82,10 @@ def test_transfers_hold_up_synchronous_calls_and_hide_behind_asynchronous_ones_i
     assert results(placement, 6, Costs((1, 1, 1, 1), link=link)) == [4.75, 9.5, 11.5, 14.25, 16.25, 19]
     assert step_seconds(placement, Costs((1, 1, 1, 1), link=link)) == 2.375
     assert step_seconds(placement, Costs((0.5, 0.75, 1, 1), link=link)) == 2, "rank 0 is done early enough"
+    # direct links: from the end of both, so that all of each transfer shows
+    direct = replace(link, direct=True)
+    assert results(placement, 6, Costs((1, 1, 1, 1), link=direct)) == [4.75, 9.5, 11.5, 14.25, 17, 19.75]
+    assert step_seconds(placement, Costs((0.5, 0.75, 1, 1), link=direct)) == 2.75
     # 1000 bytes in 6 s: no more than one value every 6 s
     slow = Costs((1, 1, 1, 1), link=Link(bandwidth=1000 / 6))
     assert results(placement, 2, slow) == [10, 20]
