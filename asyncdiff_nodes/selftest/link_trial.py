@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 import torch
 import torch.multiprocessing as mp
@@ -21,6 +24,7 @@ from asyncdiff_nodes.engine.rendezvous import PipeStore
 from asyncdiff_nodes.engine.tensors import TensorMeta
 
 _REPEATS = 15
+_SILENCE = 180.0  # seconds: to import, and to open a link that hangs, take less
 _SIZES = (1, 4 * 2**20)  # elements of 4 bytes: nothing but latency, and as much as a few boundary tensors
 
 
@@ -59,7 +63,7 @@ def try_link(devices: Sequence[str], prepare: Callable[[], None] | None = None) 
     here, there = context.Pipe(duplex=False)
     ends = context.Pipe()
     ranks = [
-        context.Process(target=_ping, args=(rank, tuple(devices), ends[rank], there, prepare), daemon=True, name="asyncdiff-link")
+        context.Process(target=_run, args=(rank, tuple(devices), ends[rank], there, prepare), daemon=True, name="asyncdiff-link")
         for rank in range(2)
     ]
     for rank in ranks:
@@ -67,8 +71,10 @@ def try_link(devices: Sequence[str], prepare: Callable[[], None] | None = None) 
     for end in (there, *ends):
         end.close()
     try:
-        (small, large), direct, refusal = here.recv()
+        (small, large), direct, refusal = _answer(here, ranks)
     except EOFError:
+        for rank in ranks:
+            rank.kill()
         raise WorkerError(f"the link between {' and '.join(devices)} could not be measured", rank=-1) from None
     finally:
         for rank in ranks:
@@ -76,6 +82,30 @@ def try_link(devices: Sequence[str], prepare: Callable[[], None] | None = None) 
             rank.kill()
     nbytes = 4 * (_SIZES[1] - _SIZES[0])
     return LinkTrial(small, nbytes / max(large - small, 1e-9), direct, refusal)
+
+
+def _answer(results: Connection, ranks: Sequence[BaseProcess]) -> Any:
+    """Wait for the answer; EOFError if a rank dies or says nothing: the other one may then wait for ever, on its device."""
+    waiting: dict[Any, BaseProcess] = {rank.sentinel: rank for rank in ranks}
+    while ready := wait([results, *waiting], _SILENCE):
+        if results in ready:
+            return results.recv()
+        ended = [waiting.pop(end) for end in ready]
+        for rank in ended:
+            rank.join()  # it has closed its end, and is about to be gone
+        if any(rank.exitcode for rank in ended):
+            break
+    raise EOFError
+
+
+def _run(*args: Any) -> None:
+    """Be one of the two; ends the process, since links with a dead peer would hang in their destructors."""
+    try:
+        _ping(*args)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
 
 
 @torch.inference_mode()
@@ -101,15 +131,14 @@ def _ping(
             transport.begin_call(synchronous=True)
             back = transport.receive(1 - rank, meta)
             if rank == 0:
-                transport.send(1, value, meta)
+                transport.send([1], value, meta)
             value = back.wait()
             float(value[-1])  # until it is really there
             if rank == 1:
-                transport.send(0, value, meta)
+                transport.send([0], value, meta)
             times.append((time.perf_counter() - begin) / 2)
         found.append(statistics.median(times))
     if rank == 0:
         refusal = next(iter(transport.refusals.values()), "")
         results.send((found, may_be_direct(*locations) and not refusal, refusal))
     transport.flush()
-    os._exit(0)  # not by return: links with a dead peer would hang in their destructors

@@ -49,9 +49,9 @@ _own: set[int] = set()  # the device of a process that is a rank
 
 
 class _Ledger:
-    """Bytes that each process has on each device, in a file that all of them map; what a dead process had is free."""
+    """Bytes that each process has, and had at most, on each device, in a file that all map; what a dead one had is free."""
 
-    _ROW = struct.Struct(f"{1 + COUNT}q")
+    _ROW = struct.Struct(f"{1 + 2 * COUNT}q")
     _ROWS = 256
 
     def __init__(self):
@@ -73,6 +73,15 @@ class _Ledger:
     def own(self, device):
         """Bytes of this process."""
         return self.used(device) - self.used(device, by_others=True)
+
+    def peaks(self, pid):
+        """The most bytes that a process had of each device since :meth:`restart`, or its beginning."""
+        return next(row[1 + COUNT :] for _, row in self._rows() if row[0] == pid)
+
+    def restart(self):
+        """Have peaks of all processes begin anew; nobody may compute meanwhile."""
+        for number, row in self._rows():
+            self._ROW.pack_into(self._map, number * self._ROW.size, *row[: 1 + COUNT], *row[1 : 1 + COUNT])
 
     def take(self, device, nbytes):
         """Take so many bytes."""
@@ -98,7 +107,7 @@ class _Ledger:
         try:
             rows = list(self._rows())
             mine = next((number for number, row in rows if row[0] == os.getpid()), None)
-            own = [os.getpid(), *[0] * COUNT]
+            own = [os.getpid(), *[0] * 2 * COUNT]
             if mine is None:
                 taken = {number for number, _ in rows}
                 mine = next(number for number in range(self._ROWS) if number not in taken)
@@ -108,6 +117,7 @@ class _Ledger:
             if more > 0 and sum(row[1 + device] for _, row in rows) + more > BUDGET:
                 raise torch.OutOfMemoryError(f"{KIND}:{device} is out of memory: {nbytes} bytes were asked for")
             own[1 + device] += more
+            own[1 + COUNT + device] = max(own[1 + COUNT + device], own[1 + device])
             self._ROW.pack_into(self._map, mine * self._ROW.size, *own)
         finally:
             fcntl.lockf(self._file, fcntl.LOCK_UN)

@@ -18,6 +18,9 @@ TIMESTEPS = [900, 700, 500, 300, 200, 100]
 PLACES = [["sim:0", "sim:1"], ["sim:1", "sim:1"], ["sim:2", "cpu"]]
 
 
+HELD = RankOptions(threads_per_rank=1, prepare=sim.prepare)
+
+
 def group(net, plan, devices, family=TOY, **options):
     """Ranks that may use their own device only."""
     return WorkerGroup(net, plan, devices, family=family, ranks=RankOptions(threads_per_rank=1, prepare=sim.prepare, **options))
@@ -80,6 +83,30 @@ def test_calls_in_bands(devices, plan):
 
 def test_strides_and_three_segments():
     stats_if_simulated_alike(Plan(segments=2, stride=2, warmup=2), ["sim:0", "sim:1", "sim:2"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plan", [Plan(warmup=2), Plan(segments=3, warmup=2)], ids=toys.label)
+def test_what_values_of_others_take_is_reckoned_with(plan):
+    """Long hidden states, small weights: beside these, a rank needs what one device needs for a call, and what it keeps."""
+    net, tokens = ToyTransformer(), 400_000
+    call = {"sample": torch.randn(1, tokens, 4), "context": torch.rand(1, 3, 8)}
+    alone, given = ToyTransformer().to("sim:0"), {name: value.to("sim:0") for name, value in call.items()}
+    sim._ledger.restart()
+    before = sim._ledger.own(0)
+    alone(timestep=900, **given)
+    needed = sim._ledger.peaks(os.getpid())[0] - before
+    del alone, given
+    devices = [f"sim:{rank}" for rank in range(plan.segments)]
+    with WorkerGroup(net, plan, devices, family=TRANSFORMER, example_inputs=((), call | {"timestep": 900}), ranks=HELD) as ranks:
+        ranks.begin(TIMESTEPS)
+        held = [sum(sim._ledger.peaks(pid)) for pid in ranks.pids]
+        for timestep in TIMESTEPS:
+            ranks(timestep=timestep, **call)
+        ranks.stats()
+        peaks = [sum(sim._ledger.peaks(pid)) - weights for pid, weights in zip(ranks.pids, held, strict=True)]
+        planned = [needed + ranks.placement.kept_bytes(segment) for segment in range(plan.segments)]
+    assert all(peak <= bytes_ <= 1.25 * peak for peak, bytes_ in zip(peaks, planned, strict=True)), (peaks, planned)
 
 
 @torch.no_grad()

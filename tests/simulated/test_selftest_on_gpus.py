@@ -6,8 +6,11 @@ import direct_links
 import pytest
 import sim
 
+from asyncdiff_nodes.engine import WorkerError
+from asyncdiff_nodes.engine.rank.transport import Transport
 from asyncdiff_nodes.selftest import checks
 from asyncdiff_nodes.selftest.checks import Checks
+from asyncdiff_nodes.selftest.link_trial import try_link
 
 
 @pytest.fixture
@@ -29,6 +32,23 @@ def test_gpus_that_work(small):
     for each in memory:
         assert each.numbers["planned"] == each.numbers["held"] <= each.numbers["taken"]
     assert [each.value for each in found if each.check == "exact"] == ["bit for bit"] * 3
+
+
+def lose_voice_if_first(path):
+    """Of two ranks, the one that comes to this first dies when it is to send something."""
+    direct_links.prepare()
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return
+    Transport.send = None
+
+
+@pytest.mark.timeout(60)
+def test_a_link_whose_one_end_dies_is_not_waited_for(tmp_path):
+    """The other one waits on its device for ever."""
+    with pytest.raises(WorkerError, match="the link between sim:0 and sim:1 could not be measured"):
+        try_link(("sim:0", "sim:1"), functools.partial(lose_voice_if_first, tmp_path / "first"))
 
 
 @pytest.mark.slow

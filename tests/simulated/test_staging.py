@@ -31,11 +31,11 @@ def test_values_are_sent_in_their_order_and_as_they_were():
     stager, link = Stager(VALUE.device), Kept()
     value = VALUE.clone()
     for _ in range(3):
-        stager.send(link, value, META)
+        stager.send([link], value, META)
         value.add_(10)
     stager.flush()
     assert [sent.tolist() for sent in link] == [(VALUE.cpu() + 10 * k).flatten().tolist() for k in range(3)]
-    stager.send(link, VALUE, META)
+    stager.send([link], VALUE, META)
     stager.flush()
     assert len(link) == 4, "also after it was flushed"
 
@@ -43,7 +43,7 @@ def test_values_are_sent_in_their_order_and_as_they_were():
 @pytest.mark.parametrize("then", ["send", "check", "flush"])
 def test_what_fails_in_the_thread_is_raised_by_what_is_called_next(then):
     stager = Stager(VALUE.device)
-    stager.send(Broken(), VALUE, META)
+    stager.send([Broken()], VALUE, META)
     stager._thread.join()
     with pytest.raises(RuntimeError, match="the other end is gone"):
-        stager.send(Kept(), VALUE, META) if then == "send" else getattr(stager, then)()
+        stager.send([Kept()], VALUE, META) if then == "send" else getattr(stager, then)()

@@ -183,6 +183,21 @@ class Placement(Mapping[str, int]):
         """Bytes that one rank of ``segment`` receives per asynchronous call; without compression, per computing call."""
         return sum(self.crossing_bytes(i) for i in self.incoming(segment))
 
+    def kept_bytes(self, segment: int) -> int:
+        """Bytes that values of other segments take on a rank's device at most, beside what the model needs for a call.
+
+        Four times what it receives: the two latest values, the next one on its way, and what stands in for it. Twice what it
+        sends: of this call and of the one before. And the hidden states that its own blocks' changes are taken from.
+        """
+        blocks, own = self.graph.blocks, set(self.owned(segment))
+        received = sum(blocks[i].output_bytes for i in self.incoming(segment))
+        read = {i for other in range(self.plan.segments) if other != segment for i in self.incoming(other) if i in own}
+        states = 0
+        if self.hidden is not None:
+            metas = {name: blocks[i].outputs for i, name in enumerate(self.graph.names)}
+            states = max(metas[name][index].nbytes for name, index in self.hidden.carriers.items())
+        return 4 * received + 2 * sum(blocks[i].output_bytes for i in read) + states
+
     def crossing_bytes(self, block: int) -> int:
         """Bytes in which the output of a block reaches one rank in an asynchronous call."""
         return sum(compressed(meta, self.plan.compression).nbytes for meta in self.graph.blocks[block].outputs)

@@ -56,7 +56,7 @@ class RankExchange:
         return found
 
     def _send(self, value: torch.Tensor, other: int) -> None:
-        self._transport.send(self._first + other, value, _dense(value.shape, value.dtype))
+        self._transport.send([self._first + other], value, _dense(value.shape, value.dtype))
 
     def _receive(self, like: torch.Tensor, dim: int, length: int, other: int) -> Incoming:
         shape = [*like.shape]

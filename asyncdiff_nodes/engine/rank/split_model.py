@@ -46,7 +46,7 @@ class SplitModel:
         self._device = device
         self._transport = transport
         self._streams: dict[Hashable, StreamState] = {}
-        self._placeholders: dict[TensorMeta, torch.Tensor] = {}
+        self._placeholders: dict[torch.dtype, torch.Tensor] = {}
         self._running: Pass | None = None
         self._foreign: dict[str, nn.Module] = {}  # blocks that are stubs in calls that are not in bands
         self._carriers: Mapping[str, int] = share.hidden.carriers if share.hidden else {}
@@ -272,10 +272,11 @@ class SplitModel:
 
     def placeholder(self, meta: TensorMeta) -> torch.Tensor:
         """Return a tensor of this layout whose values do not matter."""
-        # one per layout, not per block: at high resolutions they would add up to more than the segment needs
-        if meta not in self._placeholders:
-            self._placeholders[meta] = torch.zeros(meta.shape, dtype=meta.dtype, device=self._device)
-        return self._placeholders[meta]
+        # all in the same memory: at high resolutions they would add up to more than the segment needs
+        held = self._placeholders.get(meta.dtype)
+        if held is None or held.numel() < meta.numel:
+            held = self._placeholders[meta.dtype] = torch.zeros(meta.numel, dtype=meta.dtype, device=self._device)
+        return held[: meta.numel].view(meta.shape)
 
     def _keep_states(self, place: tuple[int, str], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the hidden states that the first block of a transformer takes, at ``place`` among its arguments."""
@@ -298,5 +299,5 @@ class SplitModel:
                     f"block {name} returned {leaf.dtype} {tuple(leaf.shape)}, but the trace says {meta.dtype} {meta.shape}"
                 )
             value, layout = running.stream.encoders[name, number](leaf, meta, running.message.compression)
-            for receiver in self._share.sinks[name]:
-                self._transport.send(self._share.first + receiver, value, layout)
+            receivers = [self._share.first + receiver for receiver in self._share.sinks[name]]
+            self._transport.send(receivers, value, layout)

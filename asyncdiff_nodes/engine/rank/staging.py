@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,19 +21,19 @@ class Stager:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._jobs: queue.SimpleQueue[tuple[accelerator.Event, Any, torch.Tensor] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[accelerator.Event, Sequence[Any], torch.Tensor] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def send(self, link: Any, value: torch.Tensor, meta: TensorMeta) -> None:
-        """Send ``value`` over ``link`` in layout ``meta``. Its memory may be changed as soon as this returns."""
+    def send(self, links: Sequence[Any], value: torch.Tensor, meta: TensorMeta) -> None:
+        """Send ``value`` over each of ``links`` in layout ``meta``. Its memory may be changed as soon as this returns."""
         self.check()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True)
             self._thread.start()
         copy = accelerator.staging(meta)
         copy.copy_(value, non_blocking=True)
-        self._jobs.put((accelerator.event(self._device), link, copy))
+        self._jobs.put((accelerator.event(self._device), links, copy))
 
     def check(self) -> None:
         """Raise what has failed in the thread: nothing that follows can be sent."""
@@ -51,8 +52,9 @@ class Stager:
         try:
             accelerator.enter(self._device)
             while (job := self._jobs.get()) is not None:
-                ready, link, copy = job
+                ready, links, copy = job
                 ready.synchronize()
-                link.send([flat(copy)], 1, 0).wait()
+                for work in [link.send([flat(copy)], 1, 0) for link in links]:
+                    work.wait()
         except BaseException as error:
             self._error = error

@@ -153,17 +153,18 @@ class Transport:
         while self._later:
             self._later.popleft().post()
 
-    def send(self, receiver: int, value: torch.Tensor, meta: TensorMeta) -> None:
-        """Start sending ``value`` in layout ``meta``. Its memory may be changed as soon as this returns."""
-        link = self._links[self._rank, receiver]
-        self.bytes_sent += meta.nbytes
-        if link.direct or self._device.type == "cpu":
-            copy = empty(meta, self._device).copy_(value)
+    def send(self, receivers: Sequence[int], value: torch.Tensor, meta: TensorMeta) -> None:
+        """Start sending ``value`` in layout ``meta`` to each. Its memory may be changed as soon as this returns."""
+        links = [self._links[self._rank, receiver] for receiver in receivers]
+        self.bytes_sent += meta.nbytes * len(links)
+        unstaged = [link for link in links if link.direct or self._device.type == "cpu"]
+        if len(unstaged) < len(links):
+            self._stager.send([link.group for link in links if link not in unstaged], value, meta)
+        copy = empty(meta, self._device).copy_(value) if unstaged else value  # one for all
+        for link in unstaged:
             later = link.direct and not self._synchronous
             work = _Later(link.group.send, copy, 1, self._later) if later else link.group.send([flat(copy)], 1, 0)
             self._sending.append((work, copy))
-            return
-        self._stager.send(link.group, value, meta)
 
     def receive(self, sender: int, meta: TensorMeta) -> Incoming:
         """Expect the next value that ``sender`` sends to this rank; to be called for a call's values in the blocks' order."""

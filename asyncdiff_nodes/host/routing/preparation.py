@@ -91,8 +91,10 @@ class Preparation:
             plan, devices = options.resolve(items, branching=False)
         self.plan, self._devices = plan, devices
 
-        def load(ranks: list[Any]) -> None:
-            comfy.model_management.load_models_gpu([*self.others, *ranks], memory_required=need, minimum_memory_required=least)
+        def load(ranks: list[Any], kept: int) -> None:
+            comfy.model_management.load_models_gpu(
+                [*self.others, *ranks], memory_required=need + kept, minimum_memory_required=least + kept
+            )
             comfy.model_management.soft_empty_cache()  # the ranks are other processes
 
         self.shape = list(latent)

@@ -45,6 +45,7 @@ _CALL_TIMEOUT = 300.0
 _UNLOAD_TIMEOUT = 20.0  # the host waits for the memory
 
 
+Load = Callable[[list[Any], int], None]
 Places = tuple[tuple[int, str], tuple[int, str]]  # position and keyword of latent and timestep
 
 
@@ -61,7 +62,7 @@ class GroupRequest:
         nets: networks of the ControlNets that the group computes too.
         plan, devices: the plan and the devices of its ranks.
         shape: the shape of the latent in each call, [B, C, h, w] or [B, C, F, h, w].
-        load: has the host load models (here: the ranks) and make room for them.
+        load: has the host load models (here: the ranks) and make room for them, and for so many bytes beside each.
         poll: see :class:`~asyncdiff_nodes.engine.WorkerGroup`.
         balance: decides where the blocks should be.
         limits: of weights beside these calls.
@@ -74,7 +75,7 @@ class GroupRequest:
     plan: Plan
     devices: Sequence[str]
     shape: Sequence[int]
-    load: Callable[[list[Any]], None]
+    load: Load
     poll: Callable[[], None]
     balance: Balance
     limits: Limits
@@ -208,7 +209,7 @@ class Pool:
         skeleton_of(request.patcher, request.nets)  # raises where ranks cannot have this network
         size = int(request.expected_bytes)
         expected = [RankMemory(torch.device(name), size, lambda _: 0) for name in request.devices if not on_cluster(name)]
-        load(expected)
+        load(expected, 0)
         for rank in expected:
             rank.forget()
         self._retired.extend(expected)
@@ -230,7 +231,7 @@ class Pool:
         held.busy = True
         return held.group
 
-    def _look(self, request: GroupRequest) -> tuple[PooledGroup | None, Callable[[list[Any]], None]]:
+    def _look(self, request: GroupRequest) -> tuple[PooledGroup | None, Load]:
         """Find a group for the request, with the right weights; and how the host loads ranks beside those in use."""
         self._retired.clear()
         self.bury()
@@ -239,16 +240,16 @@ class Pool:
         if len(busy) >= MAX_GROUPS:
             raise BusyError(f"all {len(busy)} groups of worker processes are in use by the samplings that contain this one")
 
-        def load_beside(ranks: list[Any]) -> None:
+        def load_beside(ranks: list[Any], kept: int) -> None:
             with kept_from_host([memory for held in busy for memory in held.memory]):
-                request.load(ranks)
+                request.load(ranks, kept)
 
         if held := self._find(request):
             now = description_of(request.patcher)
             if now != held.description or models_of(request.patcher):  # the description lacks further models
                 skeleton_of(request.patcher, request.nets)  # raises where ranks cannot have this network any more
                 held.description = now
-            load_beside(held.memory)
+            load_beside(held.memory, _kept(held.group.placement))
         if held is None or held.group.closed:  # closed: the host needed its memory for what it loaded
             return None, load_beside
         self._held.remove(held)
@@ -335,9 +336,7 @@ class Pool:
             self._end(free.pop(0), idle)
         return idle
 
-    def _start(
-        self, request: GroupRequest, skeleton: nn.Module, load: Callable[[list[Any]], None], idle: IdleWorkers
-    ) -> PooledGroup:
+    def _start(self, request: GroupRequest, skeleton: nn.Module, load: Load, idle: IdleWorkers) -> PooledGroup:
         patcher, nets, plan, devices = request.patcher, request.nets, request.plan, request.devices
         inputs: Arguments = (), request.arguments
         family = family_of(skeleton, patcher, fingerprint_of(patcher), request.entry, request.places, inputs)
@@ -356,7 +355,7 @@ class Pool:
                 size = placement.weight_bytes(plan.segment_of_rank(rank))
                 memory.append(RankMemory(torch.device(device), size, functools.partial(free, rank)))
             self._retired.extend(memory)  # in case the start fails
-            load(memory)
+            load(memory, _kept(placement))
             log.info("AsyncDiff: starting %d ranks on %s", plan.world_size, ", ".join(devices))
 
         sources = Sources.of(patcher, nets)
@@ -461,6 +460,11 @@ class Pool:
             self._retired.extend(held.memory)
             if held in self._held:
                 self._held.remove(held)
+
+
+def _kept(placement: Placement) -> int:
+    """Bytes that values of other ranks take on a device at most."""
+    return max(map(placement.kept_bytes, range(placement.plan.segments)))
 
 
 POOL = Pool()
