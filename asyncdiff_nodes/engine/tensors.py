@@ -29,8 +29,15 @@ class TensorMeta:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorMeta:
-        """Return the layout of ``tensor``; a tensor with gaps or overlaps (an expanded view) gets the contiguous one."""
-        dense = tensor if tensor.is_contiguous() else torch.empty_like(tensor, device="meta")
+        """Return the layout of ``tensor``; a tensor with gaps or overlaps (an expanded view) gets the contiguous one.
+
+        Strides of dimensions of one element place nothing, but kernels are chosen by them. They are kept:
+
+        >>> TensorMeta.of(torch.empty_strided((1, 3, 2, 2), (3, 1, 6, 3), device="meta")).stride
+        (3, 1, 6, 3)
+        """
+        # on meta, empty_like would choose other strides for such dimensions
+        dense = tensor if tensor.is_contiguous() or _is_dense(tensor) else torch.empty_like(tensor, device="meta")
         return cls(tuple(tensor.shape), dense.stride(), tensor.dtype)
 
     def divides(self, batch: int) -> bool:
@@ -50,6 +57,16 @@ class TensorMeta:
     def nbytes(self) -> int:
         """Size of the elements."""
         return self.numel * self.dtype.itemsize
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements lie one after the other, in any order of its dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _meta(shape: tuple[int, ...], stride: tuple[int, ...], dtype: str) -> TensorMeta:
