@@ -95,7 +95,8 @@ def simulated(model, plan, sampler, control=None):
         levels = NoiseLevels(tuple(sigmas.tolist()), tuple(sampling.calculate_input(sigmas, torch.ones_like(sigmas)).tolist()))
         if calls := take(given.get("control")):
             given["nets"] = {call.net: call.to_send(plan.microbatches > 1) for call in calls}
-        stream = tuple(options["uuids"]), tuple(x.shape), len(calls)
+        window = getattr(options.get("context_window"), "index_list", None)
+        stream = tuple(options["uuids"]), tuple(x.shape), len(calls), repr(window)
         shipped = {"sample_sigmas": None, **shippable(options, oracle.options_read)}
         routed = RoutedCall(network, given | {"transformer_options": shipped}, options, x)
         for patch in patches:

@@ -286,9 +286,9 @@ def custom_sample(
     return node(nodes_custom_sampler.SamplerCustom, model, True, 1, 1.0, *prompts, made, sigmas, start or latent())["samples"]
 
 
-def node(cls: type, *args: object) -> object:
+def node(cls: type, *args: object, **kwargs: object) -> object:
     """The first output of a node, of either of the host's kinds."""
     if hasattr(cls, "define_schema"):
-        output = cls.execute(*args)
+        output = cls.execute(*args, **kwargs)
         return getattr(output, "result", output)[0]
-    return getattr(cls(), cls.FUNCTION)(*args)[0]
+    return getattr(cls(), cls.FUNCTION)(*args, **kwargs)[0]

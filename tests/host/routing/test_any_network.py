@@ -8,6 +8,7 @@ import runpy
 from pathlib import Path
 
 import comfy.sd
+import nodes
 import pytest
 import torch
 
@@ -15,7 +16,8 @@ from asyncdiff_nodes.engine.tensors import tensors_of
 from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.workers.pool import POOL
-from helpers.denoisers import DENOISERS, LARGE, lora, sampled
+from helpers import small
+from helpers.denoisers import DENOISERS, FRAMES_AS_BATCH, LARGE, lora, sampled
 from helpers.sampling import EXACT, assert_exact, assert_near, banded, exact, segmented
 from helpers.simulated import simulated
 
@@ -48,6 +50,12 @@ BANDLESS_OF_SO_MANY = {
     ("x4_upscaler", 3): "are too few for 3 ranks",
 }
 NO_MASK = (*LARGE, "kandinsky5")  # ComfyUI itself fails: it adds channels that the network lacks
+# those whose frames the host can compute in windows; of the ones that are built alike, one
+VIDEOS = (
+    "cogvideox_i2v", "cosmos", "cosmos2", "hunyuan_video_i2v", "hunyuan_video15", "kandinsky5", "ltx2", "ltxv", "mochi", "svd",
+    "wan", "wan_i2v", "wan_s2v", "wan_vace",
+)  # fmt: skip
+TWICE = ("flux", "ltxv", "qwen_image", "wan", "z_image")  # tried with two models of the same kind, as Wan 2.2 is made
 FAST = (
     "minimax_h3", "qwen_image", "ltx2", "krea2", "pid", "ace_step15", "trellis2_shape",
 )  # fmt: skip
@@ -98,8 +106,11 @@ def assert_bandless(name, ranks, reason):
 @pytest.mark.covers("async")
 @pytest.mark.parametrize("name", networks("minimax_h3", "ltx2"))
 def test_asynchronous_calls_are_the_simulators(name):
-    denoiser = DENOISERS[name]
-    model = denoiser.model()
+    assert_exact_and_simulated(DENOISERS[name].model(), DENOISERS[name])
+
+
+def assert_exact_and_simulated(model, denoiser):
+    """Both laws."""
     stock = assert_exact(model, lambda each: sampled(each, denoiser, steps=8))
     names = last_run().placement.graph.names
     # in small networks most of the work may be that of a prompt's embedders, which do not change from step to step
@@ -112,6 +123,42 @@ def test_asynchronous_calls_are_the_simulators(name):
     difference = (found - stock).abs().max()
     assert difference > 0, "or this test proves nothing"
     assert (found - expected).abs().max() <= 0.01 * difference
+    return stock
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "ltx2" else pytest.mark.slow) for n in VIDEOS if n in DENOISERS]
+)
+def test_each_context_window_is_a_stream(name):
+    """The host computes one frame of three after the other, and with it the frame before, which it then drops."""
+    windows = pytest.importorskip("comfy_extras.nodes_context_windows", reason="this ComfyUI has no context windows")
+    denoiser = DENOISERS[name]
+    model, dim = denoiser.model(), 0 if denoiser.base in FRAMES_AS_BATCH else 2
+    how = {
+        "context_length": 1, "context_overlap": 0, "context_schedule": "standard_static", "context_stride": 1,
+        "closed_loop": False, "fuse_method": "pyramid", "dim": dim, "freenoise": False,
+        "causal_window_fix": dim > 0,  # Stable Video Diffusion's network is told of one frame only
+    }  # fmt: skip
+    windowed = small.node(windows.ContextWindowsManualNode, model, **how)
+    stock = assert_exact_and_simulated(windowed, denoiser)
+    assert not torch.equal(stock, sampled(model, denoiser, steps=8))
+
+
+@pytest.mark.parametrize(
+    ("high", "low"), [("sdxl", "sdxl_refiner"), *(pytest.param(n, n, marks=pytest.mark.slow) for n in TWICE if n in DENOISERS)]
+)
+def test_two_models_share_the_steps(high, low):
+    """One for high noise and one for low noise, as of Wan 2.2, or SDXL and its refiner; and a second picture by the same two."""
+
+    def sample(model, denoiser, latent, noise, *steps):
+        prompts = denoiser.conditioning(1), denoiser.conditioning(4)
+        return nodes.KSamplerAdvanced().sample(model, noise, 5, 4, 3.0, "euler", "simple", *prompts, latent, *steps, noise)[0]
+
+    first, last = DENOISERS[high], DENOISERS[low]
+    models = first.model(), last.model(seed=9)
+    for seed in (2, 3):
+        noisy = assert_exact(models[0], lambda m, seed=seed: sample(m, first, first.latent(seed), "enable", 0, 2)["samples"])
+        assert_exact(models[1], lambda m, noisy=noisy: sample(m, last, {"samples": noisy}, "disable", 2, 10000)["samples"])
 
 
 @pytest.mark.covers("lora")
