@@ -7,6 +7,7 @@ import pytest
 from playwright.sync_api import expect
 
 from asyncdiff_nodes.cli.comfyui import PACK
+from helpers.serving import SEEDS, node, options, sampler
 
 WORKFLOW = PACK / "workflows" / "asyncdiff_demo.json"
 TOGGLE = "Workspace.ToggleBottomPanelTab.asyncdiff"
@@ -284,8 +285,34 @@ def test_an_error_is_a_toast_that_names_the_cure(frontend):
 
 
 def test_the_settings_are_there(frontend):
-    expected = {"Preset": "Balanced", "Devices": "auto", "KeepMinutes": 0, "Links": "auto", "Verify": "auto", "Refresh": 0.25}
+    expected = {"Preset": "Balanced", "Devices": "auto", "Unlisted": "blocks found automatically", "Verify": "auto"}
+    expected |= {"KeepMinutes": 0, "Links": "auto", "Refresh": 0.25}
     assert {name: frontend.setting(f"AsyncDiff.{name}") for name in expected} == expected
+
+
+def test_a_choice_in_the_dialog_counts_from_the_next_picture_on(frontend, choose):
+    page, dialog = frontend.page, frontend.page.get_by_role("dialog")
+    choose("AsyncDiff.Unlisted", "blocks found automatically")  # as it is; and so it will be again, should the test fail
+    given = {"positive": ["source", 1], "negative": ["source", 1], "latent_image": ["source", 2], "options": ["options", 0]}
+    for value, line in (
+        ("ComfyUI samples", "ComfyUI sampled as usual: .*no block list for its QwenImage.*Settings, AsyncDiff, Unlisted"),
+        ("blocks found automatically", "2 segments on cpu, cpu"),
+    ):
+        frontend.execute("Comfy.ShowSettingsDialog")
+        dialog.get_by_text("AsyncDiff", exact=True).click()
+        page.get_by_role("combobox", name="Unlisted networks").click()
+        with page.expect_response(lambda answer: answer.url.endswith("/settings/AsyncDiff.Unlisted")):
+            page.get_by_role("option", name=value).click()
+        dialog.get_by_label("Close").click()
+        graph = {
+            "source": node("AsyncDiffTestDenoiser", name="qwen_image"),
+            "options": options(),
+            "routed": sampler("AsyncDiffKSampler", next(SEEDS), scheduler="simple", **given),
+            "save": node("AsyncDiffTestSave", latent=["routed", 0], name="routed"),
+        }
+        page.evaluate("async graph => { await app.loadApiJson(graph, 'a network whose blocks are found') }", graph)
+        assert frontend.run()["status"]["completed"]
+        expect(page.get_by_text(re.compile(f"AsyncDiff: {line}", re.DOTALL)).last).to_be_visible()
 
 
 def test_it_speaks_chinese(chinese):
