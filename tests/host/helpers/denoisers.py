@@ -59,8 +59,6 @@ class Denoiser:
         self, seed: int = 0, dtype: torch.dtype = torch.float32, compute: torch.dtype = torch.float32
     ) -> comfy.model_patcher.ModelPatcher:
         """A MODEL, built as the host builds it from a checkpoint."""
-        if self.name == "minimax_music3":  # of 2.5 billion weights
-            dtype = compute = torch.bfloat16
         config_class = getattr(comfy.supported_models, self.config)
         config = config_class({**config_class.unet_config, **self.unet})
         config.unet_config.update(self.unet)  # some classes set sizes of real networks
@@ -107,8 +105,6 @@ DENOISERS = {
 }
 
 
-# at their true size, since no argument of their class says how large they are
-LARGE = ("minimax_music3", "wan_animate")
 # buffers that a class leaves empty, since it loads them with its weights
 _LOADED = ("pos_embed", "positive_conditioning", "negative_conditioning", "norm.beta")
 _FREQUENCIES = ("rope.inv_freq", "rotary_pos_emb.inv_freq")

@@ -5,6 +5,16 @@ from __future__ import annotations
 import comfy.ldm.audio.embedders
 import torch
 
+try:
+    from comfy.ldm.minimax_music.dit import ContinuousTransformer
+except ImportError:  # an older host
+    pass
+else:
+    # no argument says how many layers it has, of 2048 channels each; its code does
+    _code = ContinuousTransformer.__init__.__code__
+    _fewer = tuple(4 if constant == 36 else constant for constant in _code.co_consts)
+    ContinuousTransformer.__init__.__code__ = _code.replace(co_consts=_fewer)
+
 _STABLE_AUDIO = {"embed_dim": 128, "depth": 4, "num_heads": 2, "project_cond_tokens": True, "cond_token_dim": 768}
 _STABLE_AUDIO3 = {
     **_STABLE_AUDIO, "io_channels": 256, "global_cond_dim": 768, "global_cond_shared_embed": True, "global_cond_type": "adaLN",

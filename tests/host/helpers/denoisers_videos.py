@@ -83,7 +83,8 @@ def _vace(draw) -> dict:
 
 
 def _animate(draw) -> dict:
-    return {**_start_image(draw), **_posed(draw, 2, 8, 8), "face_video_pixels": draw(1, 3, 8, 512, 512)}
+    face = draw(1, 3, 1, 512, 512)  # the encoder takes no smaller picture
+    return {**_start_image(draw), **_posed(draw, 2, 8, 8), "face_video_pixels": face}
 
 
 def _animate2(draw) -> dict:
