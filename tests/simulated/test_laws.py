@@ -106,7 +106,9 @@ def test_what_values_of_others_take_is_reckoned_with(plan):
         ranks.stats()
         peaks = [sum(sim._ledger.peaks(pid)) - weights for pid, weights in zip(ranks.pids, held, strict=True)]
         planned = [needed + ranks.placement.kept_bytes(segment) for segment in range(plan.segments)]
-    assert all(peak <= bytes_ <= 1.25 * peak for peak, bytes_ in zip(peaks, planned, strict=True)), (peaks, planned)
+    # with three segments none has so much to compute at once as one device has
+    most = 1.11 if plan.segments == 2 else 1.4
+    assert all(peak <= bytes_ <= most * peak for peak, bytes_ in zip(peaks, planned, strict=True)), (peaks, planned)
 
 
 @torch.no_grad()

@@ -187,16 +187,18 @@ class Placement(Mapping[str, int]):
         """Bytes that values of other segments take on a rank's device at most, beside what the model needs for a call.
 
         Four times what it receives: the two latest values, the next one on its way, and what stands in for it. Twice what it
-        sends: of this call and of the one before. And the hidden states that its own blocks' changes are taken from.
+        sends: of this call and of the one before. Of a transformer, the hidden states that its own blocks' changes are taken
+        from, and what stands in for those that no block reads here, once per layout; other networks keep early values anyway.
         """
         blocks, own = self.graph.blocks, set(self.owned(segment))
-        received = sum(blocks[i].output_bytes for i in self.incoming(segment))
+        incoming = set(self.incoming(segment))
         read = {i for other in range(self.plan.segments) if other != segment for i in self.incoming(other) if i in own}
-        states = 0
+        kept = 4 * sum(blocks[i].output_bytes for i in incoming) + 2 * sum(blocks[i].output_bytes for i in read)
         if self.hidden is not None:
-            metas = {name: blocks[i].outputs for i, name in enumerate(self.graph.names)}
-            states = max(metas[name][index].nbytes for name, index in self.hidden.carriers.items())
-        return 4 * received + 2 * sum(blocks[i].output_bytes for i in read) + states
+            carriers = {self.graph.find(name): index for name, index in self.hidden.carriers.items()}
+            kept += max(blocks[i].outputs[index].nbytes for i, index in carriers.items())
+            kept += sum(meta.nbytes for meta in {m for i in carriers.keys() - own - incoming for m in blocks[i].outputs})
+        return kept
 
     def crossing_bytes(self, block: int) -> int:
         """Bytes in which the output of a block reaches one rank in an asynchronous call."""

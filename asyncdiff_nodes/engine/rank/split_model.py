@@ -46,7 +46,7 @@ class SplitModel:
         self._device = device
         self._transport = transport
         self._streams: dict[Hashable, StreamState] = {}
-        self._placeholders: dict[torch.dtype, torch.Tensor] = {}
+        self._placeholders: dict[TensorMeta, torch.Tensor] = {}
         self._running: Pass | None = None
         self._foreign: dict[str, nn.Module] = {}  # blocks that are stubs in calls that are not in bands
         self._carriers: Mapping[str, int] = share.hidden.carriers if share.hidden else {}
@@ -272,11 +272,11 @@ class SplitModel:
 
     def placeholder(self, meta: TensorMeta) -> torch.Tensor:
         """Return a tensor of this layout whose values do not matter."""
-        # all in the same memory: at high resolutions they would add up to more than the segment needs
-        held = self._placeholders.get(meta.dtype)
-        if held is None or held.numel() < meta.numel:
-            held = self._placeholders[meta.dtype] = torch.zeros(meta.numel, dtype=meta.dtype, device=self._device)
-        return held[: meta.numel].view(meta.shape)
+        # one per layout, not per block: at high resolutions they would add up to more than the segment needs. Not one for all,
+        # since glue may add one to another in place
+        if meta not in self._placeholders:
+            self._placeholders[meta] = torch.zeros(meta.shape, dtype=meta.dtype, device=self._device)
+        return self._placeholders[meta]
 
     def _keep_states(self, place: tuple[int, str], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the hidden states that the first block of a transformer takes, at ``place`` among its arguments."""
