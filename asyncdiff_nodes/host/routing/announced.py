@@ -30,7 +30,8 @@ class Announced:
 
     Attributes:
         sigmas: the noise of each call of a stream, [calls].
-        levels: the same in the engine's form; None if it makes no sense there. The sampler decides whether that is an error.
+        noisy: the sampler adds noise between calls, which working ahead cannot foresee.
+        levels: the sigmas in the engine's form; None if it makes no sense there. The sampler decides whether that is an error.
         timesteps: the timestep of each call, as the network gets it.
         plan: the plan with warm-up and cool-down in calls.
         asynchronous: how many calls of a stream lie between warm-up and cool-down.
@@ -48,7 +49,7 @@ class Announced:
         note: Callable[[str], None],
     ) -> None:
         sampling, steps = patcher.get_model_object("model_sampling"), len(sigmas) - 1
-        self.sigmas = rehearse(sampler, sigmas, patcher)
+        self.sigmas, self.noisy = rehearse(sampler, sigmas, patcher)
         calls = len(self.sigmas)
         self.levels = _levels(sampling, self.sigmas, rest=float(sigmas[-1]))
         self.timesteps = sampling.timestep(self.sigmas)

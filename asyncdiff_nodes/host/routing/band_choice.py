@@ -39,7 +39,8 @@ class BandChoice:
         if plan.bands == 1:
             self.why = group.bandless and f"working ahead, because {group.bandless}"
             return plan
-        choice = self._times.choice(group.placement, plan, len(announced), announced.levels, self._stale_costs)
+        stale_costs = self._stale_costs[announced.noisy]
+        choice = self._times.choice(group.placement, plan, len(announced), announced.levels, stale_costs)
         self._trying = choice is None
         self.why = "in bands, to see how long that takes" if choice is None else str(choice)
         if choice is not None and not choice.in_bands:

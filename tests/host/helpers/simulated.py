@@ -91,7 +91,7 @@ def simulated(model, plan, sampler, control=None):
     def computed(called):
         given, x, options = called.given, called.x, called.given["transformer_options"]
         sampling = model.get_model_object("model_sampling")
-        sigmas = rehearse(comfy.samplers.sampler_object(sampler), options["sample_sigmas"], model)
+        sigmas = rehearse(comfy.samplers.sampler_object(sampler), options["sample_sigmas"], model).sigmas
         levels = NoiseLevels(tuple(sigmas.tolist()), tuple(sampling.calculate_input(sigmas, torch.ones_like(sigmas)).tolist()))
         if calls := take(given.get("control")):
             given["nets"] = {call.net: call.to_send(plan.microbatches > 1) for call in calls}
