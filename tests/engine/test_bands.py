@@ -246,10 +246,28 @@ def test_segments_whose_synchronous_calls_are_in_bands_are_the_simulators(name, 
     assert {record.call for record in records if record.banded} == synchronous - ({last} if last < plan.warmup else set())
 
 
-def denoised(net, args, kwargs):
+@torch.inference_mode()
+def test_a_run_of_segments_may_do_without_bands():
+    net, call = NETS["tokens"]()
+    net, inputs, plan = net.eval(), call(1), Plan(segments=2, warmup=3, cooldown=1, bands=2)
+    without = replace(plan, bands=1)
+    with Simulator(net, without, example_inputs=inputs) as simulator:
+        expected = denoised(simulator, *inputs)
+    with WorkerGroup(net, plan, example_inputs=inputs) as group:
+        found = [denoised(group, *inputs, plan=each) for each in (plan, without, plan)]
+        with pytest.raises(PlanError, match="does not fit a group"):
+            group.begin(TIMESTEPS, plan=replace(plan, segments=1))
+        group.begin(TIMESTEPS, plan=without)
+        group(*inputs[0], **inputs[1])
+        assert not any(record.banded for record in group.stats().records)
+    assert torch.equal(found[1], expected)
+    assert torch.equal(found[0], found[2]) and (found[0] - expected).abs().max() <= NEAR * expected.abs().max()
+
+
+def denoised(net, args, kwargs, **how):
     """The sample after a run of all steps."""
     args, position, times = list(args), *((2, 1) if len(args) == 3 else (0, 1))
-    net.begin(TIMESTEPS)
+    net.begin(TIMESTEPS, **how)
     for t in TIMESTEPS:
         args[times] = torch.full_like(args[times], t)
         args[position] = args[position] - 0.05 * net(*args, **kwargs)

@@ -149,8 +149,8 @@ class WorkerGroup:
             timesteps: [T], the timestep of every call of a stream, in order. Needed for stride > 1, and to work ahead
                 (``forecast=1``): a call that does not follow it is then refused. A stream may begin at any of them.
             plan: the plan of this run, if not the group's. Warm-up, cool-down, time shift and micro-batches may differ, and the
-                stride may be smaller (the ranks that it does not need then only listen), and so may the forecast; blocks stay
-                where they are.
+                stride may be smaller (the ranks that it does not need then only listen), and so may the forecast; synchronous
+                calls of segments may do without bands. Blocks stay where they are.
             on_record: called with each rank's record of each call of this run, in the thread of the caller, while it waits.
             levels: noise of every call, by which expected inputs are exacter than by the number of the call.
 

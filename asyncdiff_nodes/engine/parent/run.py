@@ -56,11 +56,12 @@ class Run:
         True
         """
         mine = {name: getattr(plan, name) for name in (*PER_RUN, "stride", "forecast")}
-        placed = replace(own, **mine, cuts=plan.cuts and own.cuts)
+        bands = 1 if plan.bands == 1 and own.segments > 1 else own.bands
+        placed = replace(own, **mine, bands=bands, cuts=plan.cuts and own.cuts)
         if placed != plan or plan.stride > own.stride or plan.forecast > own.forecast:
             raise PlanError(
                 f"{plan} does not fit a group that was started with {own}: warm-up, cool-down, time shift and "
-                "micro-batches may differ, stride and forecast may be lower"
+                "micro-batches may differ, stride and forecast may be lower, and segments may do without bands"
             )
         if isinstance(timesteps, torch.Tensor):
             timesteps = timesteps.detach().flatten().tolist()

@@ -44,7 +44,7 @@ class BandChoice:
         self._trying = choice is None
         self.why = "in bands, to see how long that takes" if choice is None else str(choice)
         if choice is not None and not choice.in_bands:
-            return plan
+            return plan if choice.begins_in_bands else replace(plan, bands=1)
         return replace(plan, warmup=ALWAYS, cooldown=0, stride=1, forecast=0, time_shift=False)
 
     def instead(self, done: int) -> Plan | None:
@@ -54,4 +54,4 @@ class BandChoice:
         self._trying = False
         self.why = "working ahead after the first calls, since in bands they took longer than one device would take"
         warmup = max(_LEAST_WARMUP, self._ahead.warmup - done)
-        return replace(self._ahead, warmup=warmup + (1 - warmup) % self._ahead.stride)  # see Plan.stride
+        return replace(self._ahead, warmup=warmup + (1 - warmup) % self._ahead.stride, bands=1)  # see Plan.stride

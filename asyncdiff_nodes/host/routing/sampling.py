@@ -208,7 +208,7 @@ class Sampling:
         timesteps, levels = (None, None) if calls is None else (calls.timesteps, calls.levels)
 
         def begin(group: WorkerGroup) -> None:
-            self._plan = replace(plan, bands=group.plan.bands)  # there may be no room for them any more
+            self._plan = replace(plan, bands=min(plan.bands, group.plan.bands))  # there may be no room for them any more
             group.begin(timesteps, self._plan, self._on_record, levels)
             self._progress.sampling(group, self._plan, calls and len(calls))
 

@@ -10,7 +10,7 @@ import hashlib
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from comfy.model_patcher import ModelPatcher
 
@@ -35,20 +35,23 @@ class Choice:
         ahead: with segments that work ahead between the first calls and the last.
         alone: on one device, if it were as fast as each of these.
         in_bands: all calls are to be in bands.
+        begins_in_bands: otherwise the synchronous ones are, rather than one segment after the other.
     """
 
     bands: float
     ahead: float
     alone: float
     in_bands: bool
+    begins_in_bands: bool
 
     def __str__(self) -> str:
         """Say what was chosen, and what the other would take."""
         chosen, other = ("in bands", "working ahead") if self.in_bands else ("working ahead", "in bands")
         seconds = (self.bands, self.ahead) if self.in_bands else (self.ahead, self.bands)
+        none = "" if min(seconds) < self.alone else "; none of them is faster than one device"
         return (
             f"{chosen}, about {seconds[0]:.2f} s; {other} {seconds[1]:.2f} s, one device {self.alone:.2f} s, "
-            "by what calls in bands took"
+            f"by what calls in bands took{none}"
         )
 
 
@@ -95,7 +98,9 @@ class BandTimes:
         synchronous = min(fitted.warmup + fitted.cooldown, calls)
         rest = placement.cost(calls, levels, plan) - synchronous / plan.bands / plan.branches
         bands, ahead = calls * step, synchronous * step + rest * work
-        return Choice(bands, ahead, calls * work, bands <= stale_costs * ahead)
+        by_segments = placement.cost(calls, levels, replace(plan, bands=1)) * work
+        least = min(ahead, by_segments)
+        return Choice(bands, least, calls * work, bands <= stale_costs * least, ahead <= by_segments)
 
     @property
     def lose(self) -> bool:

@@ -82,7 +82,13 @@ def test_the_choice_stays_as_long_as_the_machine_is_the_same(model):
 
 @pytest.mark.parametrize(
     ("step", "sampler", "in_bands"),
-    [(0.5, "euler", True), (0.9, "euler", False), (0.75, "euler", False), (0.75, "euler_ancestral", True)],
+    [
+        (0.5, "euler", True),
+        (0.9, "euler", False),
+        (0.75, "euler", False),
+        (0.75, "euler_ancestral", True),
+        (3.0, "euler_ancestral", False),
+    ],
 )
 def test_the_faster_of_the_two(model, step, sampler, in_bands):
     """With noise in every step, which nobody foresees, bands may take a quarter longer."""
@@ -93,7 +99,17 @@ def test_the_faster_of_the_two(model, step, sampler, in_bands):
     assert (last_run().plan.warmup == ALWAYS) == in_bands
     asynchronous = [call for call in last_run().stats.calls if not call.synchronous]
     assert bool(asynchronous) != in_bands
-    assert all(record.banded for record in last_run().stats.records if record.synchronous and not record.ahead)
+    banded = {record.banded for record in last_run().stats.records if record.synchronous and not record.ahead}
+    assert banded == {step < 1}, "or else one segment after the other, as fast as one device"
+
+
+def test_that_nothing_pays_is_told(model):
+    plan, devices = OPTIONS.resolve(items=1, banding=True)
+    key = BandTimes(model, plan, small.latent()["samples"].shape, devices).key
+    user_files.save(FILE, {key: [3.0, 1.0]}, 10)
+    sample(model, steps=3)
+    record = last_run()
+    assert not any(call.banded for call in record.stats.records) and "none of them is faster than one device" in record.text()
 
 
 def test_why_a_model_has_no_bands_is_told():
