@@ -44,14 +44,18 @@ class Choice:
     in_bands: bool
     begins_in_bands: bool
 
+    @property
+    def pays(self) -> bool:
+        """Whether either is faster than one device."""
+        return min(self.bands, self.ahead) < self.alone
+
     def __str__(self) -> str:
         """Say what was chosen, and what the other would take."""
         chosen, other = ("in bands", "working ahead") if self.in_bands else ("working ahead", "in bands")
         seconds = (self.bands, self.ahead) if self.in_bands else (self.ahead, self.bands)
-        none = "" if min(seconds) < self.alone else "; none of them is faster than one device"
         return (
             f"{chosen}, about {seconds[0]:.2f} s; {other} {seconds[1]:.2f} s, one device {self.alone:.2f} s, "
-            f"by what calls in bands took{none}"
+            "by what calls in bands took"
         )
 
 
