@@ -67,6 +67,12 @@ def test_the_readme_has_the_speed_of_bands():
     assert f"runs of {min(steps)} to {max(steps)} steps gain {min(gains):.2f}x to {max(gains):.2f}x on two CPUs" in text
 
 
+def test_no_choice_is_slower_than_one_device():
+    rows = [row for row in json.loads(read("docs/data/projected.json"))["rows"] if row["chosen"]]
+    runs = {(row["network"], row["devices"], row["cfg"], row["link"], row["steps"]) for row in rows}
+    assert len(rows) == len(runs) == 3 * 4 * 2 * 4 * 4 and min(row["run_speedup"] for row in rows) >= 1
+
+
 def test_every_page_with_a_table_is_filled():
     assert {page for page in PAGES if tables.MARKED.search(read(page))} == set(tables.PAGES)
 

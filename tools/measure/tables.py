@@ -30,7 +30,7 @@ SAMPLERS = {
     "euler_a": "Euler a",
     "heun": "Heun",
 }
-NAMES = {"sd15": "SD 1.5", "sd21": "SD 2.1", "sdxl": "SDXL"}
+NAMES = {"sd15": "SD 1.5", "sd21": "SD 2.1", "sdxl": "SDXL", "flux": "FLUX.1"}
 BACKENDS = {"comfyui": "ComfyUI", "diffusers": "diffusers"}
 VARIANTS = {"ours-fast": "fast cuts", "ours-stale": "stale hidden states"}
 ENOUGH = 64  # pairs, for the short tables
@@ -78,49 +78,53 @@ def demo(name: str) -> str:
     return "\n".join(lines)
 
 
+SAME = {"bands", "branches", "one device"}  # plans whose pictures are the same up to rounding
+
+
+def _chosen(name: str) -> dict[tuple[Any, ...], str]:
+    """What a whole run with *Balanced* gains, and whether its picture is the same, by network, devices, CFG, steps and link."""
+    rows = (row for row in rows_of(name) if row["chosen"])
+    return {
+        (row["network"], row["devices"], row["cfg"], row["steps"], row["link"]): (
+            f"{row['run_speedup']:.2f}x, {'same' if row['plan'] in SAME else 'near'}"
+        )
+        for row in rows
+    }
+
+
 def gains(name: str) -> str:
-    """Who gains what: SD 1.5 at 512 pixels, the paper's figures, the weights of a large model, the costs of a short run."""
-    rows = [row for row in rows_of(name) if (row["model"], row["size"]) == ("sd15", 512)]
-
-    def found(branches: int, segments: int, stride: int = 1, fresh: bool = True) -> tuple[str, str]:
-        """The speed-up of a plan, measured if it was, and the paper's."""
-        wanted = {"branches": branches, "segments": segments, "stride": stride, "fresh_skips": fresh}
-        row = min((row for row in rows if wanted.items() <= row.items()), key=lambda row: row["projected"])
-        paper = f"{row['published']:.1f}x" if row["published"] else ""
-        return f"{row['speedup']:.2f}x {'projected' if row['projected'] else 'measured'}", paper
-
+    """Who gains what: whole runs, what was measured of two branches, and the weights of a large model."""
+    found = _chosen(name)
+    links = ("NVLink", "PCIe with P2P", "PCIe without P2P")
+    halves = next(row for row in rows_of("bench") if row["branches"] == 2 and row["segments"] == 1 and not row["projected"])
     held = next(row for row in rows_of("plans") if (row["model"], row["devices"]) == ("qwen-image", 2))
     each = " and ".join(f"{mib / 1024:.1f}" for mib in held["weights_mib"])
-    ten = {"method": "ours", "sampler": "ddim", "steps": 10}
-    brief = {row["plan"]: row["cost"] for row in rows_of("compare-more") if ten.items() <= row.items()}
-    (halves, _), (cut, cut_paper) = found(2, 1), found(1, 2)
-    (three, three_paper), (fast, fast_paper) = found(1, 3, fresh=False), found(1, 2, 2, fresh=False)
-    (both, _), (quarters, quarters_paper) = found(2, 2), found(1, 4, fresh=False)
-    table = (
-        ("your GPUs", "what they do", "a step of SD 1.5", "paper", "your picture"),
-        ("2 equal, CFG above 1", "one computes the prompt, one the negative prompt", halves, "", "the same up to rounding"),
-        ("2 equal, CFG 1", "each computes one part of the network", cut, cut_paper, "near"),
-        ("3", "3 parts; or 2, and two steps at a time", f"{three}; {fast}", f"{three_paper}; {fast_paper}", "near; less near"),
-        ("4, CFG above 1", "two compute the prompt, two the negative prompt", both, "", "near"),
-        ("4, CFG 1", "4 parts", quarters, quarters_paper, "near"),
-        ("unequal", "the slower one gets a smaller part", "not measured", "", "near"),
-        (
-            "too small for the model",
-            f"each holds its part only: of Qwen-Image ({held['whole_mib'] / 1024:.1f} GiB in fp16) {each}",
-            "not measured",
-            "",
-            "near",
-        ),
-        (
-            "any, few steps",
-            "in the first three and the last ones they take turns",
-            f"10 steps take as long as {brief['2,1,3']:.1f} on 2 GPUs, {brief['4,1,3']:.1f} on 4",
-            "",
-            "less near",
-        ),
-    )
-    head, *body = (f"| {' | '.join(cells)} |" for cells in table)
-    return "\n".join((head, "|---|---|---|---|---|", *body))
+    lines = [f"| your GPUs | a whole run | {' | '.join(links)} |", "|---|---|---|---|---|"]
+    for devices, cfg, network, steps in (
+        (2, 1, "flux", 8), (2, 1, "flux", 20), (2, 1, "sdxl", 20), (4, 1, "flux", 8), (4, 1, "flux", 20), (4, 1, "sdxl", 20),
+        (4, 7, "sdxl", 20),
+    ):  # fmt: skip
+        cells = " | ".join(found[network, devices, cfg, steps, link] for link in links)
+        gpus = f"{devices}, CFG {'1' if cfg == 1 else 'above 1'}"
+        lines.append(f"| {gpus} | {NAMES[network]}, {steps} steps | {cells} |")
+    measured = f"{halves['speedup']:.2f}x, same, measured on CPUs"
+    lines.append(f"| 2, CFG above 1 | any: one computes the prompt, one the negative prompt | {measured} | | |")
+    lines.append("| unequal | the slower one gets a smaller part | not measured | | |")
+    parts = f"each holds its part only: of Qwen-Image ({held['whole_mib'] / 1024:.1f} GiB in fp16) {each}"
+    lines.append(f"| too small for the model | {parts} | not measured | | |")
+    return "\n".join(lines)
+
+
+def projected(name: str) -> str:
+    """What a whole run with *Balanced* gains at CFG 1, on given links."""
+    found, links = _chosen(name), list(_found(name)["links"])
+    sizes = {row["network"]: row["size"] for row in rows_of(name)}
+    lines = [f"| model, size | GPUs | steps | {' | '.join(links)} |", "|---|---:|---:|" + "---:|" * len(links)]
+    for network, devices, cfg, steps in dict.fromkeys(key[:4] for key in found):
+        if cfg == 1:
+            cells = " | ".join(found[network, devices, cfg, steps, link] for link in links)
+            lines.append(f"| {NAMES[network]}, {sizes[network]} | {devices} | {steps} | {cells} |")
+    return "\n".join(lines)
 
 
 def short(name: str) -> str:
@@ -369,6 +373,7 @@ TABLES = {
     "pair": pair,
     "demo": demo,
     "gains": gains,
+    "projected": projected,
     "short": short,
     "full": full,
     "compressions": compressions,
