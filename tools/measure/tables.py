@@ -109,7 +109,6 @@ def gains(name: str) -> str:
         lines.append(f"| {gpus} | {NAMES[network]}, {steps} steps | {cells} |")
     measured = f"{halves['speedup']:.2f}x, same, measured on CPUs"
     lines.append(f"| 2, CFG above 1 | any: one computes the prompt, one the negative prompt | {measured} | | |")
-    lines.append("| unequal | the slower one gets a smaller part | not measured | | |")
     parts = f"each holds its part only: of Qwen-Image ({held['whole_mib'] / 1024:.1f} GiB in fp16) {each}"
     lines.append(f"| too small for the model | {parts} | not measured | | |")
     return "\n".join(lines)

@@ -147,6 +147,8 @@ class _Places:
             dim, held_at = self._stacked[id(first)]
             if len(args) > 1 and [d % first.ndim for d in args[1]] == [dim]:
                 self.at[id(makes[0])] = held_at
+        elif func is _aten.copy_ and id(args[1]) in self.at and first.shape == args[1].shape:
+            self.at[id(first)] = self.at[id(args[1])]  # such as x[:, :n] += what a ControlNet adds
         elif place is None:
             return
         elif (

@@ -72,7 +72,7 @@ def test_strengths_ranges_and_batches(kind):
         pytest.param(1, AHEAD[0], id="2"),
         pytest.param(1, AHEAD[1], id="3", marks=pytest.mark.slow),
         pytest.param(1, replace(AHEAD[0], forecast=False), id="reuse", marks=pytest.mark.slow),
-        pytest.param(1, Options("Turbo", "cpu,cpu,cpu"), id="turbo", marks=pytest.mark.slow),
+        pytest.param(1, Options("Turbo", "cpu,cpu,cpu", bands=1), id="turbo", marks=pytest.mark.slow),
         pytest.param(2, AHEAD[0], id="two nets", marks=pytest.mark.slow),
     ],
 )
@@ -100,7 +100,7 @@ def test_several_nets_in_a_chain(kind):
     assert pids() == ranks
 
 
-@pytest.mark.parametrize("kind", kinds("flux"))
+@pytest.mark.parametrize("kind", kinds("flux", "qwen_image"))
 def test_one_that_stops_in_mid_run(kind):
     """The calls without it are streams of their own, which begin there."""
     model, prompts = given(kind)
