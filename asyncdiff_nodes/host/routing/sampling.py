@@ -121,6 +121,7 @@ class Sampling:
             run = tuple(self._sigmas.tolist()), getattr(self._sampler, "sampler_function", None)
             self._band_choice = BandChoice(self._options.preset, ready.band_times, patcher.model, run)
             self._ranks = Ranks(ready.request, self._options.on_failure == "restart", self._notes.append)
+            self._plan = None  # another pack's node may sample several times within one of ours
             self._ranks.prepare()
             self._look_at_host(given)
         except (OneDeviceError, BusyError, RepeatedFailureError) as error:
