@@ -216,7 +216,8 @@ def _memory(device: str) -> Sequence[int] | None:
 
 
 def _row(record: CallRecord) -> list[Any]:
-    """A record as a list: rank, call, synchronous, start, end, [start, end, ...] of its waits, mean drift."""
+    """A record as a list: rank, call, synchronous (as in bands, too), start, end, [start, end, ...] of its waits, mean drift."""
     drift = sum(record.drift.values()) / len(record.drift) if record.drift else None
     waits = [round(edge, 4) for span in record.waits for edge in span]
-    return [record.rank, record.call, int(record.synchronous), round(record.start, 4), round(record.end, 4), waits, drift]
+    together = int(record.synchronous or record.banded)
+    return [record.rank, record.call, together, round(record.start, 4), round(record.end, 4), waits, drift]

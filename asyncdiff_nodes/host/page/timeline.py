@@ -66,7 +66,7 @@ def _spans(rank: RankReport) -> Iterator[tuple[float, float, str]]:
     """Start, end and colour of each bar, in drawing order: waits are drawn over the calls that contain them."""
     calls = [call for call in rank.records if call.compute > 0]
     for call in calls:
-        yield call.start, call.end, _SYNCHRONOUS if call.synchronous else _ASYNCHRONOUS
+        yield call.start, call.end, _SYNCHRONOUS if call.synchronous or call.banded else _ASYNCHRONOUS
     for call in calls:
         for start, end in call.waits:
             yield start, end, _WAITING

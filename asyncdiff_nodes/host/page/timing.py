@@ -92,18 +92,20 @@ class Timing:
         """Median compute time of all segments, or bands, of all branches, one after the other: a step without AsyncDiff.
 
         Ranks that share a device slow each other down, so only their synchronous calls count, without the first (cold) one. In
-        bands they do the work of the model together.
+        bands they do the work of the model together, and that of exchanging: so calls that are in bands count where there are
+        no others.
         """
-        bands: dict[int, list[float]] = {}
+        apart, bands = len(set(self.devices)) == len(self.devices), dict[int, list[float]]()
         for record in self.computing:
-            if record.banded and record.call > 0:
+            if record.banded and record.call > 0 and not (apart and self.ahead):
                 bands.setdefault(record.rank, []).append(record.compute)
         if bands:
             return sum(map(statistics.median, bands.values())) * self.streams_per_step
         ranks = self._ranks
-        seconds = [[r.compute for r in self.computing if r.rank == rank and r.synchronous and r.call > 0] for rank in ranks]
-        if not all(seconds) and len(set(self.devices)) == len(self.devices):
-            seconds = [[r.compute for r in self.computing if r.rank == rank] for rank in ranks]
+        alone = [record for record in self.computing if not record.banded]
+        seconds = [[r.compute for r in alone if r.rank == rank and r.synchronous and r.call > 0] for rank in ranks]
+        if not all(seconds) and apart:
+            seconds = [[r.compute for r in alone if r.rank == rank] for rank in ranks]
         whole = sum(map(statistics.median, seconds)) if seconds and all(seconds) else 0.0
         return whole / self.work * self.streams_per_step or None
 

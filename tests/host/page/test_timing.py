@@ -25,3 +25,12 @@ def test_without_bands_replicas_only_listen_and_blocks_may_be_computed_twice():
     timing = Timing(replace(PLAN, bands=1), ["cpu"] * 3, RECORDS, work=1.25)
     assert {record.rank for record in timing.computing} == {0, 1}
     assert timing.sequential_seconds == pytest.approx(1.0 / 1.25)
+
+
+def test_calls_that_work_ahead_tell_what_one_device_takes_where_the_others_are_in_bands():
+    """In bands, ranks also exchange; on one device, asynchronous calls would slow each other down."""
+    banded = [replace(record, banded=True, compute=2.0) for record in RECORDS]
+    ahead = [replace(record, synchronous=False, call=record.call + 2) for record in RECORDS]
+    apart, together = (Timing(PLAN, devices, banded + ahead, work=1.25) for devices in (["a", "b", "c"], ["cpu"] * 3))
+    assert apart.sequential_seconds == pytest.approx(1.0 / 1.25)
+    assert together.sequential_seconds == pytest.approx(6.0)
