@@ -16,14 +16,18 @@ def value_for(call: int, history: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """Make a new tensor: the value for ``call``, given those computed for other calls.
 
     What was computed for it, if that is known; otherwise on the straight line through the two nearest, or the only one as it is.
+    Numbers that are no fractions, such as places of experts, have no line: the nearest stand in.
 
     >>> history = {1: torch.tensor(10.0), 2: torch.tensor(12.0)}
     >>> value_for(2, history), value_for(4, history), value_for(4, {1: torch.tensor(10.0)})
     (tensor(12.), tensor(16.), tensor(10.))
+    >>> value_for(4, {1: torch.tensor(3), 2: torch.tensor(5)})
+    tensor(5)
     """
-    if call in history or len(history) == 1:
-        return history[call if call in history else next(iter(history))].clone()
-    near, far = sorted(history, key=lambda other: abs(other - call))[:2]
+    near, *rest = sorted(history, key=lambda other: abs(other - call))
+    if near == call or not rest or not history[near].is_floating_point():
+        return history[near].clone()
+    far = rest[0]
     return torch.lerp(history[far], history[near], (call - far) / (near - far))  # in one kernel, with nothing beside the result
 
 
