@@ -118,7 +118,8 @@ class Sampling:
             return self._note("there is no step to sample")
         try:
             self._ready = ready = Preparation(self._options, self._guider, patcher, noise_shape, conds, given)
-            run = tuple(self._sigmas.tolist()), getattr(self._sampler, "sampler_function", None)
+            function = getattr(self._sampler, "sampler_function", None)
+            run = tuple(self._sigmas.tolist()), getattr(function, "__qualname__", "")
             self._band_choice = BandChoice(self._options.preset, ready.band_times, patcher.model, run)
             self._ranks = Ranks(ready.request, self._options.on_failure == "restart", self._notes.append)
             self._plan = None  # another pack's node may sample several times within one of ours
