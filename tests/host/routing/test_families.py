@@ -48,7 +48,11 @@ def test_exact_is_the_stock_sampler_and_asynchronous_steps_are_the_simulators(ki
     assert (found - stock).abs().max() > 0 and (found - expected).abs().max() <= 0.01 * (found - stock).abs().max()
 
 
-@pytest.mark.parametrize("kind", kinds("flux", "wan", among=small.TRANSFORMERS))
+# each of the four layers of a small SD 3 is more than a quarter of the work, and so no block
+LAYERED = [kind for kind in small.TRANSFORMERS if kind != "sd3"]
+
+
+@pytest.mark.parametrize("kind", kinds("flux", "wan", among=LAYERED))
 def test_hidden_states_are_where_the_family_says(kind):
     """Blocks without weights add nothing: if every segment makes hidden states of its own input, no result is stale."""
     model = small.model(kind)
