@@ -50,6 +50,7 @@ class SplitModel:
         self._running: Pass | None = None
         self._foreign: dict[str, nn.Module] = {}  # blocks that are stubs in calls that are not in bands
         self._carriers: Mapping[str, int] = share.hidden.carriers if share.hidden else {}
+        self._compiled = False
         self._watch = Stopwatch(device)
         self._receiver = Receiver(share, transport, self._watch)
         self._log = CallLog(self._watch)
@@ -111,13 +112,14 @@ class SplitModel:
         return [name for name, tensor in tensors_of(self._module) if tensor.is_meta]
 
     def compile(self, how: Mapping[str, Any]) -> None:
-        """Have each own block compiled when it is next called, by ``torch.compile`` with these arguments."""
+        """Have each own block compiled when it is next called, but in bands, by ``torch.compile`` with these arguments."""
         # blocks of one class share their code, and torch gives up on code that it has compiled so many times
         dynamo = torch._dynamo.config
         dynamo.cache_size_limit = max(dynamo.cache_size_limit, 2 * len(self._share.owned))
         for name in self._share.owned:
             block = self._module.get_submodule(name)
             block.forward = torch.compile(block.forward, **how)  # not the block: its hooks send and measure
+        self._compiled = True
 
     # -- streams -----------------------------------------------------------------------------------------------------
 
@@ -205,6 +207,8 @@ class SplitModel:
             if bands is None:
                 stack.enter_context(self._stubs())
             else:
+                if self._compiled:  # the compiler would leave out what functions exchange
+                    stack.enter_context(torch.compiler.set_stance("force_eager"))
                 stack.enter_context(self._bands.scoped(self._module, bands))
             for part, (args, kwargs) in zip(passes, arguments, strict=True):
                 self._running = part
