@@ -11,6 +11,7 @@ from asyncdiff_nodes.host.page.report import last_run
 from asyncdiff_nodes.host.routing.hooks import attach
 from asyncdiff_nodes.host.routing.options import Options
 from asyncdiff_nodes.host.workers import pool
+from asyncdiff_nodes.host.workers.pool import POOL
 from helpers import small
 from helpers.sampling import exact, ksampler, segmented
 
@@ -19,7 +20,8 @@ sample = functools.partial(ksampler, steps=8)
 
 @pytest.fixture
 def model():
-    """One of its own: what was compared is kept with it."""
+    """One of its own: what was compared is kept with it. And its own ranks, whose cuts are not those of another test."""
+    POOL.release()
     return small.model("sd15", seed=9, channels=32)
 
 
