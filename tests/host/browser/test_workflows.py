@@ -262,7 +262,8 @@ def test_a_picture_brings_its_graph_back(frontend, server):
     frontend.page.evaluate(EVENTS)
     history = frontend.run()
     assert history["status"]["status_str"] == "success", history["status"]
-    assert any(line.startswith("AsyncDiff: 2 segments on cpu, cpu") for line in frontend.page.evaluate("lines"))
+    # the page may hear of the end before it hears of this
+    frontend.page.wait_for_function("lines.some(line => line.startsWith('AsyncDiff: 2 segments on cpu, cpu'))")
     (picture,) = pictures(server, history["outputs"]).values()
     frontend.load(WORKFLOWS["asyncdiff_sd15"])
     content = base64.b64encode(Path(picture.filename).read_bytes()).decode()
