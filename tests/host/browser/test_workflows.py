@@ -171,8 +171,10 @@ def test_it_runs_on_two_ranks(frontend, server, name):
     assert history["status"]["status_str"] == "success", history["status"]
     frontend.page.wait_for_function("lines.length > 0")
     (line,) = frontend.page.evaluate("lines")
-    plans = {"asyncdiff_compare": "2 segments", "asyncdiff_turbo": "2 bands"}  # exact, and at CFG 1
-    assert line.startswith(f"AsyncDiff: {plans.get(name, '2 branches of 1 segment')} on cpu, cpu")
+    # exact; and at CFG 1, where a machine that is busy beside it may find bands slower than one device after three steps
+    plans = {"asyncdiff_compare": ("2 segments",), "asyncdiff_turbo": ("2 bands", "2 segments")}
+    expected = plans.get(name, ("2 branches of 1 segment",))
+    assert line.startswith(tuple(f"AsyncDiff: {plan} on cpu, cpu" for plan in expected))
     made = pictures(server, history["outputs"])
     assert made and all(picture.size == (64, 64) and len(picture.getcolors(4096)) > 100 for picture in made.values())
     if name == "asyncdiff_compare":
