@@ -86,7 +86,7 @@ def test_strides_and_three_segments():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("plan", [Plan(warmup=2), Plan(segments=3, warmup=2)], ids=toys.label)
+@pytest.mark.parametrize("plan", [Plan(warmup=2), pytest.param(Plan(segments=3, warmup=2), marks=pytest.mark.slow)])
 def test_what_values_of_others_take_is_reckoned_with(plan):
     """Long hidden states, small weights: beside these, a rank needs what one device needs for a call, and what it keeps."""
     net, tokens = ToyTransformer(), 400_000

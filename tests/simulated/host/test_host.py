@@ -198,7 +198,8 @@ def test_a_card_that_is_full_is_named_and_not_tried_again_before_something_chang
     assert torch.equal(sample(attach(model, Options("Exact", "mlu:1,mlu:2"))), stock) and not last_run().notes
 
 
-@pytest.mark.parametrize("bands", [1, 2])  # with bands, the whole network is on each card
+# with bands, the whole network is on each card
+@pytest.mark.parametrize("bands", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_card_that_others_use_too_gets_fewer_weights_and_keeps_them(bands, prompts):
     POOL.release_idle()
     wide, how = small.model("sd15", seed=4, channels=192), {"prompts": prompts, "steps": 4, "cfg": 1.0}
