@@ -136,7 +136,7 @@ def test_why_a_model_has_no_bands_is_told():
 def test_what_cannot_be_in_bands_works_ahead(model):
     from comfy_extras.nodes_freelunch import FreeU
 
-    patched = FreeU.execute(model, 1.1, 1.2, 0.9, 0.2).args[0]
+    patched = small.node(FreeU, model, 1.1, 1.2, 0.9, 0.2)
     sample(patched)
     assert last_run().plan.bands == 1 and not last_run().choice and any(not call.synchronous for call in last_run().stats.calls)
 
