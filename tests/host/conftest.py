@@ -64,7 +64,12 @@ def cuts_by_macs(request, monkeypatch, tmp_path):
 @pytest.fixture(scope="session", autouse=True)
 def host_rules():
     """One thread, and no gradients, as in the host's own execution; servers and ranks end with a run that is terminated, too."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def end(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # where Python drops what is raised, as in garbage collection: the next one
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, end)
     torch.set_num_threads(1)
     with torch.inference_mode():
         yield

@@ -116,7 +116,7 @@ def chosen(found: dict[str, float]) -> str:
     """What *Balanced* takes of these; see :mod:`asyncdiff_nodes.host.routing.band_choice`."""
     best = min((words for words in found if words not in {"one device", "bands"}), key=lambda words: found[words])
     usual, _ = STALE_COSTS["Balanced"]
-    if found.get("bands", math.inf) <= usual * found[best]:
+    if found.get("bands", math.inf) <= min(usual * found[best], found["one device"]):
         best = "bands"
     return best if found[best] < found["one device"] else "one device"
 

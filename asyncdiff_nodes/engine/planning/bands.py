@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from asyncdiff_nodes.engine.bands import Axis, Bands, Place, Scope
 from asyncdiff_nodes.engine.batch import batch_of, sample_of
@@ -25,17 +24,17 @@ from asyncdiff_nodes.engine.errors import UnsupportedModelError
 from asyncdiff_nodes.engine.tensors import meta_copy
 from asyncdiff_nodes.engine.trees import flatten
 
+from .band_axes import chains, divisible, flattened, put_together, tensor_pairs
 from .family import Family
 from .local_operations import mixes, torn, varying
 from .on_meta import on_meta, shapes_kept, to_meta
 from .provenance import memory_of
 from .recording import ModuleCall, Operation, Recording, record
-from .rehearsal import Nobody, Rehearsal, sized
+from .rehearsal import Nobody, Rehearsal
+from .taller_call import grown, heights
 
-_TALLER = 64  # rows that the other picture has more: what resamplings divide by
 _LEAST_WORK = 30  # multiply-accumulates, without attention's, per byte that is gathered after a module, for which it is worth it
 _MOST_FAULTS = 6  # kinds of modules that do not compute in bands, until nothing does
-_cat = torch.ops.aten.cat
 
 
 def find_bands(skeleton: nn.Module, family: Family, args: tuple[Any, ...], kwargs: dict[str, Any], ranks: int) -> Bands:
@@ -113,8 +112,8 @@ class _Finder:
     def _another(self) -> tuple[Recording, int]:
         """Record the same call for a picture of another height; returns by how many rows, or tokens, it is taller, too."""
         faults = []
-        for dim, more in _heights(sample_of(*self._call, self._family.sample)):
-            call = _grown(*self._call, self._family.sample, dim, more)
+        for dim, more in heights(sample_of(*self._call, self._family.sample)):
+            call = grown(*self._call, self._family.sample, dim, more)
             try:
                 recording, _ = self._rehearse(call, Rehearsal(Nobody(0, self._ranks), {}), {})
             except Exception as error:  # whatever a forward may raise
@@ -195,15 +194,15 @@ class _Finder:
         rows = {length: Axis(((*(int(share * bound) for bound in bounds), length),)) for length, share in shares.items()}
         axes = {length: axis for length, axis in rows.items() if math.ceil(shares[length] * height) == length}
         for length in rows.keys() - axes.keys():  # rows and something else; or of a resampled picture whose last row is half one
-            axes[length] = _put_together(self._whole.operations, length, axes) or rows[length]
+            axes[length] = put_together(self._whole.operations, length, axes) or rows[length]
         gives = tuple(
             (number, dim, one.shape[dim])
-            for number, one, other in _pairs(self._whole.root.returned, self._taller.root.returned)
+            for number, one, other in tensor_pairs(self._whole.root.returned, self._taller.root.returned)
             for dim in varying(one, other)
         )
         if not gives:
             raise UnsupportedModelError("its result has no rows")
-        places = _places(self._whole.root, self._taller.root)
+        places = divisible(self._whole.root, self._taller.root)
         used = {length for *_, length in (*places, *gives)} | {length for _, length in self._needs}
         takes = tuple((number, dim) for number, dim, _ in places)
         items = self._items
@@ -213,7 +212,7 @@ class _Finder:
     def _tensors(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         """Yield each tensor of the call and of the taller one that differ, and the dimension."""
         given = (flatten(recording.root.arguments)[0] for recording in (self._whole, self._taller))
-        for _, one, other in _pairs(*given):
+        for _, one, other in tensor_pairs(*given):
             yield from ((one, other, dim) for dim in varying(one, other))
         for operation, taller in zip(self._whole.operations, self._taller.operations, strict=True):
             for one, other in zip(operation.makes, taller.makes, strict=True):
@@ -280,8 +279,8 @@ class _Finder:
         Args:
             prompts, tokens: tensors that such modules before it have returned; those of this one are added.
         """
-        lengths = {length for *_, length in _places(call, twin)}
-        returned = [(number, one, varying(one, other)) for number, one, other in _pairs(call.returned, twin.returned)]
+        lengths = {length for *_, length in divisible(call, twin)}
+        returned = [(number, one, varying(one, other)) for number, one, other in tensor_pairs(call.returned, twin.returned)]
         changed = [(number, one, dims) for number, one, dims in returned if dims]
         if not changed or not all(len(dims) == 1 and one.shape[dims[0]] in lengths for _, one, dims in changed):
             return None
@@ -294,17 +293,17 @@ class _Finder:
         written = {memory_of(tensor) for operation in operations for tensor in operation.writes}
         axes = {length: self._axis(length) for *_, length in gives}
         for number, dim, length in gives:
-            axes |= _flattened(call.returned[number].shape, dim, axes[length])
+            axes |= flattened(call.returned[number].shape, dim, axes[length])
         borders = list[tuple[int, int]]()
         for length in list(axes):
-            for numbers, sizes in _chains(call.arguments, length):
+            for numbers, sizes in chains(call.arguments, length):
                 axes |= {size: self._axis(size) for size in sizes if size >= self._ranks}
                 axes[length] = Axis(
                     tuple(part for size in sizes for part in (axes[size].parts if size in axes else ((0, size),)))
                 )
                 borders += [(number, length) for number in numbers]
         takes = list[Place]()
-        for number, one, other in _pairs(leaves, flatten(twin.arguments)[0]):
+        for number, one, other in tensor_pairs(leaves, flatten(twin.arguments)[0]):
             if one.ndim < 3 or varying(one, other):
                 continue
             for place, result, dims in returned:
@@ -316,9 +315,9 @@ class _Finder:
                     continue
             takes.append((number, 1))
             axes[one.shape[1]] = self._axis(one.shape[1])
-        places = [place for place in _places(call, twin) if memory_of(leaves[place[0]]) not in self._masks]
+        places = [place for place in divisible(call, twin) if memory_of(leaves[place[0]]) not in self._masks]
         for length in (*(length for *_, length in places), *self._needed_in(call.name)):
-            if length not in axes and (axis := _put_together(operations, length, axes)) is not None:
+            if length not in axes and (axis := put_together(operations, length, axes)) is not None:
                 axes[length] = axis
         if any(length not in axes for *_, length in places):
             return None
@@ -368,81 +367,6 @@ class _Block:
     borders: tuple[tuple[int, int], ...]
 
 
-def _chains(arguments: Any, length: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Find among a module's arguments lists of (begin, end, ...) that make up so many tokens.
-
-    Yields:
-        Numbers of the leaves that are borders, and the sizes of the parts.
-
-    >>> list(_chains((torch.empty(12), [(0, 3, "prompt"), (3, 12, "picture")]), 12))
-    [([1, 2, 4, 5], [3, 9])]
-    """
-    leaves, structure = flatten(arguments)
-
-    def walk(node: Any) -> Iterator[tuple[list[int], list[int]]]:
-        if isinstance(node, dict):
-            node = list(node.values())
-        if not isinstance(node, list | tuple):
-            return
-        pairs = [item[:2] for item in node if isinstance(item, tuple) and len(item) > 1 and all(map(_is_int, item[:2]))]
-        if pairs and len(pairs) == len(node):
-            begins, ends = ([leaves[pair[side]] for pair in pairs] for side in (0, 1))
-            if all(map(_is_int, (*begins, *ends))) and [*begins, length] == [0, *ends]:
-                yield [number for pair in pairs for number in pair], [b - a for a, b in zip(begins, ends, strict=True)]
-                return
-        for item in node:
-            yield from walk(item)
-
-    yield from walk(structure)
-
-
-def _is_int(value: Any) -> bool:
-    return type(value) is int
-
-
-def _flattened(shape: Sequence[int], dim: int, axis: Axis) -> dict[int, Axis]:
-    """Find the axis of tokens that are the places of a tensor whose rows, on ``dim``, are divided: those of one frame together.
-
-    >>> _flattened((1, 3, 4, 2, 64), 2, Axis(((0, 2, 4),)))  # frames, rows, columns, channels
-    {24: Axis(parts=((0, 4, 8), (0, 4, 8), (0, 4, 8)))}
-    """
-    if len(shape) < 4 or dim == len(shape) - 1:
-        return {}
-    inner = {math.prod(shape[dim + 1 : -1]), shape[dim + 1]}  # with or without the batch
-    outer = {math.prod(shape[1:dim]), math.prod(shape[:dim])}
-    return {
-        frames * axis.length * columns: Axis((tuple(bound * columns for bound in axis.parts[0]),) * frames)
-        for columns in inner
-        for frames in outer
-    }
-
-
-def _put_together(operations: Sequence[Operation], length: int, axes: Mapping[int, Axis]) -> Axis | None:
-    """Find the axis of so many tokens that are some of these axes, and others, one after the other."""
-    for operation in operations:
-        if operation.func._overloadpacket is not _cat:
-            continue
-        dim = operation.args[1] if len(operation.args) > 1 else 0
-        sizes = [piece.shape[dim] for piece in operation.args[0]]
-        if sum(sizes) == length and any(size in axes for size in sizes):
-            return Axis(tuple(part for size in sizes for part in (axes[size].parts if size in axes else ((0, size),))))
-    return None
-
-
-def _places(call: ModuleCall, taller: ModuleCall) -> list[tuple[int, int, int]]:
-    """Find the arguments of a module that have tokens or rows: their numbers, the one dimension of these, and how many."""
-    given = (flatten(each.arguments)[0] for each in (call, taller))
-    pairs = ((number, one, varying(one, other)) for number, one, other in _pairs(*given))
-    return [(number, dims[0], one.shape[dims[0]]) for number, one, dims in pairs if len(dims) == 1]
-
-
-def _pairs(leaves: Sequence[Any], others: Sequence[Any]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Yield the tensors among two equal lists of leaves, with their numbers."""
-    for number, (one, other) in enumerate(zip(leaves, others, strict=True)):
-        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-            yield number, one, other
-
-
 def _scope_of(call: ModuleCall | None, scopes: Collection[str]) -> str | None:
     """Find the scope that a call is in."""
     while call is not None:
@@ -466,42 +390,3 @@ def _alike(one: Recording, other: Recording) -> bool:
 
 def _kind(operation: Operation) -> tuple[Any, int, int]:
     return operation.func, len(operation.reads), len(operation.makes)
-
-
-def _heights(sample: Any) -> Iterator[tuple[int, int]]:
-    """Yield which dimension of a picture or a sequence could have how many more rows or tokens; some may be too many."""
-    first = next(leaf for leaf in flatten(sample)[0] if isinstance(leaf, torch.Tensor))
-    dims = (-2,) if first.ndim > 3 else (-2, -1)
-    yield from ((dim, _TALLER) for dim in dims)
-    yield from ((dim, -(first.shape[dim] // 2)) for dim in dims if first.shape[dim] > 1)
-
-
-def _grown(args: tuple[Any, ...], kwargs: dict[str, Any], place: tuple[int, str], dim: int, more: int) -> tuple[Any, Any]:
-    """Make the same call for ``more`` rows of the sample at ``place``; all else that has its proportions grows with it."""
-    sample = next(leaf for leaf in flatten(sample_of(args, kwargs, place))[0] if isinstance(leaf, torch.Tensor))
-    height, width = sample.shape[dim], sample.shape[-1]
-
-    def grown(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor) or leaf.ndim < 2:
-            return leaf
-        if sample.ndim > 3:
-            times = _times(leaf.shape[-2], height, leaf.shape[-1], width) if leaf.ndim > 2 else None
-        else:
-            times = Fraction(1) if leaf.shape[dim] == height else None
-        return leaf if times is None else sized(leaf.to("meta"), dim, leaf.shape[dim] + int(more * times))
-
-    made: tuple[Any, Any] = tree_map(grown, (args, kwargs))
-    return made
-
-
-def _times(rows: int, height: int, columns: int, width: int) -> Fraction | None:
-    """Say how many times larger, or smaller, a picture is than another of its proportions, by a power of two.
-
-    >>> _times(128, 64, 96, 48), _times(5, 9, 4, 8), _times(77, 64, 768, 48)
-    (Fraction(2, 1), Fraction(1, 2), None)
-    """
-    for power in range(-6, 4):
-        times = Fraction(2) ** power
-        if rows == math.ceil(height * times) and columns == math.ceil(width * times):
-            return times
-    return None

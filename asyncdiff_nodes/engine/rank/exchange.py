@@ -31,8 +31,11 @@ class RankExchange:
         self._transport.settle()
         others = [other for other in range(self.ranks) if other != self.rank]
         for row in outgoing:
+            alike: dict[int, list[int]] = {}  # what is for all of them is copied once
             for other in others:
-                self._send(row[other], other)
+                alike.setdefault(id(row[other]), []).append(other)
+            for receivers in alike.values():
+                self._send(row[receivers[0]], *receivers)
         coming = [{other: self._receive(row[other], dim, lengths[other], other) for other in others} for row in outgoing]
         start, came = self._watch.mark(), []
         for row, incoming in zip(outgoing, coming, strict=True):
@@ -55,8 +58,8 @@ class RankExchange:
         self.waits.append((start, self._watch.mark()))
         return found
 
-    def _send(self, value: torch.Tensor, other: int) -> None:
-        self._transport.send([self._first + other], value, _dense(value.shape, value.dtype))
+    def _send(self, value: torch.Tensor, *others: int) -> None:
+        self._transport.send([self._first + other for other in others], value, _dense(value.shape, value.dtype))
 
     def _receive(self, like: torch.Tensor, dim: int, length: int, other: int) -> Incoming:
         shape = [*like.shape]

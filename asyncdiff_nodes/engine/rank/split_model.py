@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -87,12 +88,13 @@ class SplitModel:
         Returns:
             Names and bytes of what was freed.
         """
-        freed: dict[str, int] = {}
+        freed, left = dict[str, int](), math.inf if least is None else least
         held = ((name, tensor) for name, tensor in tensors_of(self._module) if not tensor.is_meta)
         for name, tensor in sorted(held, key=lambda each: -each[1].nbytes):
-            if least is not None and sum(freed.values()) >= least:
+            if left <= 0:
                 break
             freed[name] = tensor.nbytes
+            left -= tensor.nbytes
             self._attach(name, tensor.to("meta"))
         return freed
 

@@ -103,8 +103,8 @@ class BandTimes:
         rest = placement.cost(calls, levels, plan) - synchronous / plan.bands / plan.branches
         bands, ahead = calls * step, synchronous * step + rest * work
         by_segments = placement.cost(calls, levels, replace(plan, bands=1)) * work
-        least = min(ahead, by_segments)
-        return Choice(bands, least, calls * work, bands <= stale_costs * least, ahead <= by_segments)
+        least, alone = min(ahead, by_segments), calls * work
+        return Choice(bands, least, alone, bands <= stale_costs * least and bands < alone, ahead <= by_segments)
 
     @property
     def lose(self) -> bool:

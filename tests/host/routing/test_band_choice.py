@@ -93,7 +93,7 @@ def test_the_choice_stays_as_long_as_the_machine_is_the_same(model):
     ],
 )
 def test_the_faster_of_the_two(model, step, sampler, in_bands):
-    """With noise in every step, which nobody foresees, bands may take a quarter longer."""
+    """With noise in every step, which nobody foresees, bands may take a quarter longer; in no case longer than one device."""
     plan, devices = OPTIONS.resolve(items=1, banding=True)
     key = BandTimes(model, plan, small.latent()["samples"].shape, devices).key
     user_files.save(FILE, {key: [step, 1.0]}, 10)
@@ -103,6 +103,16 @@ def test_the_faster_of_the_two(model, step, sampler, in_bands):
     assert bool(asynchronous) != in_bands
     banded = {record.banded for record in last_run().stats.records if record.synchronous and not record.ahead}
     assert banded == {step < 1}, "or else one segment after the other, as fast as one device"
+
+
+def test_bands_that_are_slower_than_one_device_are_not_chosen(model):
+    plan, devices = OPTIONS.resolve(items=1, banding=True)
+    key = BandTimes(model, plan, small.latent()["samples"].shape, devices).key
+    user_files.save(FILE, {key: [1.01, 1.0]}, 10)
+    sample(model, steps=6, sampler="euler_ancestral")
+    record = last_run()
+    assert record.choice.startswith("working ahead, about 5.") and "; in bands 6.06 s, one device 6.00 s" in record.choice
+    assert record.plan.warmup < ALWAYS and not any(call.banded for call in record.stats.records)
 
 
 def test_one_device_samples_what_it_samples_fastest(model, monkeypatch):
